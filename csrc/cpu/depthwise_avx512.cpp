@@ -1,0 +1,25 @@
+// The depthwise kernels for AVX-512. The target covers only what follows the other headers, so that no
+// inline function of theirs is compiled for a processor that may not be there.
+#if defined(__x86_64__)
+// GCC 12 warns of its own _mm512_undefined_* (bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include "../bilinear.h"
+#include "depthwise.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#define DK_ISA avx512
+#define DK_VECTOR_BYTES 64
+#include "depthwise_kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,312 @@
+// CUDA host functions: check, lay out, split the work, launch.
+#include "deform_kernel_cuda.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/Dispatch.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "depthwise.h"
+#include "launch.cuh"
+
+namespace dk {
+namespace {
+
+using cuda::BackwardArgs;
+using cuda::ChannelTiles;
+using cuda::ForwardArgs;
+using cuda::kPixels;
+using cuda::kThreads;
+using cuda::kWarpSize;
+
+template <typename T>
+at::ScalarType scalar_type_of() {
+  return c10::CppTypeToScalarType<T>::value;
+}
+
+template <typename T>
+std::optional<at::Tensor> to_arithmetic(const std::optional<at::Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return tensor->to(scalar_type_of<T>());
+}
+
+template <typename T>
+Offset<const T> offset_view(const std::optional<at::Tensor>& offset) {
+  if (!offset) return {};
+  return {offset->const_data_ptr<T>(), offset_strides(offset)};
+}
+
+// Elements and images are counted in 64 bits; channels, and the pixels of the images that a tile
+// touches, in 32.
+void check_sizes(const DepthwiseParams& p) {
+  const int64_t in = p.in_h * p.in_w, out = p.out_h * p.out_w, limit = int64_t(1) << 31;
+  const int64_t images = kPixels / std::min(in, out) + 2;
+  TORCH_CHECK(std::max(in, out) * images < limit && p.channels < limit - 1024,
+              "input: on CUDA, expected fewer than 2^30 pixels per image and 2^31 channels, got ",
+              p.channels, " channels of ", p.in_h, "x", p.in_w, " and an output of ", p.out_h, "x",
+              p.out_w);
+}
+
+// The number of lanes that leaves the fewest idle.
+ChannelTiles channel_tiles(int64_t channels, int vector) {
+  const int64_t vectors = (channels + vector - 1) / vector;
+  ChannelTiles best{vector, kWarpSize, static_cast<int>((vectors + kWarpSize - 1) / kWarpSize)};
+  for (int lanes = kWarpSize / 2; lanes >= 8; lanes /= 2) {
+    const int tiles = static_cast<int>((vectors + lanes - 1) / lanes);
+    if (int64_t(tiles) * lanes < int64_t(best.tiles) * best.lanes) best = {vector, lanes, tiles};
+  }
+  return best;
+}
+
+// 16-byte accesses need every pixel to begin at a multiple of 16 bytes.
+bool is_aligned(const at::Tensor& t, int64_t channels, int vector) {
+  return channels % vector == 0 &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (vector * t.element_size()) == 0;
+}
+
+[[noreturn]] void refuse_scope(const DepthwiseParams& p, size_t bytes, int64_t limit) {
+  TORCH_CHECK(false, "weight: a scope of ", p.scope_h, "x", p.scope_w, " with a kernel of ",
+              p.kernel_h, "x", p.kernel_w, " needs ", bytes,
+              " bytes of shared memory and this GPU has ", limit,
+              "; dk_detectron.ops.composed_deform_kernel_conv2d takes any size");
+}
+
+// ---- forward -------------------------------------------------------------------------------------
+
+template <typename scalar_t>
+ChannelTiles plan_forward(const DepthwiseParams& p, bool kernel, bool data, bool aligned) {
+  const int limit = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  size_t bytes = 0;
+  for (int vector : {aligned ? int(16 / sizeof(scalar_t)) : 1, 1}) {
+    bytes = cuda::shared_layout<scalar_t>(vector, p.taps(), p.cells(), 0, kernel, data).bytes;
+    if (bytes <= static_cast<size_t>(limit)) return channel_tiles(p.channels, vector);
+  }
+  refuse_scope(p, bytes, limit);
+}
+
+// Contiguous activations have a kernel of their own for what local DK uses. For the rest, converting
+// to channels_last and back costs less than the scattered reads (data_offset) would.
+bool has_nchw_kernel(const DepthwiseParams& p, bool kernel, bool data) {
+  return kernel && !data && p.kernel_h == 3 && p.kernel_w == 3 && p.scope_h == p.scope_w &&
+         p.scope_h >= 3 && p.scope_h <= 5;
+}
+
+}  // namespace
+
+at::Tensor deform_kernel_conv2d_cuda(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool clip) {
+  const DepthwiseParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
+                                           kernel_size, stride, padding, dilation, groups, clip);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const bool nchw = output_format(input) == at::MemoryFormat::Contiguous &&
+                    has_nchw_kernel(p, kernel_offset.has_value(), data_offset.has_value());
+  const auto format = nchw ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+  const at::Tensor output =
+      at::empty({p.batch, p.channels, p.out_h, p.out_w}, input.options(), format);
+  if (output.numel() > 0 && input.numel() == 0) {  // nothing but padding
+    output.zero_();
+    if (bias) output.add_(bias->view({-1, 1, 1}));
+  } else if (output.numel() > 0) {
+    check_sizes(p);
+    const at::Tensor x = input.contiguous(format), w = weight.contiguous();
+    const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d", [&] {
+          using T = cuda::ForwardArgs<scalar_t>::T;
+          const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
+          ForwardArgs<scalar_t> a{p,
+                                  x.const_data_ptr<scalar_t>(),
+                                  w.const_data_ptr<scalar_t>(),
+                                  bias ? b.const_data_ptr<scalar_t>() : nullptr,
+                                  offset_view<T>(kernel),
+                                  offset_view<T>(data),
+                                  output.mutable_data_ptr<scalar_t>(),
+                                  {}};
+          const auto stream = c10::cuda::getCurrentCUDAStream();
+          if (nchw) return cuda::launch_forward_nchw(a, stream);
+          a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(),
+                                              is_aligned(x, p.channels, 16 / sizeof(scalar_t)));
+          cuda::launch_forward(a, stream);
+        });
+  }
+  return output.contiguous(output_format(input));
+}
+
+// ---- backward ------------------------------------------------------------------------------------
+
+namespace {
+
+// Warps per block and channels per thread: what keeps the most work resident on a multiprocessor,
+// given that every warp has weight sums of its own in shared memory and that registers allow 16 warps.
+template <typename scalar_t>
+int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
+  const DepthwiseParams& p = a.params;
+  const int per_block = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int per_processor = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  constexpr int reserved = 1024, max_warps = 16, wide = 16 / sizeof(opmath_t<scalar_t>);
+  size_t bytes = 0;
+  int most = 0, blocks_per_processor = 0;
+  for (int vector : {aligned ? wide : 1, 1}) {
+    for (int warps = kThreads / kWarpSize; warps > 0; warps /= 2) {
+      bytes = cuda::shared_layout<scalar_t>(vector, p.taps(), p.cells(), warps, a.kernel_offset.data,
+                                            a.data_offset.data).bytes;
+      if (bytes > static_cast<size_t>(per_block)) continue;
+      const int blocks =
+          std::clamp(per_processor / static_cast<int>(bytes + reserved), 1, max_warps / warps);
+      if (blocks * warps * vector <= most) continue;
+      most = blocks * warps * vector;
+      blocks_per_processor = blocks;
+      a.warps = warps;
+      a.channels = channel_tiles(p.channels, vector);
+    }
+  }
+  if (!most) refuse_scope(p, bytes, per_block);
+  return blocks_per_processor;
+}
+
+// As many blocks as run at once, split between pixels and channels so that the partial sums, [splits,
+// cells, C] for the weight and [groups, 2*taps, pixels] for the offsets, are small together.
+template <typename scalar_t>
+void plan_backward_split(BackwardArgs<scalar_t>& a, int64_t tile_pixels, int blocks_per_processor) {
+  const DepthwiseParams& p = a.params;
+  const int64_t blocks =
+      int64_t(blocks_per_processor) * cuda::device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t tiles = (tile_pixels + kPixels - 1) / kPixels, channel_tiles = a.channels.tiles;
+  const double weight_sums = double(blocks) * p.cells() * p.channels;
+  const double offset_sums = 2.0 * p.taps() * p.batch * p.out_h * p.out_w;
+  int64_t groups = std::llround(std::sqrt(weight_sums / offset_sums));
+  groups = std::max(groups, (blocks + tiles - 1) / tiles);
+  if (!a.kernel_offset.data && !a.data_offset.data) groups = channel_tiles;
+  a.groups = static_cast<int>(std::clamp<int64_t>(groups, 1, std::min(channel_tiles, blocks)));
+  a.splits = static_cast<int>(std::clamp<int64_t>(blocks / a.groups, 1, tiles));
+}
+
+// The gradient of an offset, summed per group of channels: one zeroed row per group.
+template <typename T>
+struct OffsetGradient {
+  at::Tensor rows, like;
+
+  OffsetGradient(const std::optional<at::Tensor>& offset, int groups) {
+    if (!offset) return;
+    like = at::empty_like(*offset);
+    // Taps that lie in the padding are never visited: their gradient stays 0.
+    rows = at::zeros({groups, like.numel()}, like.options());
+  }
+  Offset<T> view() const {
+    if (!like.defined()) return {};
+    return {rows.mutable_data_ptr<T>(), offset_strides(like)};
+  }
+  at::Tensor total(const at::Tensor& offset) const {
+    const at::Tensor sum = rows.size(0) == 1 ? rows[0] : rows.sum(0);
+    return sum.as_strided(like.sizes(), like.strides()).to(offset.scalar_type());
+  }
+};
+
+// In sorted order instead of by atomics.
+template <typename scalar_t>
+at::Tensor gather_grad_input(const BackwardArgs<scalar_t>& a, const at::Tensor& x,
+                             cudaStream_t stream) {
+  const DepthwiseParams& p = a.params;
+  const at::Tensor base =
+      at::empty({p.batch * p.out_h * p.out_w * p.taps()}, x.options().dtype(at::kLong));
+  cuda::launch_base_pixels(a, base.mutable_data_ptr<int64_t>(), stream);
+  const auto [sorted, pair] = at::sort(base, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const at::Tensor grad_input = at::empty_like(x);
+  cuda::launch_gather_grad_input(a, sorted.template const_data_ptr<int64_t>(),
+                                 pair.template const_data_ptr<int64_t>(),
+                                 grad_input.mutable_data_ptr<scalar_t>(), stream);
+  return grad_input;
+}
+
+}  // namespace
+
+std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
+  const DepthwiseParams p =
+      checked_params(input, weight, std::nullopt, kernel_offset, data_offset, kernel_size, stride,
+                     padding, dilation, groups, clip);
+  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
+                  grad_output.device() == input.device() &&
+                  grad_output.sizes() ==
+                      at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
+              "grad_output: expected the output's type, device and size, got ",
+              grad_output.scalar_type(), " ", grad_output.device(), " ", grad_output.sizes());
+  const c10::cuda::CUDAGuard guard(input.device());
+  std::array<at::Tensor, 4> gradients;
+  if (grad_output.numel() == 0 || input.numel() == 0) {
+    gradients = {at::zeros_like(input), at::zeros_like(weight),
+                 kernel_offset ? at::zeros_like(*kernel_offset) : at::Tensor(),
+                 data_offset ? at::zeros_like(*data_offset) : at::Tensor()};
+  } else {
+    check_sizes(p);
+    // The weight's gradient sums over pixels: only with channels next to each other can every thread
+    // keep its own. Three conversions cost less than summing across threads, cell by cell.
+    const auto format = at::MemoryFormat::ChannelsLast;
+    const at::Tensor x = input.contiguous(format), grad = grad_output.contiguous(format);
+    const at::Tensor w = weight.contiguous();
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d_backward", [&] {
+          using T = BackwardArgs<scalar_t>::T;
+          constexpr int wide = 16 / sizeof(T);
+          const auto stream = c10::cuda::getCurrentCUDAStream();
+          const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
+          const bool gather = at::globalContext().deterministicAlgorithms();
+          BackwardArgs<scalar_t> a{};
+          a.params = p;
+          a.input = x.const_data_ptr<scalar_t>();
+          a.weight = w.const_data_ptr<scalar_t>();
+          a.grad_output = grad.const_data_ptr<scalar_t>();
+          a.kernel_offset = offset_view<T>(kernel);
+          a.data_offset = offset_view<T>(data);
+
+          at::Tensor grad_input;
+          if (!data) {
+            grad_input = at::empty_like(x);
+            a.grad_input = grad_input.mutable_data_ptr<scalar_t>();
+          } else if (output_mask[0] && gather) {
+            grad_input = gather_grad_input(a, x, stream);
+          } else if (output_mask[0]) {
+            grad_input = at::zeros_like(x, x.options().dtype(scalar_type_of<T>()));
+            a.grad_input_sum = grad_input.mutable_data_ptr<T>();
+          }
+
+          const bool aligned =
+              is_aligned(x, p.channels, wide) && is_aligned(grad, p.channels, wide);
+          const int blocks_per_processor = plan_backward_block(a, aligned);
+          plan_backward_split(a, p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w),
+                              blocks_per_processor);
+          const at::Tensor partial = at::empty({a.splits, p.cells(), p.channels},
+                                               x.options().dtype(scalar_type_of<T>()));
+          a.weight_partial = partial.mutable_data_ptr<T>();
+          const OffsetGradient<T> grad_kernel(kernel, a.groups), grad_data(data, a.groups);
+          a.grad_kernel_offset = grad_kernel.view();
+          a.grad_data_offset = grad_data.view();
+          a.group_stride = 2 * p.taps() * p.batch * p.out_h * p.out_w;
+          cuda::launch_backward(a, stream);
+
+          gradients[1] = at::empty(weight.sizes(), weight.options());
+          cuda::launch_sum_weight(a, gradients[1].mutable_data_ptr<scalar_t>(), stream);
+          if (grad_input.defined()) gradients[0] = grad_input.to(input.scalar_type());
+          if (kernel) gradients[2] = grad_kernel.total(*kernel_offset);
+          if (data) gradients[3] = grad_data.total(*data_offset);
+        });
+    if (gradients[0].defined()) gradients[0] = gradients[0].contiguous(output_format(input));
+  }
+  std::vector<at::Tensor> needed;
+  for (int i = 0; i < 4; ++i) {
+    if (output_mask[i]) needed.push_back(gradients[i]);
+  }
+  return needed;
+}
+
+}  // namespace dk

@@ -1,0 +1,126 @@
+// What the CUDA host functions (deform_kernel_cuda.cpp) hand to the kernels (*.cuh). Plain C++: read by
+// both compilers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "../bilinear.h"
+#include "../deform_kernel.h"
+
+namespace dk {
+
+// Arithmetic type: float for everything but double.
+template <typename scalar_t>
+using opmath_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename T>
+struct Offset {
+  T* data = nullptr;  // null: absent
+  OffsetStrides strides = {};
+};
+
+namespace cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kThreads = 256;
+// Pixels whose coefficients a block holds at a time; a multiple of the pixels that it works on at once.
+constexpr int kPixels = 32;
+
+// How the channels are dealt out: a thread takes `vector` neighbouring ones, `lanes` threads of one
+// warp (8, 16 or 32) make a tile, and `tiles` tiles cover all.
+struct ChannelTiles {
+  int vector, lanes, tiles;
+};
+
+// Bytes of shared memory, and where its arrays begin:
+//   kernel_coef, data_coef  [taps, kPixels, 4]         T         if there is such an offset
+//   weight                  [cells, row]               scalar_t
+//   weight_sum              [warps, cells, row]        T         backward only
+//   index                   [taps, kPixels]            TapIndex
+// A row is one vector longer than a warp's channels, so that a column's cells lie in different banks.
+struct SharedLayout {
+  size_t kernel_coef, data_coef, weight, weight_sum, index, bytes;
+};
+
+// The 2x2 block of cells a tap reads begins at `cell` of the scope (times the row's length) and
+// `pixel` of the image, counted from the first image of the block; pixel < 0: the tap reads padding.
+struct TapIndex {
+  int cell, pixel;
+};
+
+template <typename scalar_t>
+DK_INLINE SharedLayout shared_layout(int vector, int taps, int cells, int warps, bool kernel,
+                                     bool data) {
+  using T = opmath_t<scalar_t>;
+  const size_t coef = sizeof(T) * 4 * taps * kPixels;
+  const size_t row = static_cast<size_t>(cells) * (kWarpSize + 1) * vector;
+  SharedLayout s;
+  s.kernel_coef = 0;
+  s.data_coef = s.kernel_coef + (kernel ? coef : 0);
+  s.weight = s.data_coef + (data ? coef : 0);
+  s.weight_sum = s.weight + (row * sizeof(scalar_t) + 15) / 16 * 16;
+  s.index = s.weight_sum + (row * sizeof(T) * warps + 15) / 16 * 16;
+  s.bytes = s.index + sizeof(TapIndex) * taps * kPixels;
+  return s;
+}
+
+// Activations are channels_last: [N, H, W, C]; for forward_nchw, contiguous. The weight is contiguous:
+// [C, S_h*S_w].
+template <typename scalar_t>
+struct ForwardArgs {
+  using T = opmath_t<scalar_t>;
+  DepthwiseParams params;
+  const scalar_t* input;
+  const scalar_t* weight;
+  const scalar_t* bias;  // null: none
+  Offset<const T> kernel_offset, data_offset;
+  scalar_t* output;
+  ChannelTiles channels;
+};
+
+template <typename scalar_t>
+struct BackwardArgs {
+  using T = opmath_t<scalar_t>;
+  DepthwiseParams params;
+  const scalar_t* input;
+  const scalar_t* weight;
+  Offset<const T> kernel_offset, data_offset;
+  const scalar_t* grad_output;
+  ChannelTiles channels;
+  // Block (split, group) takes the pixels of a split and the channel tiles of a group. Sums over
+  // pixels come out per split, sums over channels per group.
+  int splits, groups, warps;
+  T* weight_partial;                               // [splits, S_h*S_w, C]
+  Offset<T> grad_kernel_offset, grad_data_offset;  // of the first group; zero at the start
+  int64_t group_stride;                            // from one group's to the next
+  scalar_t* grad_input;                            // without data_offset
+  T* grad_input_sum;                               // with data_offset: zero at the start; may be null
+};
+
+// ---- launchers, one instantiation per type in its own .cu -----------------------------------------
+
+template <typename scalar_t>
+void launch_forward(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
+// Contiguous activations; kernel_offset, no data_offset, K = 3 and S = 3, 4 or 5.
+template <typename scalar_t>
+void launch_forward_nchw(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
+// Every gradient if there is no data_offset; else those of the offsets, the weight's partial sums, and,
+// by atomics, the input's if grad_input_sum is given.
+template <typename scalar_t>
+void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
+// grad_weight [C, S_h*S_w] from weight_partial.
+template <typename scalar_t>
+void launch_sum_weight(const BackwardArgs<scalar_t>& a, scalar_t* grad_weight, cudaStream_t stream);
+// The deterministic gradient of the input under a data_offset, in two steps around a stable sort:
+// base[p*taps + t] = the first of the 2x2 pixels that tap t of output pixel p reads; then, with the
+// sorted bases and the (p, t) they came from, every input pixel gathers in that order.
+template <typename scalar_t>
+void launch_base_pixels(const BackwardArgs<scalar_t>& a, int64_t* base, cudaStream_t stream);
+template <typename scalar_t>
+void launch_gather_grad_input(const BackwardArgs<scalar_t>& a, const int64_t* sorted_base,
+                              const int64_t* pair, scalar_t* grad_input, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace dk

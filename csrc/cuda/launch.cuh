@@ -1,0 +1,65 @@
+// Starting kernels. No <<<>>> and no `extern __shared__` anywhere else, so that the tests can compile
+// the same sources for the CPU (tests/emulation).
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/util/Exception.h>
+#include <cuda_runtime.h>
+
+#include <limits>
+#include <type_traits>
+
+// Dynamic shared memory of the block, as bytes.
+#ifndef DK_SHARED_MEMORY
+#define DK_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+#ifdef __CUDA_ARCH__
+#define DK_UNROLL _Pragma("unroll")
+#else
+#define DK_UNROLL
+#endif
+
+namespace dk {
+namespace cuda {
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+inline void check_launch(cudaError_t error) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
+    (void)cudaGetLastError();
+    const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+    const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
+    TORCH_CHECK(false, "dk_detectron was built without a kernel image for this GPU (compute capability ",
+                major, ".", minor, "): rebuild it with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor,
+                "\" (", cudaGetErrorString(error), ")");
+  }
+  C10_CUDA_CHECK(error);
+}
+
+// A block gets more than 48 KB of shared memory only on request.
+constexpr size_t kDefaultSharedBytes = 48 * 1024;
+
+template <typename... Params>
+void launch(void (*kernel)(Params...), int64_t blocks, dim3 threads, size_t shared_bytes,
+            cudaStream_t stream, const std::type_identity_t<Params>&... args) {
+  if (blocks == 0) return;
+  TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "deform_kernel_conv2d: ", blocks,
+              " blocks are more than one launch takes; split the batch");
+  if (shared_bytes > kDefaultSharedBytes) {
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)));
+  }
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  check_launch(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), threads, pointers,
+                                shared_bytes, stream));
+}
+
+}  // namespace cuda
+}  // namespace dk

@@ -1,0 +1,333 @@
+// What the kernels share: vectors of channels, tiles of pixels, and the taps of a tile.
+//
+//   N, C, H, W       batch, channels, input size;  H_out, W_out: output size
+//   K_h, K_w         kernel size: the taps t of an output pixel, row-major
+//   S_h, S_w         scope size: the cells of the stored weight
+//   input            [N, H, W, C], grad_input likewise
+//   output           [N, H_out, W_out, C], grad_output likewise
+//   weight           [C, S_h*S_w]
+//   kernel_offset    [N, 2*K_h*K_w, H_out, W_out] any strides; channel 2t: row, 2t+1: column of tap t
+//   data_offset      the same
+//
+// A block works on a tile of kPixels pixels and one tile of channels at a time. First its threads
+// share out the (tap, pixel) pairs and leave, in shared memory, where each reads and with which
+// bilinear coefficients; then a group of `lanes` threads takes one pixel, each thread a vector of
+// channels. So the sampling arithmetic is done once per pixel, not once per channel.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "depthwise.h"
+#include "launch.cuh"
+
+namespace dk {
+namespace cuda {
+
+// ---- vectors of channels -------------------------------------------------------------------------
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
+  T v[V];
+};
+
+template <int V, typename scalar_t>
+DK_INLINE Vector<opmath_t<scalar_t>, V> load(const scalar_t* p) {
+  const auto stored = *reinterpret_cast<const Vector<scalar_t, V>*>(p);
+  Vector<opmath_t<scalar_t>, V> x;
+  DK_UNROLL
+  for (int v = 0; v < V; ++v) x.v[v] = static_cast<opmath_t<scalar_t>>(stored.v[v]);
+  return x;
+}
+
+template <int V, typename scalar_t>
+DK_INLINE void store(scalar_t* p, const Vector<opmath_t<scalar_t>, V>& x) {
+  Vector<scalar_t, V> stored;
+  DK_UNROLL
+  for (int v = 0; v < V; ++v) stored.v[v] = static_cast<scalar_t>(x.v[v]);
+  *reinterpret_cast<Vector<scalar_t, V>*>(p) = stored;
+}
+
+// sum += factor * x
+template <typename T, int V>
+DK_INLINE void add_scaled(Vector<T, V>& sum, T factor, const Vector<T, V>& x) {
+  DK_UNROLL
+  for (int v = 0; v < V; ++v) sum.v[v] += factor * x.v[v];
+}
+
+template <typename T, int V>
+DK_INLINE Vector<T, V> product(const Vector<T, V>& a, const Vector<T, V>& b) {
+  Vector<T, V> x;
+  DK_UNROLL
+  for (int v = 0; v < V; ++v) x.v[v] = a.v[v] * b.v[v];
+  return x;
+}
+
+template <typename T, int V>
+DK_INLINE T dot(const Vector<T, V>& a, const Vector<T, V>& b) {
+  T sum = a.v[0] * b.v[0];
+  DK_UNROLL
+  for (int v = 1; v < V; ++v) sum += a.v[v] * b.v[v];
+  return sum;
+}
+
+// ---- sizes ---------------------------------------------------------------------------------------
+
+// Kernel and scope size, known to the compiler where K and S are not 0.
+template <int K, int S>
+struct Sizes {
+  int kernel_h, kernel_w, scope_h, scope_w;
+
+  DK_INLINE explicit Sizes(const DepthwiseParams& p)
+      : kernel_h(K ? K : p.kernel_h),
+        kernel_w(K ? K : p.kernel_w),
+        scope_h(S ? S : p.scope_h),
+        scope_w(S ? S : p.scope_w) {}
+  DK_INLINE int taps() const { return kernel_h * kernel_w; }
+  DK_INLINE int cells() const { return scope_h * scope_w; }
+};
+
+template <int V>
+constexpr int kRow = (kWarpSize + 1) * V;
+
+// Distances from the first cell of a 2x2 block to the next one along each axis; 0 where the axis has
+// but one cell, whose second coefficient is 0.
+struct Steps {
+  int64_t h, w;
+  DK_INLINE Steps(int64_t height, int64_t width, int64_t cell)
+      : h(height > 1 ? width * cell : 0), w(width > 1 ? cell : 0) {}
+  DK_INLINE int64_t operator[](int j) const { return (j / 2) * h + (j % 2) * w; }
+};
+
+// ---- pixels --------------------------------------------------------------------------------------
+
+struct Pixel {
+  int n, h, w;  // n counts from the first image of the tile
+};
+
+// `count` pixels from `first` on, of all N * height * width.
+struct PixelTile {
+  int64_t first_image;
+  int offset, count;  // offset of the first pixel in the first image
+  int height, width;
+
+  DK_INLINE PixelTile(int64_t first, int64_t batch, int64_t height, int64_t width)
+      : height(static_cast<int>(height)), width(static_cast<int>(width)) {
+    const int64_t total = batch * height * width;
+    first_image = first / (height * width);
+    offset = static_cast<int>(first - first_image * height * width);
+    count = static_cast<int>(total - first < kPixels ? total - first : kPixels);
+  }
+  DK_INLINE Pixel operator[](int i) const {
+    const int position = offset + i, row = position / width;
+    return {row / height, row % height, position % width};
+  }
+};
+
+// ---- taps ----------------------------------------------------------------------------------------
+
+// AxisSample of bilinear.h with its two cells side by side: `cell` and `cell + 1`. A cell outside the
+// axis has no coefficient, so the pair may be moved inside.
+template <typename T>
+struct AxisPair {
+  int cell;
+  T coef[2], grad[2];
+};
+
+template <typename T>
+DK_INLINE AxisPair<T> side_by_side(const AxisSample<T>& s, int size) {
+  AxisPair<T> pair{s.cell[0], {s.coef[0], s.coef[1]}, {s.grad[0], s.grad[1]}};
+  if (s.cell[1] == s.cell[0] + 1) return pair;
+  if (s.cell[0] > 0) {  // the last cell is the first of the two
+    pair.cell = s.cell[0] - 1;
+    pair.coef[0] = pair.grad[0] = T(0);
+    pair.coef[1] = s.coef[0];
+    pair.grad[1] = s.grad[0];
+  } else {  // cell 0 is the second of the two, or the only cell there is
+    pair.coef[0] = s.coef[0] + s.coef[1];
+    pair.grad[0] = s.grad[0] + s.grad[1];
+    pair.coef[1] = pair.grad[1] = T(0);
+  }
+  return pair;
+}
+
+// One tap of one output pixel in two dimensions, in the scope or in the image.
+template <typename T>
+struct TapSample {
+  AxisPair<T> h, w;
+
+  DK_INLINE Vector<T, 4> coef() const {
+    return {{h.coef[0] * w.coef[0], h.coef[0] * w.coef[1], h.coef[1] * w.coef[0],
+             h.coef[1] * w.coef[1]}};
+  }
+  // Gradients of the row and the column, given those of the four coefficients.
+  DK_INLINE T grad_h(const Vector<T, 4>& g) const {
+    return h.grad[0] * (w.coef[0] * g.v[0] + w.coef[1] * g.v[1]) +
+           h.grad[1] * (w.coef[0] * g.v[2] + w.coef[1] * g.v[3]);
+  }
+  DK_INLINE T grad_w(const Vector<T, 4>& g) const {
+    return h.coef[0] * (w.grad[0] * g.v[0] + w.grad[1] * g.v[1]) +
+           h.coef[1] * (w.grad[0] * g.v[2] + w.grad[1] * g.v[3]);
+  }
+};
+
+template <typename T>
+DK_INLINE T* offset_of(const Offset<T>& offset, int64_t n, int t, int h, int w) {
+  const OffsetStrides& s = offset.strides;
+  return offset.data + n * s.n + 2 * t * s.c + h * s.h + w * s.w;
+}
+
+// Tap t of output pixel (h, w) of image n, in the scope.
+template <typename T, typename Sizes>
+DK_INLINE TapSample<T> sample_weight(const DepthwiseParams& p, const Sizes& size,
+                                     const Offset<const T>& offset, int64_t n, int t, int h, int w) {
+  const T* o = offset_of(offset, n, t, h, w);
+  const T rest_h = T(size.scope_h - size.kernel_h) / 2 + T(t / size.kernel_w);
+  const T rest_w = T(size.scope_w - size.kernel_w) / 2 + T(t % size.kernel_w);
+  return {side_by_side(sample_scope(rest_h + o[0], size.scope_h, p.clip), size.scope_h),
+          side_by_side(sample_scope(rest_w + o[offset.strides.c], size.scope_w, p.clip),
+                       size.scope_w)};
+}
+
+// Input row (column) that a tap of an output row (column) reads at rest.
+DK_INLINE int64_t rest_position(int out, int64_t stride, int64_t pad, int tap, int64_t dilation) {
+  return out * stride - pad + tap * dilation;
+}
+
+// The same tap, in the image.
+template <typename T, typename Sizes>
+DK_INLINE TapSample<T> sample_data(const DepthwiseParams& p, const Sizes& size,
+                                   const Offset<const T>& offset, int64_t n, int t, int h, int w) {
+  const T* o = offset_of(offset, n, t, h, w);
+  const T y = T(rest_position(h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h));
+  const T x = T(rest_position(w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w));
+  const int height = static_cast<int>(p.in_h), width = static_cast<int>(p.in_w);
+  return {side_by_side(sample_image(y + o[0], height), height),
+          side_by_side(sample_image(x + o[offset.strides.c], width), width)};
+}
+
+// Output row (column) that reads an input row (column) through a tap, or -1.
+DK_INLINE int fed_output(int in, int64_t pad, int tap, int64_t dilation, int64_t stride, int64_t size) {
+  const int64_t position = in + pad - tap * dilation;
+  if (position < 0 || position % stride) return -1;
+  return position / stride < size ? static_cast<int>(position / stride) : -1;
+}
+
+// ---- shared memory -------------------------------------------------------------------------------
+
+template <typename scalar_t, int V, bool kKernel, bool kData>
+struct Shared {
+  using T = opmath_t<scalar_t>;
+  Vector<T, 4>* kernel_coef;
+  Vector<T, 4>* data_coef;
+  scalar_t* weight;
+  T* weight_sum;
+  TapIndex* index;
+
+  DK_INLINE Shared(unsigned char* memory, int taps, int cells, int warps) {
+    const SharedLayout s = shared_layout<scalar_t>(V, taps, cells, warps, kKernel, kData);
+    kernel_coef = reinterpret_cast<Vector<T, 4>*>(memory + s.kernel_coef);
+    data_coef = reinterpret_cast<Vector<T, 4>*>(memory + s.data_coef);
+    weight = reinterpret_cast<scalar_t*>(memory + s.weight);
+    weight_sum = reinterpret_cast<T*>(memory + s.weight_sum);
+    index = reinterpret_cast<TapIndex*>(memory + s.index);
+  }
+
+  // The scope of channels begin .. begin + width; 0 past the last channel.
+  __device__ __forceinline__ void stage_weight(const scalar_t* from, int cells, int begin, int width,
+                                               int channels) const {
+    for (int j = threadIdx.x; j < width * cells; j += blockDim.x) {
+      const int c = j / cells, cell = j % cells;
+      weight[cell * kRow<V> + c] = begin + c < channels
+                                       ? from[static_cast<int64_t>(begin + c) * cells + cell]
+                                       : static_cast<scalar_t>(0.0f);
+    }
+  }
+
+  // Where the taps of a tile of output pixels read, and how.
+  template <typename Sizes>
+  __device__ __forceinline__ void fill_output_taps(const DepthwiseParams& p, const Sizes& size,
+                                                   const PixelTile& tile,
+                                                   const Offset<const T>& kernel_offset,
+                                                   const Offset<const T>& data_offset) const {
+    const int height = static_cast<int>(p.in_h), width = static_cast<int>(p.in_w);
+    for (int j = threadIdx.x; j < size.taps() * kPixels; j += blockDim.x) {
+      const int t = j / kPixels, i = j % kPixels;
+      if (i >= tile.count) continue;
+      const Pixel q = tile[i];
+      const int64_t n = tile.first_image + q.n;
+      TapIndex at{t * kRow<V>, -1};
+      if constexpr (kData) {
+        const auto sample = sample_data(p, size, data_offset, n, t, q.h, q.w);
+        at.pixel = (q.n * height + sample.h.cell) * width + sample.w.cell;
+        data_coef[j] = sample.coef();
+      } else {
+        const int64_t y = rest_position(q.h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h);
+        const int64_t x = rest_position(q.w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w);
+        if (y >= 0 && y < height && x >= 0 && x < width) {
+          at.pixel = (q.n * height + static_cast<int>(y)) * width + static_cast<int>(x);
+        }
+      }
+      if constexpr (kKernel) {
+        const auto sample = sample_weight(p, size, kernel_offset, n, t, q.h, q.w);
+        at.cell = (sample.h.cell * size.scope_w + sample.w.cell) * kRow<V>;
+        kernel_coef[j] = sample.coef();
+      }
+      index[j] = at;
+    }
+  }
+};
+
+// ---- sums over the threads of a pixel ------------------------------------------------------------
+
+// Sums each v[i] over a group of `lanes` threads (a power of two, >= N). Returns, in the group's thread
+// l, the sum of v[l % N]: at each of the first steps a thread hands half of its values to a neighbour,
+// so N sums take about N + log2(lanes / N) exchanges instead of N * log2(lanes).
+template <int N, typename T>
+__device__ __forceinline__ T fold_sum(T (&v)[N], int lanes) {
+  int distance = 1;
+  DK_UNROLL
+  for (int n = N / 2; n > 0; n /= 2) {
+    const bool odd = threadIdx.x & distance;
+    DK_UNROLL
+    for (int i = 0; i < n; ++i) {
+      const T kept = odd ? v[2 * i + 1] : v[2 * i];
+      const T sent = odd ? v[2 * i] : v[2 * i + 1];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, distance);
+    }
+    distance *= 2;
+  }
+  for (; distance < lanes; distance *= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], distance);
+  return v[0];
+}
+
+// ---- dispatch ------------------------------------------------------------------------------------
+
+template <int v>
+using Int = std::integral_constant<int, v>;
+
+// Calls f(Int<K>, Int<S>) with the sizes that have kernels of their own, else with zeros.
+template <bool kKernel, typename F>
+void dispatch_sizes(const DepthwiseParams& p, const F& f) {
+  const bool three = p.kernel_h == 3 && p.kernel_w == 3, square = p.scope_h == p.scope_w;
+  if constexpr (kKernel) {
+    if (three && square && p.scope_h == 3) return f(Int<3>(), Int<3>());
+    if (three && square && p.scope_h == 4) return f(Int<3>(), Int<4>());
+    if (three && square && p.scope_h == 5) return f(Int<3>(), Int<5>());
+  } else {
+    if (three) return f(Int<3>(), Int<3>());
+  }
+  f(Int<0>(), Int<0>());
+}
+
+// Calls f(has kernel_offset, has data_offset) with compile-time answers.
+template <typename F>
+void dispatch_offsets(bool kernel, bool data, const F& f) {
+  if (kernel && data) f(std::true_type(), std::true_type());
+  else if (kernel) f(std::true_type(), std::false_type());
+  else if (data) f(std::false_type(), std::true_type());
+  else f(std::false_type(), std::false_type());
+}
+
+}  // namespace cuda
+}  // namespace dk

@@ -1,0 +1,123 @@
+// Sizes and strides of one depthwise deform_kernel_conv2d call, checked once, for every backend.
+//
+//   input          [N, C, H, W]
+//   weight         [C, 1, S_h, S_w]             the scope
+//   bias           [C]
+//   kernel_offset  [N, 2*K_h*K_w, H_out, W_out] channel 2t: rows, 2t+1: columns, in scope cells
+//   data_offset    [N, 2*K_h*K_w, H_out, W_out] the same layout, in input pixels
+//   output         [N, C, H_out, W_out]
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace dk {
+
+struct DepthwiseParams {
+  int64_t batch, channels, in_h, in_w, out_h, out_w;
+  int scope_h, scope_w, kernel_h, kernel_w;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool clip;
+
+  int taps() const { return kernel_h * kernel_w; }
+  int cells() const { return scope_h * scope_w; }
+};
+
+// Element strides of an offset tensor, so that any memory format is read where it lies.
+struct OffsetStrides {
+  int64_t n, c, h, w;
+};
+
+inline OffsetStrides offset_strides(const std::optional<at::Tensor>& offset) {
+  if (!offset) return {};
+  return {offset->stride(0), offset->stride(1), offset->stride(2), offset->stride(3)};
+}
+
+// One rule for all backends and the fake kernels: channels_last in, channels_last out.
+inline at::MemoryFormat output_format(const at::Tensor& input) {
+  return input.size(1) > 1 && input.stride(1) == 1 ? at::MemoryFormat::ChannelsLast
+                                                   : at::MemoryFormat::Contiguous;
+}
+
+// Throws on anything a kernel could not handle. dk_detectron.ops checks the same with friendlier
+// words; this one is what keeps direct calls through torch.ops inside their memory.
+inline DepthwiseParams checked_params(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool clip) {
+  TORCH_CHECK(input.dim() == 4, "input: expected [N, C, H, W], got ", input.sizes());
+  const int64_t channels = input.size(1);
+  TORCH_CHECK(groups == channels && weight.dim() == 4 && weight.size(0) == channels &&
+                  weight.size(1) == 1,
+              "torch.ops.dk_detectron.deform_kernel_conv2d is depthwise: expected weight [", channels,
+              ", 1, S_h, S_w] and groups=", channels, ", got weight ", weight.sizes(),
+              " and groups=", groups,
+              "; dk_detectron.ops.deform_kernel_conv2d takes every grouping");
+  TORCH_CHECK(at::isFloatingType(input.scalar_type()),
+              "input: expected a floating point type, got ", input.scalar_type());
+  auto check_pair = [](at::IntArrayRef pair, const char* name, int64_t least) {
+    TORCH_CHECK(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name,
+                ": expected two values >= ", least, ", got ", pair);
+  };
+  check_pair(kernel_size, "kernel_size", 1);
+  check_pair(stride, "stride", 1);
+  check_pair(padding, "padding", 0);
+  check_pair(dilation, "dilation", 1);
+
+  DepthwiseParams p;
+  p.batch = input.size(0);
+  p.channels = channels;
+  p.in_h = input.size(2);
+  p.in_w = input.size(3);
+  p.scope_h = static_cast<int>(weight.size(2));
+  p.scope_w = static_cast<int>(weight.size(3));
+  p.kernel_h = static_cast<int>(kernel_size[0]);
+  p.kernel_w = static_cast<int>(kernel_size[1]);
+  p.stride_h = stride[0];
+  p.stride_w = stride[1];
+  p.pad_h = padding[0];
+  p.pad_w = padding[1];
+  p.dilation_h = dilation[0];
+  p.dilation_w = dilation[1];
+  p.clip = clip;
+  p.out_h = (p.in_h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_w = (p.in_w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  TORCH_CHECK(p.scope_h > 0 && p.scope_w > 0, "weight: the scope is empty, got ", weight.sizes());
+  TORCH_CHECK(p.in_h + 2 * p.pad_h > p.dilation_h * (p.kernel_h - 1) &&
+                  p.in_w + 2 * p.pad_w > p.dilation_w * (p.kernel_w - 1),
+              "input: padded size ", p.in_h + 2 * p.pad_h, "x", p.in_w + 2 * p.pad_w,
+              " is smaller than the dilated kernel ", kernel_size, " with dilation ", dilation);
+  TORCH_CHECK(kernel_offset || (p.scope_h == p.kernel_h && p.scope_w == p.kernel_w),
+              "weight: without kernel_offset expected a scope of the kernel size ", kernel_size,
+              ", got ", weight.sizes(), "; sample_kernel makes one");
+
+  auto check_like_input = [&](const at::Tensor& t, const char* name) {
+    TORCH_CHECK(t.device() == input.device(), name, ": expected device ", input.device(),
+                " like input, got ", t.device());
+    TORCH_CHECK(t.scalar_type() == input.scalar_type(), name, ": expected type ",
+                input.scalar_type(), " like input, got ", t.scalar_type());
+  };
+  check_like_input(weight, "weight");
+  if (bias) {
+    check_like_input(*bias, "bias");
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels, "bias: expected [", channels,
+                "], got ", bias->sizes());
+  }
+  const std::vector<int64_t> offset_sizes{p.batch, 2 * p.taps(), p.out_h, p.out_w};
+  auto check_offset = [&](const std::optional<at::Tensor>& offset, const char* name) {
+    if (!offset) return;
+    TORCH_CHECK(offset->sizes() == offset_sizes, name, ": expected ",
+                at::IntArrayRef(offset_sizes), ", got ", offset->sizes());
+    TORCH_CHECK(offset->device() == input.device(), name, ": expected device ", input.device(),
+                " like input, got ", offset->device());
+    TORCH_CHECK(at::isFloatingType(offset->scalar_type()), name,
+                ": expected a floating point type, got ", offset->scalar_type());
+  };
+  check_offset(kernel_offset, "kernel_offset");
+  check_offset(data_offset, "data_offset");
+  return p;
+}
+
+}  // namespace dk

@@ -1,0 +1,42 @@
+"""The configuration keys of this project, added to detectron2's defaults."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_dk_config(cfg: CN) -> None:
+    """Adds every key of dk_detectron to ``cfg``. All are off: a plain detectron2 config is unchanged."""
+    # Which convolutions of the residual blocks adapt, and how.
+    cfg.MODEL.DEFORM_KERNEL = CN()
+    # The 1x1 convolutions (not the shortcut projections) and the depthwise 3x3 ones, each one of:
+    #   "rigid"        an ordinary convolution
+    #   "local"        local deformable kernel: kernel offsets per output location
+    #   "global"       global deformable kernel: kernel offsets per image
+    #   "conditional"  conditional convolution (SCC): a mixture of experts per image
+    cfg.MODEL.DEFORM_KERNEL.CONV_1X1 = "rigid"
+    cfg.MODEL.DEFORM_KERNEL.CONV_3X3 = "rigid"
+    # Scope sizes of deformable kernels.
+    cfg.MODEL.DEFORM_KERNEL.SCOPE_SIZE_1X1 = 2
+    cfg.MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3 = 4
+    # Deformable convolution (DCN) in the depthwise 3x3 of res2, res3, res4, res5: data offsets, alone or
+    # (with CONV_3X3 "local") together with kernel offsets.
+    cfg.MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE = [False, False, False, False]
+    # Experts of a conditional convolution: 8 in the paper's MobileNet-V2, 2 in its ResNet-50-DW.
+    cfg.MODEL.DEFORM_KERNEL.NUM_EXPERTS = 8
+
+    # ResNet-DW takes detectron2's own MODEL.RESNETS keys, of which it uses DEPTH (50, 101 or 152),
+    # WIDTH_PER_GROUP (doubled, as in the paper), STEM_OUT_CHANNELS, RES2_OUT_CHANNELS, STRIDE_IN_1X1,
+    # NORM and OUT_FEATURES.
+    cfg.MODEL.MOBILENETV2 = CN()
+    cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Any norm that detectron2.layers.get_norm knows: "FrozenBN", "BN", "SyncBN", "GN", ...
+    cfg.MODEL.MOBILENETV2.NORM = "FrozenBN"
+    # Channels of res5: 1280, with the final 1x1 convolution, or 320, without.
+    cfg.MODEL.MOBILENETV2.RES5_CHANNELS = 1280
+
+    # Image classification (MODEL.META_ARCHITECTURE "ImageClassifier").
+    cfg.MODEL.CLASSIFIER = CN()
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+
+    # The learning rate of every offset generator is multiplied by this: 0.01 in the paper's
+    # ResNet-50-DW, 0.1 in its MobileNet-V2.
+    cfg.SOLVER.OFFSET_LR_FACTOR = 1.0

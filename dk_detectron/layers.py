@@ -1,0 +1,353 @@
+"""Convolutions that adapt to their input: deformable kernels and what the paper compares them with.
+
+All take ``nn.Conv2d``'s arguments in its order, and ``norm`` and ``activation`` as
+``detectron2.layers.Conv2d`` does. What adapts them is predicted from the input by small generators that
+start at zero, so that every layer starts as a rigid convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from .ops import (
+    deform_kernel_conv2d,
+    per_image_conv2d,
+    rest_kernel,
+    rest_matrix,
+    sample_kernel,
+)
+
+__all__ = [
+    "LocalDeformKernel2d",
+    "GlobalDeformKernel2d",
+    "DeformConv2d",
+    "DeformKernelConv2d",
+    "CondConv2d",
+    "msra_fill",
+]
+
+Size = int | Sequence[int]
+
+# Where symmetry would keep weights equal for ever, they start this much apart, in standard deviations.
+PERTURBATION = 0.5
+
+
+def _pair(value: Size) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _zero_init(generator: nn.Module) -> nn.Module:
+    nn.init.zeros_(generator.weight)
+    nn.init.zeros_(generator.bias)
+    return generator
+
+
+class AdaptiveConv2d(nn.Module):
+    """What the layers share: the arguments of ``nn.Conv2d``, initialisation, norm and activation.
+
+    A subclass says what its weight looks like, makes its generators, and convolves.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        norm: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """
+        Raises:
+            ValueError: ``groups`` does not divide the channels, or another padding mode than zeros.
+        """
+        super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups: expected a divisor of in_channels={in_channels} and "
+                f"out_channels={out_channels}, got {groups}"
+            )
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode: expected 'zeros', got {padding_mode!r}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.padding = _pair(padding)
+        self.dilation = _pair(dilation)
+        self.groups = groups
+        factory = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(self._weight_shape(), **factory))
+        self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self._make_generators(factory)
+        self.norm = norm
+        self.activation = activation
+        self.reset_parameters()
+
+    def _weight_shape(self) -> list[int]:
+        return self.rigid_shape
+
+    def _make_generators(self, factory: dict) -> None:
+        raise NotImplementedError
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def rigid_shape(self) -> list[int]:
+        """The weight of the rigid convolution that this layer adapts."""
+        return [self.out_channels, self.in_channels // self.groups, *self.kernel_size]
+
+    @property
+    def _conv_arguments(self) -> dict:
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+
+    def _offset_convolution(self, factory: dict) -> nn.Conv2d:
+        """The generator of local offsets: configured as the target, C_in -> 2*K, never depthwise."""
+        arguments = {**self._conv_arguments, "groups": 1}
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        generator = nn.Conv2d(self.in_channels, 2 * taps, self.kernel_size, **arguments, **factory)
+        return _zero_init(generator)
+
+    def reset_parameters(self) -> None:
+        """Initialises weight and bias as ``nn.Conv2d`` does; the generators stay as they are."""
+        rigid = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, groups=self.groups,
+            bias=self.bias is not None,
+        )  # fmt: skip
+        self.set_rigid_weight(rigid.weight.detach())
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(rigid.bias)
+
+    @torch.no_grad()
+    def set_rigid_weight(self, weight: Tensor) -> None:
+        """Makes the layer, as long as its generators are at zero, the rigid convolution of ``weight``.
+
+        Args:
+            weight: [C_out, C_in / groups, K_h, K_w].
+
+        Raises:
+            ValueError: ``weight`` has another shape.
+        """
+        if list(weight.shape) != self.rigid_shape:
+            raise ValueError(f"weight: expected {self.rigid_shape}, got {list(weight.shape)}")
+        self.weight.copy_(self._from_rigid(weight))
+
+    def _from_rigid(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, H_out, W_out]."""
+        x = self._convolve(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}"
+        )
+        if self.padding != (0, 0):
+            text += f", padding={self.padding}"
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.bias is None:
+            text += ", bias=False"
+        return text
+
+
+class _ScopeConv2d(AdaptiveConv2d):
+    """A layer whose weight is a scope that the kernel is sampled from."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, *args, scope_size=None, **kwargs):
+        kernel_size = _pair(kernel_size)
+        scope = tuple(k + 1 for k in kernel_size) if scope_size is None else _pair(scope_size)
+        if len(scope) != 2 or min(scope) < 1:
+            raise ValueError(f"scope_size: expected one or two integers >= 1, got {scope_size!r}")
+        self.scope_size = scope
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+
+    def _weight_shape(self) -> list[int]:
+        return [*self.rigid_shape[:2], *self.scope_size]
+
+    def _from_rigid(self, weight: Tensor) -> Tensor:
+        lifted = lift_to_scope(weight, self.scope_size)
+        if 1 not in self.kernel_size:
+            return lifted
+        # Along an axis with a single tap the lifted scope is constant: its offsets would get no gradient
+        # and its cells equal ones, for ever. Perturb them by what the undeformed kernel does not see.
+        noise = torch.randn_like(lifted)
+        noise = noise - lift_to_scope(rest_kernel(noise, self.kernel_size), self.scope_size)
+        return lifted + PERTURBATION * weight.std(correction=0) * noise
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scope_size={self.scope_size}"
+
+
+class LocalDeformKernel2d(_ScopeConv2d):
+    """Local deformable kernel (section 3.3, eq. 7): kernel offsets for every output location.
+
+    Args (beyond those of ``nn.Conv2d``):
+        scope_size: size of the stored weight, one more than the kernel by default.
+    """
+
+    def _make_generators(self, factory):
+        self.kernel_offset_generator = self._offset_convolution(factory)
+
+    def _convolve(self, x):
+        return deform_kernel_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            kernel_offset=self.kernel_offset_generator(x),
+            kernel_size=self.kernel_size,
+            **self._conv_arguments,
+        )
+
+
+class GlobalDeformKernel2d(_ScopeConv2d):
+    """Global deformable kernel (section 3.3): kernel offsets for every image.
+
+    Args (beyond those of ``nn.Conv2d``):
+        scope_size: size of the stored weight, one more than the kernel by default.
+    """
+
+    def _make_generators(self, factory):
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.kernel_offset_generator = _zero_init(nn.Linear(self.in_channels, 2 * taps, **factory))
+
+    def _convolve(self, x):
+        kernel_offset = self.kernel_offset_generator(x.mean((2, 3)))
+        kernels = sample_kernel(self.weight, kernel_offset, self.kernel_size)
+        return per_image_conv2d(x, kernels, self.bias, **self._conv_arguments)
+
+
+class DeformConv2d(AdaptiveConv2d):
+    """Deformable convolution (eq. 9, Dai et al. 2017): data offsets for every output location."""
+
+    def _make_generators(self, factory):
+        self.data_offset_generator = self._offset_convolution(factory)
+
+    def _convolve(self, x):
+        return deform_kernel_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            data_offset=self.data_offset_generator(x),
+            kernel_size=self.kernel_size,
+            **self._conv_arguments,
+        )
+
+
+class DeformKernelConv2d(_ScopeConv2d):
+    """Deformable convolution with deformable kernels (eq. 11): both offsets, learnt separately.
+
+    Args (beyond those of ``nn.Conv2d``):
+        scope_size: size of the stored weight, one more than the kernel by default.
+    """
+
+    def _make_generators(self, factory):
+        self.kernel_offset_generator = self._offset_convolution(factory)
+        self.data_offset_generator = self._offset_convolution(factory)
+
+    def _convolve(self, x):
+        return deform_kernel_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            kernel_offset=self.kernel_offset_generator(x),
+            data_offset=self.data_offset_generator(x),
+            kernel_size=self.kernel_size,
+            **self._conv_arguments,
+        )
+
+
+class CondConv2d(AdaptiveConv2d):
+    """Conditional convolution (soft conditional computation, SCC; Yang et al. 2019).
+
+    The kernel of each image is a mixture of experts, W(n) = sum_e g_e(n) * W_e, with gates
+    g = sigmoid(linear(global average pool)).
+
+    Args (beyond those of ``nn.Conv2d``):
+        num_experts: E.
+    """
+
+    def __init__(self, *args, num_experts: int = 8, **kwargs):
+        if num_experts < 1:
+            raise ValueError(f"num_experts: expected an integer >= 1, got {num_experts}")
+        self.num_experts = num_experts
+        super().__init__(*args, **kwargs)
+
+    def _weight_shape(self):
+        return [self.num_experts, *self.rigid_shape]
+
+    def _make_generators(self, factory):
+        self.gate_generator = _zero_init(nn.Linear(self.in_channels, self.num_experts, **factory))
+
+    def _from_rigid(self, weight):
+        # At the start every gate is sigmoid(0) = 1/2. Equal experts would get equal gradients and never
+        # part: perturb them by amounts that cancel in the mixture.
+        shared = weight * (2 / self.num_experts)
+        noise = torch.randn(self._weight_shape(), dtype=weight.dtype, device=weight.device)
+        return shared + PERTURBATION * shared.std(correction=0) * (noise - noise.mean(0))
+
+    def _convolve(self, x):
+        gates = self.gate_generator(x.mean((2, 3))).sigmoid()
+        kernels = (gates.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(1, self.rigid_shape)
+        return per_image_conv2d(x, kernels, self.bias, **self._conv_arguments)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, num_experts={self.num_experts}"
+
+
+def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
+    """The smallest scope weight whose undeformed kernel is exactly ``weight`` (exact warm start).
+
+    Args:
+        weight: [C_out, C_in / groups, K_h, K_w].
+        scope_size: (S_h, S_w), no smaller than the kernel.
+
+    Returns:
+        [C_out, C_in / groups, S_h, S_w].
+    """
+    kernel_size, scope_size = tuple(weight.shape[2:]), _pair(scope_size)
+    if scope_size == kernel_size:
+        return weight
+    inverse = torch.linalg.pinv(rest_matrix(scope_size, kernel_size)).to(weight.device)
+    lifted = weight.flatten(2).double() @ inverse.t()
+    return lifted.unflatten(2, scope_size).to(weight.dtype)
+
+
+def msra_fill(module: nn.Module) -> None:
+    """He et al.'s initialisation of a rigid or adaptive convolution, as detectron2's backbones use it."""
+    if not isinstance(module, AdaptiveConv2d):
+        weight_init.c2_msra_fill(module)
+        return
+    rigid = torch.empty(module.rigid_shape)
+    nn.init.kaiming_normal_(rigid, mode="fan_out", nonlinearity="relu")
+    module.set_rigid_weight(rigid)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,205 @@
+"""The layers: drop-in for nn.Conv2d, rigid at the start, adaptive once their generators move."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dk_detectron.layers import (
+    CondConv2d,
+    DeformConv2d,
+    DeformKernelConv2d,
+    GlobalDeformKernel2d,
+    LocalDeformKernel2d,
+    lift_to_scope,
+    msra_fill,
+)
+from dk_detectron.ops import deform_kernel_conv2d, per_image_conv2d, rest_matrix
+
+LAYERS = [
+    LocalDeformKernel2d,
+    GlobalDeformKernel2d,
+    DeformConv2d,
+    DeformKernelConv2d,
+    CondConv2d,
+]
+# in, out, kernel, stride, padding, dilation, groups
+SHAPES = [
+    pytest.param((6, 6, 3, 1, 1, 1, 6), id="depthwise"),
+    pytest.param((6, 6, (3, 5), (2, 1), (1, 3), (1, 2), 6), id="depthwise-asymmetric"),
+    pytest.param((6, 8, 3, 2, 1, 1, 2), id="grouped"),
+    pytest.param((6, 10, 1, 1, 0, 1, 1), id="pointwise"),
+    pytest.param((6, 10, 1, 2, 0, 1, 1), id="pointwise-stride"),
+]
+
+
+def randomize_generators(layer: nn.Module, scale: float = 0.3) -> None:
+    for name, module in layer.named_children():
+        if name.endswith("generator"):
+            nn.init.normal_(module.weight, std=scale)
+            nn.init.normal_(module.bias, std=scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_starts_as_the_rigid_convolution(layer, shape):
+    """Same positional arguments as nn.Conv2d, and the same outputs from the same weight."""
+    rigid = nn.Conv2d(*shape).double()
+    adaptive = layer(*shape).double()
+    adaptive.set_rigid_weight(rigid.weight.detach())
+    adaptive.bias.data.copy_(rigid.bias.data)
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(adaptive(x), rigid(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_parameter_learns_and_moves_the_output(layer, shape):
+    layer = layer(*shape).double()
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    before = layer(x)
+    before.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        # Zero generators get gradients too: training is not stuck at the start. At rest on the last
+        # pixel before the padding there is nothing to learn, but never everywhere.
+        assert parameter.grad.abs().sum() > 0, name
+    randomize_generators(layer)
+    assert (layer(x) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_generators_start_at_zero_and_are_configured_as_the_target(layer):
+    layer = layer(6, 6, (3, 5), (2, 1), (1, 3), (1, 2), 6)
+    generators = {n: m for n, m in layer.named_children() if n.endswith("generator")}
+    assert generators
+    for generator in generators.values():
+        assert not generator.weight.any() and not generator.bias.any()
+        if isinstance(generator, nn.Conv2d):
+            assert generator.out_channels == 2 * 15 and generator.groups == 1
+            for key in "kernel_size", "stride", "padding", "dilation":
+                assert getattr(generator, key) == getattr(layer, key)
+
+
+def test_local_layer_calls_the_operator_with_its_offsets():
+    layer = LocalDeformKernel2d(4, 4, 3, padding=1, groups=4, scope_size=(4, 5))
+    randomize_generators(layer)
+    x = torch.randn(2, 4, 6, 7)
+    expected = deform_kernel_conv2d(
+        x, layer.weight, layer.bias, layer.kernel_offset_generator(x),
+        kernel_size=3, padding=1, groups=4,
+    )  # fmt: skip
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_combined_layer_learns_both_offsets_separately():
+    layer = DeformKernelConv2d(4, 4, 3, padding=1, groups=4)
+    randomize_generators(layer)
+    x = torch.randn(2, 4, 6, 7)
+    expected = deform_kernel_conv2d(
+        x, layer.weight, layer.bias, layer.kernel_offset_generator(x), layer.data_offset_generator(x),
+        kernel_size=3, padding=1, groups=4,
+    )  # fmt: skip
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.kernel_offset_generator is not layer.data_offset_generator
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_per_image_conv_is_one_convolution_per_image(shape, memory_format):
+    cin, cout, kernel, stride, padding, dilation, groups = shape
+    size = nn.Conv2d(*shape).weight.shape
+    x = torch.randn(3, cin, 9, 11, dtype=torch.float64).to(memory_format=memory_format)
+    kernels = torch.randn(3, *size, dtype=torch.float64)
+    bias = torch.randn(cout, dtype=torch.float64)
+    got = per_image_conv2d(x, kernels, bias, stride, padding, dilation, groups)
+    expected = torch.cat([
+        F.conv2d(x[i : i + 1], kernels[i], bias, stride, padding, dilation, groups) for i in range(3)
+    ])  # fmt: skip
+    torch.testing.assert_close(got, expected)
+    assert got.is_contiguous(memory_format=memory_format)
+    assert per_image_conv2d(x[:0], kernels[:0], bias, stride, padding, dilation, groups).shape == (
+        0, *expected.shape[1:],
+    )  # fmt: skip
+
+
+def test_global_layer_samples_each_image_once():
+    layer = GlobalDeformKernel2d(4, 4, 3, padding=1, groups=4)
+    randomize_generators(layer)
+    x = torch.randn(2, 4, 6, 7)
+    offset = layer.kernel_offset_generator(x.mean((2, 3)))
+    expected = deform_kernel_conv2d(
+        x, layer.weight, layer.bias, offset[:, :, None, None].expand(-1, -1, 6, 7),
+        kernel_size=3, padding=1, groups=4,
+    )  # fmt: skip
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_conditional_layer_mixes_experts_that_differ():
+    layer = CondConv2d(4, 6, 3, padding=1, num_experts=3)
+    randomize_generators(layer)
+    x = torch.randn(2, 4, 6, 7)
+    gates = layer.gate_generator(x.mean((2, 3))).sigmoid()
+    kernels = torch.einsum("ne,eoikl->noikl", gates, layer.weight)
+    torch.testing.assert_close(layer(x), per_image_conv2d(x, kernels, layer.bias, padding=1))
+    for e in range(1, 3):
+        assert (layer.weight[e] - layer.weight[0]).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3), (2, 3)])
+@pytest.mark.parametrize("extra", [(0, 0), (1, 1), (2, 1), (6, 6)])
+def test_lift_is_exact(kernel_size, extra):
+    scope_size = tuple(k + e for k, e in zip(kernel_size, extra, strict=True))
+    weight = torch.randn(5, 2, *kernel_size, dtype=torch.float64)
+    lifted = lift_to_scope(weight, scope_size)
+    sampled = lifted.flatten(2) @ rest_matrix(scope_size, kernel_size).t()
+    torch.testing.assert_close(sampled, weight.flatten(2), rtol=1e-12, atol=1e-12)
+
+
+def test_lift_to_two_cells_copies():
+    assert (lift_to_scope(torch.full((1, 1, 1, 1), 3.0), 2) - 3).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_msra_fill_has_the_rigid_scale(layer):
+    """The undeformed kernel has He et al.'s variance, whatever the scope or the experts."""
+    torch.manual_seed(0)
+    layer = layer(64, 64, 3, padding=1, bias=False)
+    msra_fill(layer)
+    unit = torch.zeros(1, 64, 3, 3)
+    unit[0, :, 1, 1] = 1
+    kernel_sums = layer(unit)[0, :, 1, 1]  # Σ over inputs of the centre tap: 64 draws
+    expected = (2 / (64 * 9)) ** 0.5 * 64**0.5
+    assert 0.6 < kernel_sums.std() / expected < 1.5
+
+
+def test_norm_and_activation_follow():
+    norm = nn.BatchNorm2d(4).eval()
+    norm.running_mean.fill_(1.0)
+    layer = LocalDeformKernel2d(4, 4, 3, padding=1, groups=4, norm=norm, activation=F.relu6)
+    plain = LocalDeformKernel2d(4, 4, 3, padding=1, groups=4)
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "norm" not in k})
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(layer(x), F.relu6(norm(plain(x))))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_repr_tells_the_arguments(layer):
+    text = repr(layer(4, 4, 3, stride=2, padding=1, groups=2, bias=False))
+    assert "4, 4, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), groups=2, bias=False" in text
+    if layer in (LocalDeformKernel2d, GlobalDeformKernel2d, DeformKernelConv2d):
+        assert "scope_size=(4, 4)" in text
+    if layer is CondConv2d:
+        assert "num_experts=8" in text
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="groups: expected a divisor of in_channels=4"):
+        LocalDeformKernel2d(4, 4, 3, groups=3)
+    with pytest.raises(ValueError, match="padding_mode: expected 'zeros', got 'reflect'"):
+        DeformConv2d(4, 4, 3, padding_mode="reflect")
+    with pytest.raises(ValueError, match="scope_size: expected one or two integers >= 1, got 0"):
+        LocalDeformKernel2d(4, 4, 3, scope_size=0)
+    with pytest.raises(ValueError, match="num_experts: expected an integer >= 1, got 0"):
+        CondConv2d(4, 4, 3, num_experts=0)
+    with pytest.raises(ValueError, match=r"weight: expected \[4, 1, 3, 3\], got \[4, 1, 4, 4\]"):
+        LocalDeformKernel2d(4, 4, 3, groups=4).set_rigid_weight(torch.zeros(4, 1, 4, 4))

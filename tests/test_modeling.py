@@ -1,0 +1,250 @@
+"""The networks are the paper's: every row of its tables builds, with exactly its parameters."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from dk_detectron import add_dk_config
+from dk_detectron.analysis import (
+    CONFIGS,
+    count_multiply_adds,
+    count_parameters,
+    load_config,
+    paper_rows,
+)
+from dk_detectron.layers import (
+    AdaptiveConv2d,
+    CondConv2d,
+    DeformConv2d,
+    DeformKernelConv2d,
+    GlobalDeformKernel2d,
+    LocalDeformKernel2d,
+)
+
+CLASSIFIERS = [pytest.param(row, id=Path(row["config"]).stem) for row in paper_rows(1, 2)]
+DETECTORS = [pytest.param(row, id=Path(row["config"]).stem) for row in paper_rows(3, 4)]
+
+
+def classifier_row(detector: dict) -> dict:
+    """The row of Tables 1 and 2 that describes a detector's backbone."""
+    keys = "backbone", "variant", "dk_1x1", "dk_3x3", "scope_3x3"
+    (row,) = {
+        row["config"]: row for row in paper_rows(1, 2) if all(row[k] == detector[k] for k in keys)
+    }.values()
+    return row
+
+
+def backbone_with(family: str, **keys):
+    cfg = load_config(CONFIGS / "ImageNet" / f"{family}.yaml")
+    for key, value in keys.items():
+        cfg.merge_from_list([f"MODEL.{key}", value])
+    return build_backbone(cfg)
+
+
+def test_the_paper_has_22_classifiers_and_18_detectors():
+    assert len(CLASSIFIERS) == 22 and len(DETECTORS) == 18
+    assert len({p.values[0]["config"] for p in CLASSIFIERS + DETECTORS}) == 40
+
+
+@pytest.mark.parametrize("row", CLASSIFIERS)
+def test_classifier_has_the_papers_parameters(row):
+    cfg = load_config(CONFIGS / row["config"])
+    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    assert count_parameters(model) == int(row["params_exact"])
+    assert round(count_parameters(model) / 1e6, 1) == float(row["params_m"])
+
+
+@pytest.mark.parametrize("row", DETECTORS)
+def test_detector_backbone_has_its_classifiers_parameters(row):
+    cfg = load_config(CONFIGS / row["config"])
+    backbone = build_backbone(cfg)
+    features = 2048 if row["backbone"] == "ResNet-50-DW" else 1280
+    head = features * 1000 + 1000
+    expected = int(classifier_row(row)["params_exact"]) - head
+    assert count_parameters(backbone.bottom_up) == expected
+    strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
+    assert strides == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+
+
+@pytest.mark.parametrize("row", DETECTORS)
+def test_every_detector_steps_and_detects(row):
+    """One training step gives every trainable parameter a finite gradient."""
+    cfg = load_config(CONFIGS / row["config"])
+    norm = "MOBILENETV2.NORM" if "MNV2" in row["config"] else "RESNETS.NORM"
+    cfg.merge_from_list([f"MODEL.{norm}", "BN", "MODEL.BACKBONE.FREEZE_AT", 0])
+    # The paper's backbone under heads small enough for a test.
+    cfg.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32])
+    cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 50])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    instances = Instances((64, 96))
+    instances.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 60.0, 50.0]]))
+    instances.gt_classes = torch.tensor([3])
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    with EventStorage():
+        losses = model([{"image": image, "instances": instances}] * 2)
+    sum(losses.values()).backward()
+    for name, parameter in model.backbone.bottom_up.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    model.eval()
+    with torch.no_grad():
+        (result,) = model([{"image": image}])
+    assert result["instances"].pred_boxes.tensor.shape[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "count"),
+    [
+        ("R_50_DW_dk_l3", LocalDeformKernel2d, 16),
+        ("R_50_DW_dk_g1_g3", GlobalDeformKernel2d, 16 + 32),
+        ("R_50_DW_dcn", DeformConv2d, 13),
+        ("R_50_DW_dcn_dk_l3", DeformKernelConv2d, 13),
+        ("R_50_DW_dcn_dk_l3", LocalDeformKernel2d, 3),
+        ("R_50_DW_scc", CondConv2d, 16 + 32),
+        ("R_50_DW_scc_dk_l3", CondConv2d, 32),
+        ("MNV2_dk_l3", LocalDeformKernel2d, 17),
+        ("MNV2_dk_g1_g3", GlobalDeformKernel2d, 17 + 34),
+        ("MNV2_dcn_dk_l3", DeformKernelConv2d, 14),
+        ("MNV2_scc", CondConv2d, 17 + 34),
+    ],
+)
+def test_which_convolutions_adapt(config, kind, count):
+    backbone = build_backbone(load_config(CONFIGS / "ImageNet" / f"{config}.yaml"))
+    assert sum(type(m) is kind for m in backbone.modules()) == count
+
+
+@pytest.mark.parametrize("config", ["R_50_DW_dk_l3", "MNV2_dk_g1_l3", "MNV2_dcn_dk_l3"])
+def test_an_untrained_adaptive_network_is_the_rigid_one(config):
+    """All generators are zero: the same rigid weights give the same features."""
+    rigid = build_backbone(load_config(CONFIGS / "ImageNet" / f"{config.split('_d')[0]}.yaml"))
+    adaptive = build_backbone(load_config(CONFIGS / "ImageNet" / f"{config}.yaml"))
+    target = adaptive.state_dict()
+    state = {name: v for name, v in rigid.state_dict().items() if target[name].shape == v.shape}
+    adaptive.load_state_dict(state, strict=False)
+    source = dict(rigid.named_modules())
+    for name, module in adaptive.named_modules():
+        if isinstance(module, AdaptiveConv2d):
+            module.set_rigid_weight(source[name].weight.detach())
+    x = torch.randn(2, 3, 64, 96)
+    expected, got = rigid.eval()(x)["res5"], adaptive.eval()(x)["res5"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("family", ["R_50_DW", "MNV2"])
+def test_output_shapes_are_what_comes_out(family):
+    key = "RESNETS" if family == "R_50_DW" else "MOBILENETV2"
+    backbone = backbone_with(
+        family, **{f"{key}.OUT_FEATURES": ["stem", "res2", "res3", "res4", "res5"]}
+    )
+    outputs = backbone(torch.randn(1, 3, 64, 96))
+    shapes = backbone.output_shape()
+    assert list(outputs) == list(shapes) == ["stem", "res2", "res3", "res4", "res5"]
+    for name, shape in shapes.items():
+        expected = (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
+        assert tuple(outputs[name].shape) == expected
+
+
+def test_mobilenet_features_are_the_papers():
+    backbone = backbone_with(
+        "MNV2", **{"MOBILENETV2.OUT_FEATURES": ["res2", "res3", "res4", "res5"]}
+    )
+    channels = [shape.channels for shape in backbone.output_shape().values()]
+    assert channels == [24, 32, 96, 1280]
+    small = backbone_with("MNV2", **{"MOBILENETV2.RES5_CHANNELS": 320})
+    assert small.output_shape()["res5"].channels == 320
+
+
+@pytest.mark.parametrize("family", ["R_50_DW", "MNV2"])
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN", "GN"])
+def test_norm_is_switchable(family, norm):
+    key = "RESNETS" if family == "R_50_DW" else "MOBILENETV2"
+    backbone = backbone_with(family, **{f"{key}.NORM": norm})
+    kinds = {type(m).__name__ for m in backbone.modules() if "Norm" in type(m).__name__}
+    expected = {
+        "FrozenBN": "FrozenBatchNorm2d",
+        "BN": "BatchNorm2d",
+        "SyncBN": "SyncBatchNorm",
+        "GN": "GroupNorm",
+    }
+    assert kinds <= {expected[norm], "NaiveSyncBatchNorm"} and len(kinds) == 1
+
+
+@pytest.mark.parametrize("family", ["R_50_DW", "MNV2"])
+def test_freeze_at(family):
+    backbone = backbone_with(family, **{"BACKBONE.FREEZE_AT": 2})
+    assert not any(p.requires_grad for m in (backbone.stem, backbone.res2) for p in m.parameters())
+    assert all(p.requires_grad for p in backbone.res3.parameters())
+    frozen = [m for m in backbone.res2.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert frozen and not any(isinstance(m, torch.nn.BatchNorm2d) for m in backbone.res2.modules())
+
+
+def test_stride_placement():
+    first = backbone_with("R_50_DW", **{"RESNETS.STRIDE_IN_1X1": True}).res3[0]
+    second = backbone_with("R_50_DW", **{"RESNETS.STRIDE_IN_1X1": False}).res3[0]
+    assert (first.conv1.stride, first.conv2.stride) == ((2, 2), (1, 1))
+    assert (second.conv1.stride, second.conv2.stride) == ((1, 1), (2, 2))
+
+
+def test_a_plain_detectron2_config_is_unchanged():
+    plain, extended = get_cfg(), get_cfg()
+    add_dk_config(extended)
+    for node in extended.MODEL, extended.SOLVER:
+        for key in "DEFORM_KERNEL", "MOBILENETV2", "CLASSIFIER", "OFFSET_LR_FACTOR":
+            node.pop(key, None)
+    assert extended == plain
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "message"),
+    [
+        ("MNV2", "DEFORM_KERNEL.CONV_3X3", "lokal", "CONV_3X3: expected one of rigid, local"),
+        ("MNV2", "DEFORM_KERNEL.CONV_1X1", "dcn", "CONV_1X1: expected one of rigid, local"),
+        ("R_50_DW", "DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE", [True], "one value for each of res2"),
+        ("R_50_DW_dk_g3", "DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE", [True] * 4, "got 'global'"),
+        ("MNV2", "MOBILENETV2.RES5_CHANNELS", 640, "expected 320 or 1280, got 640"),
+        ("MNV2", "MOBILENETV2.OUT_FEATURES", ["res6"], "expected some of stem, res2"),
+        ("R_50_DW", "RESNETS.OUT_FEATURES", [], "expected some of stem, res2"),
+        ("R_50_DW", "RESNETS.DEPTH", 18, "expected one of 50, 101, 152"),
+        ("R_50_DW", "RESNETS.NUM_GROUPS", 32, "NUM_GROUPS: expected 1"),
+    ],
+)
+def test_unknown_values_are_refused(family, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        backbone_with(family, **{key: value})
+
+
+def test_multiply_adds_of_the_learnt_offsets_are_the_papers():
+    """A local DK costs its generator plus 18 per output of a 3x3: the differences of Tables 1 and 2."""
+
+    def giga(name):
+        cfg = load_config(CONFIGS / "ImageNet" / f"{name}.yaml")
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+        return sum(count_multiply_adds(model, torch.zeros(1, 3, 224, 224)).values()) / 1e9
+
+    # Differences of two figures that the paper rounds to 0.01.
+    for family, kernel, data in ("R_50_DW", 0.50, 0.28), ("MNV2", 0.42, 0.21):
+        base = giga(family)
+        assert giga(f"{family}_dk_l3") - base == pytest.approx(kernel, abs=0.01)
+        assert giga(f"{family}_dcn") - base == pytest.approx(data, abs=0.01)
+
+
+def test_paper_tables_keep_the_papers_numbers():
+    """Spot checks against the printed tables, so that nobody edits the reference by accident."""
+    with open(CONFIGS / "paper_tables.csv", newline="") as f:
+        rows = {row["config"]: row for row in csv.DictReader(f)}
+    best = rows["COCO-Detection/faster_rcnn_R_50_DW_FPN_dcn_dk_l3_1x.yaml"]
+    assert [best[k] for k in ("map", "map_s", "map_m", "map_l")] == ["40.6", "24.6", "43.9", "53.3"]
+    assert rows["ImageNet/MNV2_dk_l3.yaml"]["top1"] == "74.1"
+
+
+def test_channels_last_goes_through():
+    backbone = backbone_with("MNV2_dk_l3").to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 64, 64).to(memory_format=torch.channels_last)
+    assert backbone(x)["res5"].is_contiguous(memory_format=torch.channels_last)
