@@ -1,6 +1,6 @@
 """Deformable Kernels (ICLR 2020) for detectron2. Importing this package registers everything."""
 
-from . import modeling, ops
+from . import data, modeling, ops
 from .config import add_dk_config
 from .ops import deform_kernel_conv2d, sample_kernel
 

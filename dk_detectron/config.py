@@ -33,6 +33,9 @@ def add_dk_config(cfg: CN) -> None:
     # Channels of res5: 1280, with the final 1x1 convolution, or 320, without.
     cfg.MODEL.MOBILENETV2.RES5_CHANNELS = 1280
 
+    # Keep activations in channels_last, the layout in which the operators are fastest.
+    cfg.MODEL.CHANNELS_LAST = False
+
     # Image classification (MODEL.META_ARCHITECTURE "ImageClassifier").
     cfg.MODEL.CLASSIFIER = CN()
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import weakref
 from collections import OrderedDict
@@ -59,7 +60,8 @@ def check_datasets(names) -> None:
     for name in names:
         if name not in DatasetCatalog.list():
             raise ValueError(
-                f"DATASETS: {name!r} is not registered; known are {', '.join(DatasetCatalog.list())}"
+                f"DATASETS: expected a registered data set, such as shapes_train or coco_2017_train, "
+                f"got {name!r}"
             )
         metadata = MetadataCatalog.get(name)
         for key in "json_file", "image_root":
@@ -121,6 +123,12 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        # Convolutions hand on the layout of their weights.
+        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """detectron2's SGD, with the learning rate of offset generators multiplied.
 
@@ -167,7 +175,14 @@ class Trainer(DefaultTrainer):
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             path = os.path.join(cfg.OUTPUT_DIR, EVALUATION_FILE)
-            with PathManager.open(path + ".tmp", "w") as f:
-                json.dump(results, f, indent=2)
+            with open(path + ".tmp", "w") as f:
+                json.dump(_without_nan(results), f, indent=2)
             os.replace(path + ".tmp", path)
         return results
+
+
+def _without_nan(results):
+    """JSON has no NaN, which COCO's metrics use where no object has the size in question."""
+    if isinstance(results, dict):
+        return {key: _without_nan(value) for key, value in results.items()}
+    return None if isinstance(results, float) and math.isnan(results) else results

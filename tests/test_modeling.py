@@ -196,7 +196,7 @@ def test_a_plain_detectron2_config_is_unchanged():
     plain, extended = get_cfg(), get_cfg()
     add_dk_config(extended)
     for node in extended.MODEL, extended.SOLVER:
-        for key in "DEFORM_KERNEL", "MOBILENETV2", "CLASSIFIER", "OFFSET_LR_FACTOR":
+        for key in "DEFORM_KERNEL", "MOBILENETV2", "CHANNELS_LAST", "CLASSIFIER", "OFFSET_LR_FACTOR":
             node.pop(key, None)
     assert extended == plain
 

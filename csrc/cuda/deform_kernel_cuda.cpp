@@ -239,7 +239,7 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
                   grad_output.device() == input.device() &&
                   grad_output.sizes() ==
                       at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
-              "grad_output: expected the output's type, device and size, got ",
+              "grad_output: expected the output's type and size, on its device, got ",
               grad_output.scalar_type(), " ", grad_output.device(), " ", grad_output.sizes());
   const c10::cuda::CUDAGuard guard(input.device());
   std::array<at::Tensor, 4> gradients;

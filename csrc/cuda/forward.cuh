@@ -62,11 +62,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgs<sca
       } else {
         w = load<V>(weight + at.cell);
       }
-      // In the padding x is 0, and a NaN of the offset or the weight must not come through.
-      if (kData || at.pixel >= 0) {
-        DK_UNROLL
-        for (int v = 0; v < V; ++v) sum.v[v] += x.v[v] * w.v[v];
-      }
+      // Also in the padding, where x is 0: the NaN of an offset shows in its output.
+      DK_UNROLL
+      for (int v = 0; v < V; ++v) sum.v[v] += x.v[v] * w.v[v];
     }
     store<V>(a.output + (first + i) * channels + c, sum);
   }
@@ -139,11 +137,11 @@ __global__ void __launch_bounds__(kNchwThreads) forward_nchw_kernel(const Forwar
     T sum = a.bias ? static_cast<T>(a.bias[c]) : T(0);
     DK_UNROLL
     for (int t = 0; t < taps; ++t) {
-      if (from[t] < 0) continue;
+      const T x = from[t] < 0 ? T(0) : static_cast<T>(input[from[t]]);
       const T* at = weight + cell[t];
       const T value = coef[t].v[0] * at[0] + coef[t].v[1] * at[1] + coef[t].v[2] * at[S] +
                       coef[t].v[3] * at[S + 1];
-      sum += static_cast<T>(input[from[t]]) * value;
+      sum += x * value;
     }
     *output = static_cast<scalar_t>(sum);
     input += in_size;

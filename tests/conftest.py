@@ -1,0 +1,153 @@
+"""What every operator test shares: devices, seed, tolerances, and random configurations."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from torch import Tensor
+
+_CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
+
+
+@pytest.fixture(params=["cpu", _CUDA])
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _repeatable(monkeypatch):
+    torch.manual_seed(0)
+    # The tensors are small: on a busy machine, threads would mostly wait for each other.
+    torch.set_num_threads(1)
+    # TF32 has ten bits of mantissa, which no float32 tolerance forgives.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+# (rtol, atol): the defaults of torch.testing.assert_close.
+TOLERANCES = {
+    torch.float64: (1e-7, 1e-7),
+    torch.float32: (1.3e-6, 1e-5),
+    torch.float16: (1e-3, 1e-5),
+    torch.bfloat16: (1.6e-2, 1e-5),
+}
+# The composed operator rounds columns and coefficients to the type of the activations, and so do
+# its gradients, also those of float32 offsets: two units in the last place of the largest value.
+ROUNDED_SUMMANDS = {torch.float16: 2 * 2**-10, torch.bfloat16: 2 * 2**-7}
+
+
+def assert_close(actual, expected, summands: torch.dtype | None = None) -> None:
+    """Compares tensors or dicts of them, at the tolerance of the actual one's type.
+
+    Args:
+        summands: the type that the operator rounds its summands to, if they are not exact.
+    """
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys()
+        for name in actual:
+            try:
+                assert_close(actual[name], expected[name], summands)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+        return
+    rtol, atol = TOLERANCES[actual.dtype]
+    if summands is not None:
+        atol = ROUNDED_SUMMANDS[summands] * expected.abs().max().item()
+    torch.testing.assert_close(
+        actual, expected.to(actual.dtype), rtol=rtol, atol=atol, equal_nan=True
+    )
+
+
+def off_knot_offset(shape, spread: float = 3.0, **options) -> Tensor:
+    """Uniform in ±spread, on odd multiples of 1/32.
+
+    Every type down to bfloat16 holds them exactly and no location falls on a cell, where a rounding
+    error would choose the other side's derivative.
+    """
+    steps = int(16 * spread)
+    return (torch.randint(-steps, steps, shape) + 0.5).div(16).to(**options)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of deform_kernel_conv2d, depthwise unless `groups` says otherwise."""
+
+    batch: int = 2
+    channels: int = 3
+    out_channels: int | None = None
+    groups: int | None = None
+    size: tuple[int, int] = (6, 7)
+    scope: tuple[int, int] = (4, 4)
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    clip: bool = True
+    bias: bool = True
+    kernel_offset: bool = True
+    data_offset: bool = False
+
+    def __str__(self) -> str:
+        """Only what is not the default: a test's id."""
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return "-".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "default"
+
+    @property
+    def arguments(self) -> dict:
+        return {
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.channels if self.groups is None else self.groups,
+            "clip": self.clip,
+        }
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        return tuple(
+            (self.size[a] + 2 * self.padding[a] - self.dilation[a] * (self.kernel[a] - 1) - 1)
+            // self.stride[a]
+            + 1
+            for a in range(2)
+        )
+
+    def tensors(self, dtype=torch.float64, device="cpu") -> dict[str, Tensor | None]:
+        options = {"dtype": dtype, "device": device}
+        out_channels = self.out_channels or self.channels
+        fan_in = self.channels // self.arguments["groups"]
+        offset_shape = (self.batch, 2 * self.kernel[0] * self.kernel[1], *self.output_size)
+        return {
+            "input": torch.randn(self.batch, self.channels, *self.size).to(**options),
+            "weight": torch.randn(out_channels, fan_in, *self.scope).to(**options),
+            "bias": torch.randn(out_channels).to(**options) if self.bias else None,
+            "kernel_offset": off_knot_offset(offset_shape, **options)
+            if self.kernel_offset
+            else None,
+            "data_offset": off_knot_offset(offset_shape, **options) if self.data_offset else None,
+        }
+
+
+def run(function, tensors, arguments, grad_output=None) -> dict[str, Tensor]:
+    """The output of a call and the gradient of each tensor in it.
+
+    The default `grad_output` is random, the same for every call, and exact in every type.
+    """
+    leaves = {
+        name: None if tensor is None else tensor.detach().requires_grad_()
+        for name, tensor in tensors.items()
+    }
+    output = function(**leaves, **arguments)
+    if grad_output is None:
+        generator = torch.Generator().manual_seed(1)
+        grad_output = torch.randint(-8, 9, output.shape, generator=generator).to(output) / 4
+    present = {f"grad_{name}": leaf for name, leaf in leaves.items() if leaf is not None}
+    gradients = torch.autograd.grad(
+        output, list(present.values()), grad_output, materialize_grads=True
+    )
+    return {"output": output.detach(), **dict(zip(present, gradients, strict=True))}
+
+
+def double(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if t is None else t.double() for name, t in tensors.items()}

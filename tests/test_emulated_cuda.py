@@ -1,0 +1,183 @@
+"""The CUDA sources on the CPU, against the CPU operators, in every order of their threads.
+
+docs/testing_cuda_without_a_gpu.md says how; tests/test_ops.py runs over the same kernels under
+DK_TEST_EMULATED_CUDA.
+"""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import Case, assert_close, double, off_knot_offset
+
+from emulation import plugin
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+OFFSETS = {
+    "kernel": {"kernel_offset": True, "data_offset": False},
+    "data": {"kernel_offset": False, "data_offset": True, "scope": (3, 3)},
+    "both": {"kernel_offset": True, "data_offset": True},
+    "neither": {"kernel_offset": False, "data_offset": False, "scope": (3, 3)},
+}
+every_offset = pytest.mark.parametrize("which", OFFSETS)
+ODD = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulated_operators():
+    plugin.load()
+
+
+@pytest.fixture
+def deterministic():
+    """As asked of torch, which then also fills every torch.empty with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def call(namespace, tensors, case) -> dict[str, torch.Tensor]:
+    """Output and every gradient of the raw operators of a namespace."""
+    operators = getattr(torch.ops, namespace)
+    output = operators.deform_kernel_conv2d(**tensors, **case.arguments)
+    generator = torch.Generator().manual_seed(1)
+    grad_output = torch.randint(-8, 9, output.shape, generator=generator).to(output) / 4
+    names = ["input", "weight", "kernel_offset", "data_offset"]
+    inputs = {name: tensors[name] for name in names}
+    mask = [tensor is not None for tensor in inputs.values()]
+    gradients = operators.deform_kernel_conv2d_backward(
+        grad_output, **inputs, output_mask=mask, **case.arguments
+    )
+    present = [f"grad_{name}" for name, needed in zip(names, mask, strict=True) if needed]
+    return {"output": output, **dict(zip(present, gradients, strict=True))}
+
+
+def assert_same_bits(actual, expected, hint):
+    for name in expected:
+        same = torch.equal(actual[name].nan_to_num(123.0), expected[name].nan_to_num(123.0))
+        assert same, f"{name} depends on the order of the threads: {hint}"
+
+
+def check(case, dtype=torch.float32, layout=torch.contiguous_format, ignored=(), **changed):
+    """Every order gives the same bits, and those are the CPU's numbers for the same, in double."""
+    tensors = {**case.tensors(dtype), **changed}
+    tensors["input"] = tensors["input"].contiguous(memory_format=layout)
+    expected = call("dk_detectron", double(tensors), case)
+    results = {}
+    for name in plugin.ORDERS:
+        with plugin.order(name):
+            results[name] = call("dk_emulated", tensors, case)
+        assert_same_bits(results[name], results["forward"], f"{name} against forward")
+    for name in ignored:
+        del results["forward"][name], expected[name]
+    assert_close(results["forward"], expected)
+
+
+@pytest.mark.usefixtures("deterministic")
+class TestEveryOrder:
+    @every_offset
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    @pytest.mark.parametrize("channels", [1, 3, 17, 32, 130, 144])
+    def test_channels(self, channels, layout, which):
+        check(Case(channels=channels, **OFFSETS[which]), layout=layout)
+
+    @every_offset
+    @pytest.mark.parametrize(
+        "dtype", [torch.float64, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:]
+    )
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_types(self, dtype, layout, which):
+        case = Case(channels=24, bias=False, **OFFSETS[which])
+        check(case, dtype, layout)
+
+    @every_offset
+    @pytest.mark.parametrize("batch", [0, 1, 3])
+    def test_batches_and_odd_geometry(self, batch, which):
+        check(Case(batch=batch, channels=8, **{**ODD, **OFFSETS[which]}))
+
+    @pytest.mark.parametrize("clip", [True, False], ids=["clip", "open"])
+    @pytest.mark.parametrize("scope", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (9, 9), (4, 1), (2, 7)], ids=str)
+    def test_scopes(self, scope, clip):
+        check(Case(channels=8, scope=scope, clip=clip, size=(9, 8)))
+        check(Case(channels=8, scope=scope, clip=clip, size=(5, 4), data_offset=True))
+
+    @every_offset
+    @pytest.mark.parametrize("kernel, padding", [((1, 1), (0, 0)), ((5, 5), (2, 2)), ((2, 3), (3, 0))], ids=str)
+    def test_kernels(self, kernel, padding, which):
+        offsets = dict(OFFSETS[which])
+        offsets["scope"] = (4, 4) if offsets["kernel_offset"] else kernel
+        check(Case(channels=5, kernel=kernel, padding=padding, **offsets))
+
+    @every_offset
+    def test_strides_longer_than_the_kernel(self, which):
+        """Some input pixels feed no output; some taps lie in the padding for all of them."""
+        check(Case(channels=8, size=(9, 10), stride=(4, 5), padding=(3, 4), **OFFSETS[which]))
+
+    @every_offset
+    @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (40, 3)], ids=str)
+    def test_thin_images(self, size, which):
+        check(Case(batch=5, channels=8, size=size, **OFFSETS[which]))
+
+    @every_offset
+    def test_many_blocks(self, which, monkeypatch):
+        """More than one split, group of channel tiles, and tile per block; ragged ends of each."""
+        case = Case(batch=3, channels=300, size=(7, 9), **OFFSETS[which])
+        for processors in "1", "3", "20":
+            monkeypatch.setenv("DK_EMULATED_PROCESSORS", processors)
+            check(case)
+
+    @every_offset
+    @pytest.mark.parametrize("kilobytes", [227, 99, 64, 48])
+    def test_less_shared_memory(self, kilobytes, which, monkeypatch):
+        monkeypatch.setenv("DK_EMULATED_SHARED_BYTES", str(kilobytes * 1024))
+        offsets = dict(OFFSETS[which])
+        if offsets["kernel_offset"]:
+            offsets["scope"] = (7, 7)
+        check(Case(channels=8, **offsets))
+
+    @every_offset
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+    def test_offsets_beyond_reason(self, value, which):
+        case = Case(channels=8, **OFFSETS[which])
+        changed = {}
+        for name in "kernel_offset", "data_offset":
+            if getattr(case, name):
+                changed[name] = off_knot_offset((2, 18, 6, 7), dtype=torch.float32)
+                changed[name][0, 5, 2, 3] = changed[name][1, 8, 0, 0] = value
+        # Which pixels a NaN location smears its gradient over is nobody's promise.
+        check(case, ignored=["grad_input"] if value != value else [], **changed)
+
+    def test_misaligned_storage(self):
+        case = Case(channels=8, data_offset=True)
+        tensors = case.tensors(torch.float32)
+        shifted = torch.empty(tensors["input"].numel() + 1)[1:].view(2, 6, 7, 8).permute(0, 3, 1, 2)
+        check(case, input=shifted.copy_(tensors["input"]))
+
+
+@pytest.mark.parametrize("order", plugin.ORDERS)
+@pytest.mark.parametrize("which", ["data", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_scatter_by_atomics(dtype, which, order):
+    """The default for grad_input under a data_offset: the same up to rounding."""
+    case = Case(channels=20, **OFFSETS[which])
+    tensors = case.tensors(dtype)
+    with plugin.order(order):
+        assert_close(
+            call("dk_emulated", tensors, case), call("dk_detectron", double(tensors), case)
+        )
+
+
+def test_missing_kernel_image_names_the_cure(monkeypatch):
+    monkeypatch.setenv("DK_EMULATED_LAUNCH_ERROR", "209")
+    case = Case()
+    with pytest.raises(RuntimeError, match='rebuild it with TORCH_CUDA_ARCH_LIST="9.0"'):
+        call("dk_emulated", case.tensors(torch.float32), case)
+
+
+def test_scope_too_large_for_the_device(monkeypatch):
+    monkeypatch.setenv("DK_EMULATED_SHARED_BYTES", "49152")
+    case = replace(Case(), scope=(60, 60))
+    with pytest.raises(RuntimeError, match="a scope of 60x60 .*composed_deform_kernel_conv2d"):
+        call("dk_emulated", case.tensors(torch.float32), case)

@@ -1,0 +1,203 @@
+"""Training by tools/train_net.py, end to end on real files: it learns, repeats, resumes, distributes."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from dk_detectron.analysis import load_config
+from dk_detectron.engine import Trainer, setup
+
+ROOT = Path(__file__).parent.parent
+# The demo's network, smaller still, on a data set in the place of "shapes".
+OPTIONS = """
+    MODEL.ROI_HEADS.NUM_CLASSES 1 MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32
+    MODEL.DEVICE cpu DATALOADER.NUM_WORKERS 0 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
+    SOLVER.IMS_PER_BATCH 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 2 SOLVER.BASE_LR 0.01
+""".split()
+CONFIG = ROOT / "configs" / "demo" / "shapes_MNV2_FPN_dk_l3.yaml"
+
+
+@pytest.fixture(scope="module")
+def datasets_root(tmp_path_factory) -> Path:
+    """Bright squares on dark noise, in COCO format, under the name of the shapes."""
+    root = tmp_path_factory.mktemp("datasets")
+    rng = np.random.default_rng(0)
+    for split in "train", "val":
+        folder = root / "shapes" / split
+        folder.mkdir(parents=True)
+        images, annotations = [], []
+        for i in range(1, 7):
+            picture = rng.integers(0, 80, (64, 96, 3), dtype=np.uint8)
+            (x, y), side = rng.integers(2, 30, 2).tolist(), int(rng.integers(16, 32))
+            picture[y : y + side, x : x + side] = 220
+            cv2.imwrite(str(folder / f"{i}.png"), picture)
+            images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
+            annotations.append(
+                {"id": i, "image_id": i, "category_id": 1, "bbox": [x, y, side, side],
+                 "area": side * side, "iscrowd": 0, "segmentation": []}
+            )  # fmt: skip
+        content = {
+            "info": {}, "licenses": [], "images": images, "annotations": annotations,
+            "categories": [{"id": 1, "name": "square"}],
+        }  # fmt: skip
+        path = root / "shapes" / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    return root
+
+
+def run_tool(tool: str, datasets: Path, *args) -> subprocess.CompletedProcess:
+    env = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def train(datasets: Path, output: Path, *args) -> subprocess.CompletedProcess:
+    result = run_tool(
+        "train_net.py", datasets, "--config-file", CONFIG, *args, "OUTPUT_DIR", output, *OPTIONS
+    )
+    return result
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return {line["iteration"]: line["total_loss"] for line in lines if "total_loss" in line}
+
+
+@pytest.fixture(scope="module")
+def run(datasets_root, tmp_path_factory) -> Path:
+    """Four steps and an evaluation."""
+    output = tmp_path_factory.mktemp("run")
+    result = train(datasets_root, output, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return output
+
+
+def test_training_leaves_everything_behind(run):
+    assert {"model_final.pth", "config.yaml", "metrics.json", "evaluation.json", "last_checkpoint"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert list(run.glob("events.out.tfevents.*"))
+    assert (run / "inference" / "shapes_val" / "coco_instances_results.json").is_file()
+    metrics = json.loads((run / "evaluation.json").read_text())["bbox"]
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(metrics)
+    # No large objects in this set: COCO says NaN, JSON cannot.
+    assert metrics["APl"] is None and metrics["AP"] is not None
+
+
+def test_runs_repeat_exactly(run, datasets_root, tmp_path):
+    result = train(datasets_root, tmp_path, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert losses(tmp_path) == losses(run) and losses(run)
+    first = torch.load(run / "model_final.pth", weights_only=True)["model"]
+    second = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_resume_goes_on_where_it_stopped(run, datasets_root, tmp_path):
+    result = train(datasets_root, tmp_path, "SOLVER.MAX_ITER", 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = train(datasets_root, tmp_path, "--resume", "SOLVER.MAX_ITER", 4)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Starting training from iteration 2" in result.stdout
+
+
+def test_eval_only_gives_the_same_metrics(run, datasets_root, tmp_path):
+    args = "--eval-only", "MODEL.WEIGHTS", run / "model_final.pth"
+    result = train(datasets_root, tmp_path, *args)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "evaluation.json").read_text() == (run / "evaluation.json").read_text()
+
+
+def test_two_processes_train_on_cpus(datasets_root, tmp_path):
+    result = train(datasets_root, tmp_path, "--num-gpus", 2, "SOLVER.MAX_ITER", 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "World size: 2" in result.stdout
+    assert (tmp_path / "evaluation.json").is_file()
+
+
+def test_results_become_pictures(run, datasets_root):
+    args = "--config-file", run / "config.yaml", "--count", 3, "--threshold", 0.0
+    result = run_tool("visualize_results.py", datasets_root, *args)
+    assert result.returncode == 0, result.stderr[-3000:]
+    pictures = sorted((run / "pictures").glob("*.png"))
+    assert len(pictures) == 3
+    # Ground truth and detections side by side, 480 pixels high, and neither blank.
+    picture = cv2.imread(str(pictures[0]))
+    assert picture.shape[0] == 480 and picture.shape[1] == 2 * 720 + 8
+    assert picture[:, :720].std() > 10 and picture[:, 728:].std() > 10
+    assert "| AP50" in result.stdout.split("bbox, from")[1]
+
+
+def test_offset_generators_learn_slowly_and_everything_decays():
+    cfg = load_config(ROOT / "configs/COCO-Detection/faster_rcnn_MNV2_FPN_dcn_dk_l3_1x.yaml")
+    for bias_factor in 1.0, 2.0:
+        cfg.SOLVER.BIAS_LR_FACTOR = bias_factor
+        model = build_model(cfg)
+        optimizer = Trainer.build_optimizer(cfg, model)
+        rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+        decays = {g["weight_decay"] for g in optimizer.param_groups}
+        assert decays == {4e-5}
+        generators = 0
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            factor = bias_factor if name.endswith(".bias") else 1.0
+            if "offset_generator" in name:
+                factor *= 0.1
+                generators += 1
+            assert rates[id(parameter)] == pytest.approx(0.02 * factor), name
+        # res2 is frozen: 14 deformable kernels with data offsets, two tensors a generator.
+        assert generators == 14 * 2 * 2
+
+
+def arguments(**changes) -> Namespace:
+    defaults = {"config_file": str(CONFIG), "opts": [], "eval_only": False, "resume": False}
+    return Namespace(**(defaults | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"config_file": "none.yaml"}, FileNotFoundError, "--config-file: expected a YAML file, got 'none"),
+        ({"opts": ["MODEL.DEFORM_KERNEL.SCOPE", 4]}, AssertionError, "Non-existent key: .*SCOPE"),
+        ({"opts": ["MODEL.WEIGHTS", "none.pth"]}, FileNotFoundError, "MODEL.WEIGHTS: .* 'none.pth'"),
+        ({"opts": ["DATASETS.TRAIN", "('cats',)"]}, ValueError, "registered data set.* got 'cats'"),
+        ({"opts": ["DATASETS.TEST", "('trees_val',)"]}, FileNotFoundError, "prepare_trees.py"),
+        ({"eval_only": True}, ValueError, "MODEL.WEIGHTS: expected a checkpoint to evaluate"),
+        ({"opts": ["MODEL.MOBILENETV2.NORM", "FrozenBN"]}, ValueError, "learns nothing from scratch"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(
+    changes, error, message, datasets_root, tmp_path, monkeypatch
+):
+    from dk_detectron.data import datasets
+
+    monkeypatch.chdir(tmp_path)
+    replace_registered(datasets, datasets_root)
+    try:
+        with pytest.raises(error, match=message):
+            setup(arguments(**changes))
+    finally:
+        replace_registered(datasets, datasets.datasets_root())
+    assert list(tmp_path.iterdir()) == []
+
+
+def replace_registered(datasets, root: Path) -> None:
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    for name in datasets.SPLITS:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    datasets.register_all(root)

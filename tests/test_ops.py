@@ -1,0 +1,753 @@
+"""The operators against the oracle, known identities, their stated conventions, and bad input."""
+
+import itertools
+import random
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import Case, assert_close, double, off_knot_offset, run
+
+from dk_detectron.ops import (
+    composed_deform_kernel_conv2d,
+    deform_kernel_conv2d,
+    sample_kernel,
+)
+
+compiled = torch.ops.dk_detectron.deform_kernel_conv2d
+compiled_backward = torch.ops.dk_detectron.deform_kernel_conv2d_backward
+
+every_implementation = pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(deform_kernel_conv2d, id="compiled"),
+        pytest.param(composed_deform_kernel_conv2d, id="composed"),
+    ],
+)
+# The public function picks by the groups of three channels.
+every_grouped_implementation = pytest.mark.parametrize(
+    "function, groups",
+    [
+        pytest.param(deform_kernel_conv2d, 3, id="compiled"),
+        pytest.param(deform_kernel_conv2d, 1, id="composed"),
+    ],
+)
+KERNEL = {"kernel_offset": True, "data_offset": False}
+DATA = {"kernel_offset": False, "data_offset": True}
+BOTH = {"kernel_offset": True, "data_offset": True}
+NEITHER = {"kernel_offset": False, "data_offset": False}
+every_offset = pytest.mark.parametrize(
+    "which", [KERNEL, DATA, BOTH], ids=["kernel", "data", "both"]
+)
+every_offset_or_none = pytest.mark.parametrize(
+    "which", [NEITHER, KERNEL, DATA, BOTH], ids=["neither", "kernel", "data", "both"]
+)
+every_clip = pytest.mark.parametrize("clip", [True, False], ids=["clip", "open"])
+# Depthwise, one group, some groups, and a channel multiplier, which is depthwise in name only.
+GROUPINGS = [
+    {"channels": 4},
+    {"channels": 4, "out_channels": 5, "groups": 1},
+    {"channels": 4, "out_channels": 6, "groups": 2},
+    {"channels": 3, "out_channels": 6, "groups": 3},
+]
+every_grouping = pytest.mark.parametrize(
+    "grouping", GROUPINGS, ids=["depthwise", "dense", "grouped", "multiplier"]
+)
+ASYMMETRIC = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
+
+
+def check_against_oracle(case, dtype=torch.float64, device="cpu", function=deform_kernel_conv2d):
+    tensors = case.tensors(dtype, device)
+    expected = run(reference.deform_kernel_conv2d, double(tensors), case.arguments)
+    assert_close(run(function, tensors, case.arguments), expected)
+
+
+# ---- by hand -------------------------------------------------------------------------------------
+
+
+@every_implementation
+def test_kernel_offset_by_hand(function, device):
+    """Four pixels read a 2x2 scope at its first cell, last cell, centre, and clipped at row 1."""
+    options = {"dtype": torch.float64, "device": device}
+    tensors = {
+        "input": torch.tensor([[[[1, 2], [3, 4]]]], **options),
+        "weight": torch.tensor([[[[10, 20], [30, 40]]]], **options),
+        "bias": torch.tensor([1000], **options),
+        "kernel_offset": torch.tensor([[[[-0.5, 0.5], [0, 9]], [[-0.5, 0.5], [0, 0]]]], **options),
+        "data_offset": None,
+    }
+    expected = {
+        "output": [[[[1010, 1080], [1075, 1140]]]],
+        "grad_input": [[[[10, 40], [25, 35]]]],
+        "grad_weight": [[[[1.75, 0.75], [2.75, 4.75]]]],
+        "grad_bias": [4],
+        "grad_kernel_offset": [[[[20, 40], [60, 0]], [[10, 20], [30, 40]]]],
+    }
+    arguments = Case(channels=1, kernel=(1, 1), padding=(0, 0)).arguments
+    ones = torch.ones(1, 1, 2, 2, **options)
+    assert_close(
+        run(function, tensors, arguments, ones),
+        {name: torch.tensor(value, **options) for name, value in expected.items()},
+    )
+
+
+@every_implementation
+def test_data_offset_by_hand(function, device):
+    """Four pixels read between two rows, past the right edge, half past the left, and in place."""
+    options = {"dtype": torch.float64, "device": device}
+    tensors = {
+        "input": torch.tensor([[[[1, 2], [3, 4]]]], **options),
+        "weight": torch.tensor([[[[2]]]], **options),
+        "bias": None,
+        "kernel_offset": None,
+        "data_offset": torch.tensor([[[[0.5, 0], [-0.5, 0]], [[0, 1], [-0.5, 0]]]], **options),
+    }
+    expected = {
+        "output": [[[[4, 0], [2, 8]]]],
+        "grad_input": [[[[1.5, 0], [1.5, 2]]]],
+        "grad_weight": [[[[7]]]],
+        "grad_data_offset": [[[[4, 0], [2, -8]], [[2, 0], [4, -8]]]],
+    }
+    arguments = Case(channels=1, kernel=(1, 1), padding=(0, 0)).arguments
+    ones = torch.ones(1, 1, 2, 2, **options)
+    assert_close(
+        run(function, tensors, arguments, ones),
+        {name: torch.tensor(value, **options) for name, value in expected.items()},
+    )
+
+
+# ---- identities ----------------------------------------------------------------------------------
+
+
+def convolve(tensors, case, kernel):
+    arguments = {k: v for k, v in case.arguments.items() if k not in ("kernel_size", "clip")}
+    return F.conv2d(tensors["input"], kernel, tensors["bias"], **arguments)
+
+
+@every_implementation
+@every_offset_or_none
+@every_grouping
+def test_zero_offset_and_scope_of_kernel_size_is_a_convolution(function, which, grouping, device):
+    case = Case(scope=(3, 2), kernel=(3, 2), **which, **grouping, **ASYMMETRIC)
+    tensors = case.tensors(device=device)
+    for name in "kernel_offset", "data_offset":
+        if tensors[name] is not None:
+            tensors[name].zero_()
+    assert_close(function(**tensors, **case.arguments), convolve(tensors, case, tensors["weight"]))
+
+
+@every_grouping
+@pytest.mark.parametrize("which", [NEITHER, KERNEL], ids=["absent", "zero"])
+def test_rest_positions_of_four_by_four_average_two_by_two(which, grouping, device):
+    case = Case(**which, **grouping)
+    tensors = case.tensors(device=device)
+    if tensors["kernel_offset"] is not None:
+        tensors["kernel_offset"].zero_()
+    average = F.avg_pool2d(tensors["weight"], 2, stride=1)
+    assert_close(
+        deform_kernel_conv2d(**tensors, **case.arguments), convolve(tensors, case, average)
+    )
+
+
+@every_implementation
+@every_grouping
+def test_integer_kernel_offset_picks_cells(function, grouping, device):
+    case = Case(scope=(5, 7), **grouping)
+    tensors = case.tensors(device=device)
+    row, column = torch.randint(5, (9,)), torch.randint(7, (9,))
+    tap = torch.arange(9)
+    offset = torch.stack([row - 1 - tap // 3, column - 2 - tap % 3], 1).flatten()
+    tensors["kernel_offset"] = (
+        offset.to(tensors["input"]).view(1, 18, 1, 1).expand_as(tensors["kernel_offset"])
+    )
+    picked = tensors["weight"][:, :, row, column].unflatten(2, (3, 3))
+    assert_close(function(**tensors, **case.arguments), convolve(tensors, case, picked))
+
+
+@every_implementation
+@every_grouping
+@pytest.mark.parametrize("integer", [False, True], ids=["fractional", "integer"])
+def test_data_offset_alone_is_torchvision(function, grouping, integer, device):
+    """All gradients too, also at integer locations and across the border of the image."""
+    case = Case(scope=(3, 2), kernel=(3, 2), **DATA, **grouping, **ASYMMETRIC)
+    tensors = case.tensors(device=device)
+    tensors["data_offset"] = 2 * tensors["data_offset"]
+    if integer:
+        tensors["data_offset"].floor_()
+
+    def torchvision_conv2d(input, weight, bias, kernel_offset, data_offset):
+        return torchvision.ops.deform_conv2d(
+            input, data_offset, weight, bias, case.stride, case.padding, case.dilation
+        )
+
+    expected = run(torchvision_conv2d, tensors, {})
+    assert_close(run(function, tensors, case.arguments), expected)
+
+
+@every_clip
+@every_implementation
+@every_grouping
+def test_global_kernel_is_the_local_one_with_one_offset(function, grouping, clip, device):
+    """One image: sample_kernel and a convolution, or the offset repeated at every location."""
+    case = Case(batch=1, scope=(4, 6), clip=clip, **grouping, **ASYMMETRIC)
+    tensors = case.tensors(device=device)
+    tensors["kernel_offset"] = off_knot_offset((1, 18)).to(tensors["input"])
+
+    def global_kernel(input, weight, bias, kernel_offset, data_offset):
+        kernel = sample_kernel(weight, kernel_offset, case.kernel, clip=clip)[0]
+        return convolve({"input": input, "bias": bias}, case, kernel)
+
+    def local_kernel(kernel_offset, **others):
+        everywhere = kernel_offset[..., None, None].expand(-1, -1, *case.output_size)
+        return function(kernel_offset=everywhere, **others, **case.arguments)
+
+    assert_close(run(local_kernel, tensors, {}), run(global_kernel, tensors, {}))
+
+
+# ---- the oracle ----------------------------------------------------------------------------------
+
+GEOMETRIES = [
+    {"batch": 0},
+    {"batch": 1, "bias": False},
+    {"batch": 33, "size": (3, 4)},
+    {"size": (5, 37)},
+    # Enough pixels per cell for many blocks of the weight gradient.
+    {"batch": 3, "size": (20, 11), "scope": (2, 1), "kernel": (1, 1), "padding": (0, 0)},
+    {"scope": (3, 3)},
+    {"scope": (2, 1)},
+    {"scope": (9, 5)},
+    {"scope": (2, 2), "kernel": (1, 1), "padding": (0, 0)},
+    {"scope": (1, 3), "kernel": (1, 1), "padding": (2, 0)},
+    {"scope": (6, 4), "kernel": (5, 3), "padding": (2, 0)},
+    {"scope": (8, 7), "kernel": (5, 5), "size": (7, 5), "padding": (1, 4)},
+    {"scope": (2, 6), "kernel": (1, 5), "padding": (0, 2)},
+    {"scope": (3, 4), "kernel": (2, 3), **ASYMMETRIC},
+    {"size": (12, 8), "stride": (3, 2), "padding": (0, 5), "dilation": (2, 3)},
+    {"size": (1, 1), "padding": (4, 3), "stride": (1, 2)},
+]
+
+
+@every_clip
+@every_offset_or_none
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: str(Case(**geometry)))
+def test_oracle(geometry, which, clip, device):
+    check_against_oracle(Case(clip=clip, **which, **geometry), device=device)
+
+
+@every_clip
+@every_offset
+@every_grouping
+@pytest.mark.parametrize("geometry", [{}, {"batch": 0}, ASYMMETRIC], ids=["same", "empty", "odd"])
+def test_groupings(geometry, grouping, which, clip, device):
+    scope = (4, 5) if which["kernel_offset"] else (3, 3)
+    case = Case(scope=scope, clip=clip, **which, **grouping, **geometry)
+    check_against_oracle(case, device=device)
+    check_against_oracle(case, device=device, function=composed_deform_kernel_conv2d)
+
+
+@every_offset
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 8, 17, 32, 130, 144, 261])
+def test_channels(channels, dtype, which, device):
+    """Every mixture of vectors, single channels and blocks of them; more than a tile of pixels."""
+    check_against_oracle(Case(channels=channels, size=(3, 18), **which), dtype, device)
+
+
+@every_clip
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("scope", [(4, 4), (1, 2), (9, 5)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 5)], ids=str)
+def test_sample_kernel(kernel, scope, batch, clip, device):
+    options = {"dtype": torch.float64, "device": device}
+    tensors = {
+        "weight": torch.randn(4, 3, *scope, **options),
+        "kernel_offset": off_knot_offset((batch, 2 * kernel[0] * kernel[1]), **options),
+    }
+    arguments = {"kernel_size": kernel, "clip": clip}
+    assert_close(
+        run(sample_kernel, tensors, arguments), run(reference.sample_kernel, tensors, arguments)
+    )
+
+
+def random_case(seed: int) -> Case:
+    rng = random.Random(seed)
+
+    def pair(low, high):
+        return rng.randint(low, high), rng.randint(low, high)
+
+    kernel, padding, dilation = pair(1, 5), pair(0, 4), pair(1, 3)
+    smallest = [max(1, dilation[a] * (kernel[a] - 1) + 1 - 2 * padding[a]) for a in range(2)]
+    channels = rng.randint(1, 40)
+    groups = rng.choice([channels, channels, *(g for g in (1, 2, 3) if channels % g == 0)])
+    return Case(
+        batch=rng.randint(0, 3),
+        channels=channels,
+        out_channels=groups * rng.randint(1, 3) if groups < channels else None,
+        groups=groups,
+        size=(smallest[0] + rng.randint(0, 6), smallest[1] + rng.randint(0, 20)),
+        scope=pair(1, 9),
+        kernel=kernel,
+        stride=pair(1, 3),
+        padding=padding,
+        dilation=dilation,
+        clip=rng.random() < 0.5,
+        bias=rng.random() < 0.5,
+        kernel_offset=rng.random() < 0.8,
+        data_offset=rng.random() < 0.5,
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_fuzz(seed, device):
+    case = random_case(seed)
+    torch.manual_seed(seed)
+    print(f"torch.manual_seed({seed}); {case!r}")  # what pytest shows if it fails
+    check_against_oracle(case, torch.float32 if seed % 2 else torch.float64, device)
+
+
+# ---- derivatives ---------------------------------------------------------------------------------
+
+
+@every_clip
+@every_implementation
+@every_offset
+def test_gradcheck(which, function, clip, device):
+    scope = (4, 5) if which["kernel_offset"] else (3, 2)
+    case = Case(batch=1, channels=2, size=(3, 4), scope=scope, kernel=(3, 2), clip=clip, **which)
+    names, tensors = zip(*case.tensors(device=device).items(), strict=True)
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(
+        lambda *t: function(**dict(zip(names, t, strict=True)), **case.arguments), leaves
+    )
+
+
+@every_offset
+def test_composed_gradgradcheck(which, device):
+    scope = (2, 3) if which["kernel_offset"] else (1, 2)
+    case = Case(
+        batch=1, channels=2, out_channels=3, groups=1,
+        size=(2, 3), scope=scope, kernel=(1, 2), padding=(0, 0), **which,
+    )  # fmt: skip
+    names, tensors = zip(*case.tensors(device=device).items(), strict=True)
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradgradcheck(
+        lambda *t: composed_deform_kernel_conv2d(
+            **dict(zip(names, t, strict=True)), **case.arguments
+        ),
+        leaves,
+    )
+
+
+@every_clip
+def test_sample_kernel_gradcheck(clip, device):
+    options = {"dtype": torch.float64, "device": device}
+    leaves = [
+        torch.randn(3, 2, 3, 4, **options).requires_grad_(),
+        off_knot_offset((2, 12), **options).requires_grad_(),
+    ]
+
+    def function(*tensors):
+        return sample_kernel(*tensors, (3, 2), clip=clip)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def sample_axis(function, cells, location, axis, clip):
+    """What a 1x1 kernel reads at each location along an axis of a scope, the other at rest."""
+    size, points = len(cells), len(location)
+    weight = (cells.view(size, 1) if axis == 0 else cells).expand(size, size)
+    offset = torch.stack([location - (size - 1) / 2, torch.zeros_like(location)], 1)
+    offset = offset if axis == 0 else offset.flip(1)
+    if function is sample_kernel:
+        return sample_kernel(weight[None, None], offset, 1, clip=clip).flatten()
+    image = cells.new_ones(1, 1, 1, points)
+    case = Case(channels=1, kernel=(1, 1), padding=(0, 0), clip=clip)
+    offset = offset.t().reshape(1, 2, 1, points)
+    return function(image, weight[None, None], None, offset, None, **case.arguments).flatten()
+
+
+every_sampler = pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(deform_kernel_conv2d, id="compiled"),
+        pytest.param(composed_deform_kernel_conv2d, id="composed"),
+        pytest.param(sample_kernel, id="sample_kernel"),
+    ],
+)
+every_axis = pytest.mark.parametrize("axis", [0, 1], ids=["row", "column"])
+
+
+@every_sampler
+@every_axis
+@every_clip
+def test_derivative_at_knots(function, axis, clip, device):
+    """Towards the next cell; at the last cell, from the one before."""
+    cells = torch.randn(5, dtype=torch.float64, device=device)
+    location = torch.arange(-2.0, 8.0).to(cells).requires_grad_()
+    (actual,) = torch.autograd.grad(
+        sample_axis(function, cells, location, axis, clip).sum(), location
+    )
+    inside = [*cells.diff(), cells[4] - cells[3]]
+    expected = [0, 0 if clip else cells[0], *inside, 0, 0, 0]
+    assert_close(actual, torch.tensor(expected).to(cells))
+
+
+@every_sampler
+@every_axis
+def test_clipped_derivative(function, axis, device):
+    """A scope whose cells hold their own index returns the clipped location: slope 1 in [0, S - 1].
+
+    The edges are inside, where newer versions of torch.clamp give 0: the outer taps of a scope of
+    kernel size start on them.
+    """
+    cells = torch.arange(5.0, dtype=torch.float64, device=device)
+    location = torch.tensor([-9, -1, -0.25, 0, 0.25, 1, 3.75, 4, 4.25, 5, 9.0]).to(cells)
+    location.requires_grad_()
+    value = sample_axis(function, cells, location, axis, clip=True)
+    assert_close(value, location.clamp(0, 4))
+    (slope,) = torch.autograd.grad(value.sum(), location)
+    assert_close(slope, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0]).to(cells))
+
+
+@every_implementation
+def test_zero_offsets_are_not_stuck(function, device):
+    """With a scope of kernel size, every tap starts on a cell and yet moves on the first step."""
+    case = Case(scope=(3, 3), padding=(0, 0))
+    tensors = case.tensors(device=device)
+    tensors["kernel_offset"].zero_()
+    gradient = run(function, tensors, case.arguments)["grad_kernel_offset"]
+    assert (gradient != 0).all()
+
+
+# ---- far, infinite and missing locations ---------------------------------------------------------
+
+INFINITY = float("inf")
+
+
+def fenced(tensor):
+    """The same values, channels_last, with NaN before and after them in memory."""
+    batch, *shape = tensor.shape
+    buffer = tensor.new_full((batch + 2, *shape), float("nan"))
+    buffer = buffer.contiguous(memory_format=torch.channels_last)
+    buffer[1:-1] = tensor
+    return buffer[1:-1]
+
+
+def with_one_offset(case, name, axis, value, tap, device):
+    """Random tensors in which one tap of one output location, (1, 1) of image 1, is moved."""
+    tensors = case.tensors(device=device)
+    tensors[name][1, 2 * tap + axis, 1, 1] = value
+    return tensors | {"input": fenced(tensors["input"])}
+
+
+@every_clip
+@every_implementation
+@every_axis
+@pytest.mark.parametrize("name", ["kernel_offset", "data_offset"])
+@pytest.mark.parametrize("location", [-2, -1, 0, "last", "size", 1e9, -1e9, INFINITY, -INFINITY])
+def test_edges_and_beyond(location, name, axis, function, clip, device):
+    """Read the clipped edge of the scope or zero, never another pixel; all gradients are finite."""
+    case = Case(clip=clip, **BOTH)
+    tap = 5
+    size, rest = case.size[axis], 1 - 1 + (tap // 3, tap % 3)[axis]
+    if name == "kernel_offset":
+        size, rest = case.scope[axis], 0.5 + (tap // 3, tap % 3)[axis]
+    location = {"last": size - 1, "size": size}.get(location, location)
+    tensors = with_one_offset(case, name, axis, location - rest, tap, device)
+    expected = run(reference.deform_kernel_conv2d, double(tensors), case.arguments)
+    assert all(tensor.isfinite().all() for tensor in expected.values())
+    assert_close(run(function, tensors, case.arguments), expected)
+
+
+@every_clip
+@every_implementation
+@every_axis
+@pytest.mark.parametrize("padding", [0, 2], ids=["inside", "in-padding"])
+@pytest.mark.parametrize("name", ["kernel_offset", "data_offset"])
+def test_nan_shows_in_its_output_location_only(name, padding, axis, function, clip, device):
+    case = Case(padding=(padding, padding), clip=clip, **BOTH)
+    if name == "kernel_offset":  # a rigid grid, whose taps may lie in the padding
+        case = Case(padding=(padding, padding), clip=clip)
+    tensors = with_one_offset(case, name, axis, float("nan"), 0, device)
+    actual = run(function, tensors, case.arguments)
+    missing = torch.zeros_like(actual["output"], dtype=torch.bool)
+    missing[1, :, 1, 1] = True
+    assert torch.equal(actual["output"].isnan(), missing)
+
+    tensors[name] = tensors[name].nan_to_num()
+    expected = run(function, tensors, case.arguments)
+    assert_close(actual["output"][~missing], expected["output"][~missing])
+    elsewhere = ~missing[:, :1].expand_as(tensors[name])
+    for offset in {"kernel_offset", "data_offset"} & {
+        k for k, v in tensors.items() if v is not None
+    }:
+        assert_close(actual[f"grad_{offset}"][elsewhere], expected[f"grad_{offset}"][elsewhere])
+
+
+# ---- which gradients -----------------------------------------------------------------------------
+
+
+@every_grouped_implementation
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"input"}, {"weight"}, {"bias"}, {"kernel_offset"}, {"data_offset"},
+        {"input", "kernel_offset"}, {"weight", "data_offset"},
+    ],
+    ids="-".join,
+)  # fmt: skip
+def test_frozen_tensors(wanted, function, groups, device):
+    """A gradient does not depend on which others are computed."""
+    case = Case(groups=groups, channels=3, **BOTH)
+    tensors = case.tensors(device=device)
+    everything = run(function, tensors, case.arguments)
+
+    frozen = {name: tensor for name, tensor in tensors.items() if name not in wanted}
+    trained = {name: tensors[name] for name in wanted}
+    actual = run(lambda **leaves: function(**leaves, **frozen, **case.arguments), trained, {})
+    for name in actual:
+        assert torch.equal(actual[name], everything[name])
+
+
+@every_offset
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_output_mask(mask, which, device):
+    """The compiled backward returns the gradients that it is asked for, in order, and no other."""
+    case = Case(scope=(3, 3), **which)
+    present = (True, True, which["kernel_offset"], which["data_offset"])
+    mask = [wanted and there for wanted, there in zip(mask, present, strict=True)]
+    tensors = case.tensors(device=device)
+    del tensors["bias"]
+    grad_output = torch.randn(2, 3, *case.output_size).to(tensors["input"])
+    expected = run(
+        lambda **leaves: compiled(bias=None, **leaves, **case.arguments), tensors, {}, grad_output
+    )
+    actual = compiled_backward(grad_output, **tensors, **case.arguments, output_mask=mask)
+    names = [f"grad_{name}" for name, wanted in zip(tensors, mask, strict=True) if wanted]
+    assert len(actual) == len(names)
+    for gradient, name in zip(actual, names, strict=True):
+        assert torch.equal(gradient, expected[name])
+
+
+# ---- memory layout -------------------------------------------------------------------------------
+
+
+def transposed(tensor):
+    return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def sliced(tensor):
+    """Every other column and all but the first channel of something larger."""
+    batch, channels, height, width = tensor.shape
+    buffer = tensor.new_full((batch, channels + 1, height, 2 * width), float("nan"))
+    buffer[:, 1:, :, ::2] = tensor
+    return buffer[:, 1:, :, ::2]
+
+
+def expanded(tensor):
+    return tensor[:, :, :1].expand_as(tensor)
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+@every_grouped_implementation
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded, channels_last, fenced])
+@pytest.mark.parametrize("name", ["input", "weight", "kernel_offset", "data_offset", "output"])
+def test_memory_layouts(name, layout, function, groups, device):
+    """`output` stands for its gradient, which arrives in the layout."""
+    case = Case(groups=groups, **BOTH)
+    tensors = case.tensors(device=device)
+    grad_output = torch.randn(2, 3, *case.output_size).to(tensors["input"])
+    if name == "output":
+        grad_output = layout(grad_output)
+    else:
+        tensors[name] = layout(tensors[name])
+    expected = run(reference.deform_kernel_conv2d, tensors, case.arguments, grad_output)
+    assert_close(run(function, tensors, case.arguments, grad_output), expected)
+
+
+@every_grouped_implementation
+@every_offset_or_none
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_output_keeps_memory_format(layout, which, function, groups, device):
+    case = Case(groups=groups, **which)
+    tensors = case.tensors(device=device)
+    tensors["input"] = tensors["input"].contiguous(memory_format=layout)
+    assert function(**tensors, **case.arguments).is_contiguous(memory_format=layout)
+
+
+# ---- low precision -------------------------------------------------------------------------------
+
+
+every_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@every_half
+@every_offset
+@every_grouping
+@pytest.mark.parametrize("offset_dtype", [torch.float32, None], ids=["float32-offset", "same"])
+def test_low_precision(dtype, offset_dtype, which, grouping, device):
+    """The oracle sees the same rounded numbers, so only the arithmetic is compared."""
+    case = Case(scope=(3, 3), **which, **grouping)
+    tensors = case.tensors(dtype, device)
+    for name in "kernel_offset", "data_offset":
+        if tensors[name] is not None:
+            tensors[name] = tensors[name].to(offset_dtype)
+    expected = run(reference.deform_kernel_conv2d, double(tensors), case.arguments)
+    actual = run(deform_kernel_conv2d, tensors, case.arguments)
+    assert_close(actual, expected, summands=None if grouping is GROUPINGS[0] else dtype)
+
+
+@every_half
+@every_grouped_implementation
+def test_locations_are_float32(function, groups, dtype, device):
+    """The type of an offset is storage: the image has more pixels than either type integers."""
+    case = Case(groups=groups, size=(300, 10), **BOTH)
+    tensors = case.tensors(dtype, device)
+    widened = tensors | {name: tensors[name].float() for name in ("kernel_offset", "data_offset")}
+    assert torch.equal(function(**tensors, **case.arguments), function(**widened, **case.arguments))
+
+
+@every_half
+@pytest.mark.parametrize("channels", [17, 130])
+def test_low_precision_channels(channels, dtype, device):
+    check_against_oracle(Case(channels=channels, size=(3, 18), **BOTH), dtype, device)
+
+
+@every_half
+@every_offset
+def test_accumulation_is_float32(dtype, which, device):
+    """Sums of ones to which their own type could not add another one."""
+    stall = 2 if dtype is torch.bfloat16 else 16  # 128 times that, and 1 is less than half an ulp
+    case = Case(channels=1, kernel=(5, 5), scope=(5, 5), padding=(0, 0), size=(84, 84), **which)
+    tensors = case.tensors(dtype, device)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            tensor.fill_(0.0 if "offset" in name else 1.0)
+    tensors["bias"].fill_(128 * stall)
+    results = run(
+        deform_kernel_conv2d, tensors, case.arguments, torch.ones(2, 1, 80, 80).to(tensors["input"])
+    )
+    assert_close(results["output"], torch.full_like(results["output"], 128 * stall + 25))
+    assert_close(results["grad_weight"], torch.full_like(results["grad_weight"], 2 * 80 * 80))
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+BAD_INPUT = [
+    ("input", lambda t: t[0], ValueError, r"input: expected \[N, C_in, H, W\], got \[3, 6, 7\]"),
+    ("input", lambda t: t.int(), TypeError, "input: expected a floating point type"),
+    ("input", lambda t: t[:, :2], ValueError, "groups: expected a divisor of the 2 input"),
+    ("input", lambda t: t[:, :0], ValueError, r"weight: expected \[C_out, 0, S_h, S_w\]"),
+    ("input", lambda t: t[:, :, :1, :1], ValueError, r"kernel_offset: expected .* \[2, 18, 1, 1\]"),
+    ("groups", 0, ValueError, "groups: expected a divisor of the 3 .* got 0"),
+    ("groups", 2, ValueError, "groups: expected a divisor of the 3 .* got 2"),
+    ("groups", 1.0, ValueError, "groups: expected a divisor of the 3 .* got 1.0"),
+    ("groups", 1, ValueError, r"weight: expected \[C_out, 3, .* got \[3, 1, 4, 4\]"),
+    ("weight", lambda t: t[0], ValueError, r"weight: expected \[C_out, 1, .* got \[1, 4, 4\]"),
+    ("weight", lambda t: t[..., :0], ValueError, r"weight: expected .* got \[3, 1, 4, 0\]"),
+    ("weight", lambda t: t[:2], ValueError, "weight: 2 output channels do not divide into 3"),
+    ("weight", lambda t: t.half(), TypeError, "weight: expected type .*32 like input, got .*16"),
+    ("weight", lambda t: t.to("meta"), RuntimeError, "weight: expected device cpu .* got meta"),
+    ("bias", lambda t: t[:2], ValueError, r"bias: expected \[3\], got \[2\]"),
+    ("bias", lambda t: t[:, None], ValueError, r"bias: expected \[3\], got \[3, 1\]"),
+    ("bias", lambda t: t.double(), TypeError, "bias: expected type .*32 like input, got .*64"),
+    ("kernel_offset", lambda t: t[:1], ValueError, r"kernel_offset: .* got \[1, 18, 6, 7\]"),
+    ("kernel_offset", lambda t: t[:, :9], ValueError, r"kernel_offset: .* got \[2, 9, 6, 7\]"),
+    ("kernel_offset", lambda t: t.int(), TypeError, "kernel_offset: expected a floating"),
+    ("data_offset", lambda t: t[..., 1:], ValueError, r"data_offset: .* got \[2, 18, 6, 6\]"),
+    ("data_offset", lambda t: t.bool(), TypeError, "data_offset: expected a floating point type"),
+    ("data_offset", lambda t: t.to("meta"), RuntimeError, "data_offset: expected device cpu"),
+    ("padding", (0, 0), ValueError, r"kernel_offset: .*\[2, 18, 4, 5\], got \[2, 18, 6, 7\]"),
+    ("dilation", 4, ValueError, r"input: .* smaller than the kernel .*\[4, 4\]"),
+    ("kernel_size", 0, ValueError, "kernel_size: expected an integer >= 1 .* got 0"),
+    ("kernel_size", (3, 3, 3), ValueError, r"kernel_size: expected .* got \(3, 3, 3\)"),
+    ("kernel_size", (3, 2.5), ValueError, "kernel_size: expected an integer"),
+    ("stride", 0, ValueError, "stride: expected an integer >= 1"),
+    ("padding", -1, ValueError, "padding: expected an integer >= 0"),
+    ("dilation", (1, 0), ValueError, "dilation: expected an integer >= 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, change, error, message", BAD_INPUT)
+def test_bad_input(name, change, error, message):
+    case = Case(**BOTH)
+    call = case.tensors(torch.float32) | case.arguments
+    call[name] = change(call[name]) if callable(change) else change
+    with pytest.raises(error, match=message):
+        deform_kernel_conv2d(**call)
+
+
+# What a direct call could break: the compiled operator must refuse it by itself.
+BAD_DIRECT_INPUT = [
+    ("input", lambda t: t[0], r"input: expected \[N, C, H, W\]"),
+    ("input", lambda t: t[:, :2], r"expected weight \[2, 1, S_h, S_w\] and groups=2"),
+    ("input", lambda t: t.int(), "input: expected a floating point type"),
+    ("input", lambda t: t[:1], r"kernel_offset: expected \[1, 18, .* got \[2, 18, 6"),
+    ("groups", 1, "is depthwise: .* groups=1; dk_detectron.ops.* takes every"),
+    ("weight", lambda t: t[:2], "is depthwise: expected weight"),
+    ("weight", lambda t: t.expand(3, 3, 4, 4), "is depthwise: expected weight"),
+    ("weight", lambda t: t[:, :, :0], "weight: the scope is empty"),
+    ("weight", lambda t: t.double(), "weight: expected type Float like input, got Double"),
+    ("bias", lambda t: t[:2], r"bias: expected \[3\], got \[2\]"),
+    ("bias", lambda t: t.half(), "bias: expected type Float like input, got Half"),
+    ("kernel_offset", lambda t: t[:, :9], r"kernel_offset: expected \[2, 18, .* got \[2, 9, 6"),
+    ("kernel_offset", lambda t: t.long(), "kernel_offset: expected a floating point type"),
+    ("kernel_offset", None, "weight: without kernel_offset expected a scope of the"),
+    ("data_offset", lambda t: t[:, :, :5], r"data_offset: expected \[2, 18, 6, .* got \[2, 18, 5"),
+    ("data_offset", lambda t: t[..., 0], "data_offset: expected"),
+    ("kernel_size", (3, 0), "kernel_size: expected two values >= 1"),
+    ("stride", (0, 1), "stride: expected two values >= 1"),
+    ("padding", (-1, 0), "padding: expected two values >= 0"),
+    ("dilation", (1, 0), "dilation: expected two values >= 1"),
+    ("dilation", (4, 1), "input: padded size 8x9 is smaller than the dilated kernel"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, change, message", BAD_DIRECT_INPUT)
+def test_bad_direct_input(name, change, message):
+    case = Case(**BOTH)
+    call = case.tensors(torch.float32) | case.arguments
+    grad_output = torch.ones(2, 3, *case.output_size)
+    call[name] = change(call[name]) if callable(change) else change
+    with pytest.raises(RuntimeError, match=message):
+        compiled(**call)
+    if name != "bias":
+        del call["bias"]
+        with pytest.raises(RuntimeError, match=message):
+            compiled_backward(grad_output, **call, output_mask=[True] * 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t[:1], lambda t: t[..., 1:], lambda t: t.double()],
+    ids=["batch", "size", "type"],
+)
+def test_bad_grad_output(change):
+    case = Case(**BOTH)
+    tensors = case.tensors(torch.float32)
+    del tensors["bias"]
+    grad_output = change(torch.ones(2, 3, *case.output_size))
+    with pytest.raises(RuntimeError, match="grad_output: expected the output's type and size"):
+        compiled_backward(grad_output, **tensors, **case.arguments, output_mask=[True] * 4)
+
+
+@pytest.mark.parametrize(
+    "weight, offset, kernel_size, message",
+    [
+        ((3, 4, 4), (2, 18), 3, r"weight: expected \[C_out, .* got \[3, 4, 4\]"),
+        ((3, 1, 4, 4), (2, 9), 3, r"kernel_offset: expected \[N, 18\] for .* got \[2, 9\]"),
+        ((3, 1, 4, 4), (2, 18, 1), 3, r"kernel_offset: expected \[N, 18\] .* got \[2, 18, 1\]"),
+        ((3, 1, 4, 4), (2, 18), (3, 0), "kernel_size: expected an integer >= 1"),
+        ((3, 1, 4, 0), (2, 18), 3, "weight: expected"),
+    ],
+)  # fmt: skip
+def test_sample_kernel_bad_input(weight, offset, kernel_size, message):
+    with pytest.raises(ValueError, match=message):
+        sample_kernel(torch.zeros(weight), torch.zeros(offset), kernel_size)

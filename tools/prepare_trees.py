@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Makes the trees data set, real photographs, under $DETECTRON2_DATASETS (default: datasets/).
+
+The photographs come out of the wheel of deepforest 1.5.2, which pip downloads (23 MB) and nothing installs.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from dk_detectron.data import trees
+from dk_detectron.data.datasets import datasets_root
+from dk_detectron.data.writing import make_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--wheel", type=Path, help="the wheel, if it is already here")
+    parser.add_argument("--force", action="store_true", help="replace a set made differently")
+    args = parser.parse_args()
+    target = datasets_root() / "trees"
+    arguments = {"source": trees.REQUIREMENT, "tile": trees.TILE, "step": trees.STEP}
+    build = partial(trees.write_dataset, wheel=args.wheel)
+    made = make_folder(target, arguments, build, force=args.force)
+    print(f"{target}: {'made' if made else 'already there'}")
+
+
+if __name__ == "__main__":
+    main()
