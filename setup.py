@@ -92,7 +92,7 @@ def choose_nvcc(torch):
     """The compiler to build the kernels for CUDA with, or None to build without them."""
     if enabled("FORCE_CUDA") and enabled("FORCE_CPU"):
         raise SetupError("expected FORCE_CUDA=1 or FORCE_CPU=1, got both: unset one of them")
-    if enabled("FORCE_CPU") or not CUDA_SOURCES:
+    if enabled("FORCE_CPU"):
         return None
     nvcc = find_nvcc() if torch.version.cuda else None
     if nvcc:

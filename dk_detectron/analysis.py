@@ -36,7 +36,7 @@ def load_config(path: str | Path, opts=()) -> CfgNode:
 
 
 def paper_rows(*tables: int) -> list[dict[str, str]]:
-    """The rows of the paper's tables 1-4 (``configs/paper_tables.csv``), with the config of each."""
+    """Rows of the paper's Tables 1-4 (``configs/paper_tables.csv``), with the config of each."""
     with open(CONFIGS / "paper_tables.csv", newline="") as f:
         return [row for row in csv.DictReader(f) if int(row["table"]) in tables]
 
@@ -82,7 +82,7 @@ COSTS: dict[type, Callable[..., int]] = {
 
 @torch.no_grad()
 def count_multiply_adds(model: nn.Module, *inputs) -> Counter[str]:
-    """Multiply-adds of ``model(*inputs)``, a batch of one image, by layer type, as the paper counts."""
+    """Multiply-adds of ``model(*inputs)``, a batch of one, by layer type, as the paper counts."""
     counts: Counter[str] = Counter()
 
     def count(module: nn.Module, _, output: Tensor) -> None:

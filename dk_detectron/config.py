@@ -4,7 +4,7 @@ from detectron2.config import CfgNode as CN
 
 
 def add_dk_config(cfg: CN) -> None:
-    """Adds every key of dk_detectron to ``cfg``. All are off: a plain detectron2 config is unchanged."""
+    """Adds every key of dk_detectron to ``cfg``, all off: a plain config is unchanged."""
     # Which convolutions of the residual blocks adapt, and how.
     cfg.MODEL.DEFORM_KERNEL = CN()
     # The 1x1 convolutions (not the shortcut projections) and the depthwise 3x3 ones, each one of:
@@ -17,15 +17,15 @@ def add_dk_config(cfg: CN) -> None:
     # Scope sizes of deformable kernels.
     cfg.MODEL.DEFORM_KERNEL.SCOPE_SIZE_1X1 = 2
     cfg.MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3 = 4
-    # Deformable convolution (DCN) in the depthwise 3x3 of res2, res3, res4, res5: data offsets, alone or
-    # (with CONV_3X3 "local") together with kernel offsets.
+    # Deformable convolution (DCN) in the depthwise 3x3 of res2, res3, res4, res5: data offsets,
+    # alone or (with CONV_3X3 "local") together with kernel offsets.
     cfg.MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE = [False, False, False, False]
     # Experts of a conditional convolution: 8 in the paper's MobileNet-V2, 2 in its ResNet-50-DW.
     cfg.MODEL.DEFORM_KERNEL.NUM_EXPERTS = 8
 
     # ResNet-DW takes detectron2's own MODEL.RESNETS keys, of which it uses DEPTH (50, 101 or 152),
-    # WIDTH_PER_GROUP (doubled, as in the paper), STEM_OUT_CHANNELS, RES2_OUT_CHANNELS, STRIDE_IN_1X1,
-    # NORM and OUT_FEATURES.
+    # WIDTH_PER_GROUP (doubled, as in the paper), STEM_OUT_CHANNELS, RES2_OUT_CHANNELS,
+    # STRIDE_IN_1X1, NORM and OUT_FEATURES.
     cfg.MODEL.MOBILENETV2 = CN()
     cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Any norm that detectron2.layers.get_norm knows: "FrozenBN", "BN", "SyncBN", "GN", ...

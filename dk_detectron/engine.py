@@ -1,4 +1,4 @@
-"""detectron2's default trainer, on any number of GPUs or CPU processes, with this project's optimizer."""
+"""detectron2's default trainer, on GPUs or CPU processes, with this project's optimizer."""
 
 from __future__ import annotations
 
@@ -60,32 +60,36 @@ def check_datasets(names) -> None:
     for name in names:
         if name not in DatasetCatalog.list():
             raise ValueError(
-                f"DATASETS: expected a registered data set, such as shapes_train or coco_2017_train, "
-                f"got {name!r}"
+                "DATASETS: expected a registered data set, such as shapes_train or "
+                f"coco_2017_train, got {name!r}"
             )
         metadata = MetadataCatalog.get(name)
         for key in "json_file", "image_root":
             path = metadata.get(key)
             if path is not None and not PathManager.exists(path):
-                cure = metadata.get("how_to_get", "set DETECTRON2_DATASETS to the folder that holds it")
+                cure = metadata.get(
+                    "how_to_get", "set DETECTRON2_DATASETS to the folder that holds it"
+                )
                 raise FileNotFoundError(f"DATASETS: {name!r} expects its {key} at {path}; {cure}")
 
 
 def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
-    """Raises if ``MODEL.WEIGHTS`` names no file, or training would start from weights that cannot learn."""
+    """Raises if ``MODEL.WEIGHTS`` names no file, or training could not learn without."""
     if resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return
     weights = cfg.MODEL.WEIGHTS
     if weights:
         if "://" not in weights and not os.path.isfile(weights):
-            raise FileNotFoundError(f"MODEL.WEIGHTS: expected a checkpoint, got {weights!r}: no such file")
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS: expected a checkpoint, got {weights!r}: no such file"
+            )
     elif needed:
         raise ValueError("MODEL.WEIGHTS: expected a checkpoint to evaluate, got nothing")
     elif "FrozenBN" in _norms(cfg):
         raise ValueError(
-            "MODEL.WEIGHTS is empty, but the backbone's norm is FrozenBN, which learns nothing from "
-            "scratch: give MODEL.WEIGHTS, or set MODEL.RESNETS.NORM / MODEL.MOBILENETV2.NORM to BN, "
-            "SyncBN or GN and MODEL.BACKBONE.FREEZE_AT to 0"
+            "MODEL.WEIGHTS is empty, but the backbone's norm is FrozenBN, which learns nothing "
+            "from scratch: give MODEL.WEIGHTS, or set MODEL.RESNETS.NORM / MODEL.MOBILENETV2.NORM "
+            "to BN, SyncBN or GN and MODEL.BACKBONE.FREEZE_AT to 0"
         )
 
 
@@ -95,7 +99,7 @@ def _norms(cfg: CfgNode) -> list[str]:
 
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` that also runs distributed on CPUs, and evaluates on COCO-format data sets.
+    """``DefaultTrainer`` that also runs distributed on CPUs, and evaluates on COCO-format data.
 
     ``OUTPUT_DIR/evaluation.json`` holds the metrics of the last evaluation.
     """

@@ -1,8 +1,8 @@
 """Convolutions that adapt to their input: deformable kernels and what the paper compares them with.
 
 All take ``nn.Conv2d``'s arguments in its order, and ``norm`` and ``activation`` as
-``detectron2.layers.Conv2d`` does. What adapts them is predicted from the input by small generators that
-start at zero, so that every layer starts as a rigid convolution.
+``detectron2.layers.Conv2d`` does. What adapts them is predicted from the input by small generators
+that start at zero, so that every layer starts as a rigid convolution.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ __all__ = [
 
 Size = int | Sequence[int]
 
-# Where symmetry would keep weights equal for ever, they start this much apart, in standard deviations.
+# Where symmetry would keep weights equal for ever, they start this much apart, in standard
+# deviations.
 PERTURBATION = 0.5
 
 
@@ -120,7 +121,7 @@ class AdaptiveConv2d(nn.Module):
         }
 
     def _offset_convolution(self, factory: dict) -> nn.Conv2d:
-        """The generator of local offsets: configured as the target, C_in -> 2*K, never depthwise."""
+        """The generator of local offsets: as the target, but C_in -> 2*K and never depthwise."""
         arguments = {**self._conv_arguments, "groups": 1}
         taps = self.kernel_size[0] * self.kernel_size[1]
         generator = nn.Conv2d(self.in_channels, 2 * taps, self.kernel_size, **arguments, **factory)
@@ -139,7 +140,7 @@ class AdaptiveConv2d(nn.Module):
 
     @torch.no_grad()
     def set_rigid_weight(self, weight: Tensor) -> None:
-        """Makes the layer, as long as its generators are at zero, the rigid convolution of ``weight``.
+        """Makes the layer, while its generators are at zero, the rigid convolution of ``weight``.
 
         Args:
             weight: [C_out, C_in / groups, K_h, K_w].
@@ -197,8 +198,9 @@ class _ScopeConv2d(AdaptiveConv2d):
         lifted = lift_to_scope(weight, self.scope_size)
         if 1 not in self.kernel_size:
             return lifted
-        # Along an axis with a single tap the lifted scope is constant: its offsets would get no gradient
-        # and its cells equal ones, for ever. Perturb them by what the undeformed kernel does not see.
+        # Along an axis with a single tap the lifted scope is constant: its offsets would get no
+        # gradient and its cells equal ones, for ever. Perturb them by what the undeformed kernel
+        # does not see.
         noise = torch.randn_like(lifted)
         noise = noise - lift_to_scope(rest_kernel(noise, self.kernel_size), self.scope_size)
         return lifted + PERTURBATION * weight.std(correction=0) * noise
@@ -308,15 +310,17 @@ class CondConv2d(AdaptiveConv2d):
         self.gate_generator = _zero_init(nn.Linear(self.in_channels, self.num_experts, **factory))
 
     def _from_rigid(self, weight):
-        # At the start every gate is sigmoid(0) = 1/2. Equal experts would get equal gradients and never
-        # part: perturb them by amounts that cancel in the mixture.
+        # At the start every gate is sigmoid(0) = 1/2. Equal experts would get equal gradients and
+        # never part: perturb them by amounts that cancel in the mixture.
         shared = weight * (2 / self.num_experts)
         noise = torch.randn(self._weight_shape(), dtype=weight.dtype, device=weight.device)
         return shared + PERTURBATION * shared.std(correction=0) * (noise - noise.mean(0))
 
     def _convolve(self, x):
         gates = self.gate_generator(x.mean((2, 3))).sigmoid()
-        kernels = (gates.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(1, self.rigid_shape)
+        kernels = (gates.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(
+            1, self.rigid_shape
+        )
         return per_image_conv2d(x, kernels, self.bias, **self._conv_arguments)
 
     def extra_repr(self):
@@ -342,7 +346,7 @@ def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
 
 
 def msra_fill(module: nn.Module) -> None:
-    """He et al.'s initialisation of a rigid or adaptive convolution, as detectron2's backbones use it."""
+    """He et al.'s initialisation of a rigid or adaptive convolution, as detectron2 uses it."""
     if not isinstance(module, AdaptiveConv2d):
         weight_init.c2_msra_fill(module)
         return

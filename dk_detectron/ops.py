@@ -9,8 +9,8 @@ Shapes, used throughout:
     kernel_offset    [N, 2*K, H_out, W_out], channel 2t: row, 2t+1: column of tap t, in scope cells
     data_offset      [N, 2*K, H_out, W_out], the same layout, in input pixels
 
-The operators are registered by the extension ``dk_detectron._C``: schemas in ``csrc/deform_kernel.cpp``,
-kernels in ``csrc/cpu`` and ``csrc/cuda``.
+The operators are registered by the extension ``dk_detectron._C``: schemas in
+``csrc/deform_kernel.cpp``, kernels in ``csrc/cpu`` and ``csrc/cuda``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ __all__ = [
 Size = int | Sequence[int]
 
 
-# ---- public functions ------------------------------------------------------------------------------
+# ---- public functions
+# ------------------------------------------------------------------------------
 
 
 def deform_kernel_conv2d(
@@ -61,7 +62,8 @@ def deform_kernel_conv2d(
 ) -> Tensor:
     """Convolution whose kernel, data, or both are sampled at learnt offsets (eq. 7, 9 and 11).
 
-        O[n,co,p] = b[co] + sum_t sum_ci I[n, ci, p*stride - pad + k_t*dilation + data_offset[n,t,p]]
+        O[n,co,p] = b[co] + sum_t sum_ci I[n, ci, p*stride - pad + k_t*dilation +
+        data_offset[n,t,p]]
                                        * W[co,ci](clip(k0 + k_t + kernel_offset[n,t,p]))
 
     W(.) is bilinear interpolation in the scope (eq. 12) and k0 = (scope_size - kernel_size) / 2
@@ -138,7 +140,8 @@ def sample_kernel(
     channels = 2 * size[0] * size[1]
     if kernel_offset.dim() != 2 or kernel_offset.shape[1] != channels:
         raise ValueError(
-            f"kernel_offset: expected [N, {channels}] for kernel_size {size}, got {_shape(kernel_offset)}"
+            f"kernel_offset: expected [N, {channels}] for kernel_size {size}, "
+            f"got {_shape(kernel_offset)}"
         )
     return torch.ops.dk_detectron.sample_kernel(weight, kernel_offset, size, clip=clip)
 
@@ -180,8 +183,8 @@ def per_image_conv2d(
         kernel = kernels.new_empty(kernels.shape[1:])
         return F.conv2d(input, kernel, bias, stride, padding, dilation, groups)
     output = F.conv2d(
-        input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None, stride, padding, dilation,
-        n * groups,
+        input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None,
+        stride, padding, dilation, n * groups,
     )  # fmt: skip
     output = output.unflatten(1, (n, -1)).squeeze(0)
     if bias is not None:
@@ -189,7 +192,8 @@ def per_image_conv2d(
     return output.contiguous(memory_format=memory_format)
 
 
-# ---- checks ----------------------------------------------------------------------------------------
+# ---- checks
+# ----------------------------------------------------------------------------------------
 
 
 def _shape(tensor: Tensor) -> list[int]:
@@ -205,13 +209,24 @@ def _pair(name: str, value: Size, least: int) -> list[int]:
 
 def _output_size(input, kernel_size, stride, padding, dilation) -> list[int]:
     return [
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
+        + 1
         for i in range(2)
     ]
 
 
 def _check(
-    input, weight, bias, kernel_offset, data_offset, *, kernel_size, stride, padding, dilation, groups
+    input,
+    weight,
+    bias,
+    kernel_offset,
+    data_offset,
+    *,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
 ):
     """Raises on every user error that :func:`deform_kernel_conv2d` names."""
     if input.dim() != 4:
@@ -220,14 +235,18 @@ def _check(
         raise TypeError(f"input: expected a floating point type, got {input.dtype}")
     channels = input.shape[1]
     if not isinstance(groups, int) or groups < 1 or channels % groups:
-        raise ValueError(f"groups: expected a divisor of the {channels} input channels, got {groups}")
+        raise ValueError(
+            f"groups: expected a divisor of the {channels} input channels, got {groups}"
+        )
     if weight.dim() != 4 or weight.shape[1] != channels // groups or 0 in weight.shape[2:]:
         raise ValueError(
             f"weight: expected [C_out, {channels // groups}, S_h, S_w] "
             f"({channels} input channels / {groups} groups), got {_shape(weight)}"
         )
     if weight.shape[0] % groups:
-        raise ValueError(f"weight: {weight.shape[0]} output channels do not divide into {groups} groups")
+        raise ValueError(
+            f"weight: {weight.shape[0]} output channels do not divide into {groups} groups"
+        )
     if bias is not None and _shape(bias) != [weight.shape[0]]:
         raise ValueError(f"bias: expected [{weight.shape[0]}], got {_shape(bias)}")
     output_size = _output_size(input, kernel_size, stride, padding, dilation)
@@ -245,8 +264,11 @@ def _check(
         if offset is not None and not offset.is_floating_point():
             raise TypeError(f"{name}: expected a floating point type, got {offset.dtype}")
     for name, tensor in (
-        ("weight", weight), ("bias", bias), ("kernel_offset", kernel_offset), ("data_offset", data_offset),
-    ):  # fmt: skip
+        ("weight", weight),
+        ("bias", bias),
+        ("kernel_offset", kernel_offset),
+        ("data_offset", data_offset),
+    ):
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(
                 f"{name}: expected device {input.device} like input, got {tensor.device}"
@@ -254,10 +276,13 @@ def _check(
     if not torch.is_autocast_enabled(input.device.type):
         for name, tensor in ("weight", weight), ("bias", bias):
             if tensor is not None and tensor.dtype != input.dtype:
-                raise TypeError(f"{name}: expected type {input.dtype} like input, got {tensor.dtype}")
+                raise TypeError(
+                    f"{name}: expected type {input.dtype} like input, got {tensor.dtype}"
+                )
 
 
-# ---- composed implementation -----------------------------------------------------------------------
+# ---- composed implementation
+# -----------------------------------------------------------------------
 
 
 def _locate(
@@ -265,10 +290,11 @@ def _locate(
 ) -> tuple[Tensor, Tensor]:
     """The lower of the two cells around each location, and the share of the upper one.
 
-    The derivative at a cell is that towards the next one; at the last cell of a scope, towards the one
-    before. ``csrc/bilinear.h`` is the same for the compiled kernels.
+    The derivative at a cell is that towards the next one; at the last cell of a scope, towards the
+    one before. ``csrc/bilinear.h`` is the same for the compiled kernels.
     """
-    # Without clipping, everything further out reads the same zeros: keep infinities out of the sums.
+    # Without clipping, everything further out reads the same zeros: keep infinities out of the
+    # sums.
     location = location.clamp(0, size - 1) if clip else location.clamp(-2, size + 1)
     lower = location.detach().floor()
     if scope and size > 1:
@@ -282,9 +308,7 @@ def _axis_coefficients(location: Tensor, size: int, clip: bool) -> Tensor:
     lower, share = (t.unsqueeze(-1) for t in _locate(location, size, scope=True, clip=clip))
     cell = torch.arange(size, dtype=location.dtype, device=location.device)
     zero = 0 * share  # NaN for a NaN location, so that the output shows it
-    return torch.where(cell == lower, 1 - share, zero) + torch.where(
-        cell == lower + 1, share, zero
-    )
+    return torch.where(cell == lower, 1 - share, zero) + torch.where(cell == lower + 1, share, zero)
 
 
 def _split_offset(offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +329,7 @@ def _tap_grid(kernel_size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]
 def _scope_coefficients(
     kernel_offset: Tensor, scope_size: Sequence[int], kernel_size: Sequence[int], clip: bool
 ) -> Tensor:
-    """B of eq. 12: offsets [N, 2*K, ...] -> coefficients [N, K, ..., S] of each tap on each cell."""
+    """B of eq. 12: offsets [N, 2*K, ...] -> coefficients [N, K, ..., S] of taps on cells."""
     axes = []
     offsets = _split_offset(kernel_offset)
     for axis, tap in enumerate(_tap_grid(kernel_size, offsets[0])):
@@ -315,13 +339,13 @@ def _scope_coefficients(
 
 
 def rest_matrix(scope_size: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
-    """[K, S] in float64: what each tap of the undeformed kernel reads from each cell of the scope."""
+    """[K, S] in float64: what each tap of the undeformed kernel reads from each scope cell."""
     zero = torch.zeros(1, 2 * kernel_size[0] * kernel_size[1], dtype=torch.float64)
     return _scope_coefficients(zero, scope_size, kernel_size, clip=True)[0]
 
 
 def rest_kernel(weight: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """The kernel at zero offset: [C_out, C_in/groups, S_h, S_w] -> [C_out, C_in/groups, K_h, K_w]."""
+    """The kernel at zero offset: [.., .., S_h, S_w] -> [.., .., K_h, K_w]."""
     if list(weight.shape[2:]) == list(kernel_size):
         return weight
     matrix = rest_matrix(weight.shape[2:], kernel_size).to(weight)
@@ -331,7 +355,7 @@ def rest_kernel(weight: Tensor, kernel_size: Sequence[int]) -> Tensor:
 def _deformed_columns(
     input: Tensor, data_offset: Tensor, kernel_size, stride, padding, dilation
 ) -> Tensor:
-    """The data of every tap (eq. 9), [N, C_in, K, H_out*W_out]: bilinear in the image, zero outside."""
+    """The data of every tap (eq. 9), [N, C_in, K, H_out*W_out]; the image is zero outside."""
     channels, *size = input.shape[1:]
     offsets = _split_offset(data_offset)
     located = []
@@ -393,7 +417,8 @@ def composed_deform_kernel_conv2d(
     return output.unflatten(2, output_size).contiguous(memory_format=_output_format(input))
 
 
-# ---- registration ----------------------------------------------------------------------------------
+# ---- registration
+# ----------------------------------------------------------------------------------
 
 
 def _output_format(input: Tensor) -> torch.memory_format:
@@ -404,7 +429,8 @@ def _output_format(input: Tensor) -> torch.memory_format:
 
 _library = torch.library.Library("dk_detectron", "FRAGMENT")
 _library.define(
-    "sample_kernel(Tensor weight, Tensor kernel_offset, SymInt[2] kernel_size, *, bool clip=True) -> Tensor"
+    "sample_kernel(Tensor weight, Tensor kernel_offset, SymInt[2] kernel_size, *, bool clip=True) "
+    "-> Tensor"
 )
 
 

@@ -25,6 +25,17 @@ def _repeatable(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+# The offsets of a Case, and the two paths of the public function for its three channels: depthwise
+# is one compiled operator, dense is composed of PyTorch's own.
+NEITHER = {"kernel_offset": False, "data_offset": False}
+KERNEL = {"kernel_offset": True, "data_offset": False}
+DATA = {"kernel_offset": False, "data_offset": True}
+BOTH = {"kernel_offset": True, "data_offset": True}
+every_offset = pytest.mark.parametrize(
+    "which", [KERNEL, DATA, BOTH], ids=["kernel", "data", "both"]
+)
+every_path = pytest.mark.parametrize("groups", [3, 1], ids=["compiled", "composed"])
+
 # (rtol, atol): the defaults of torch.testing.assert_close.
 TOLERANCES = {
     torch.float64: (1e-7, 1e-7),

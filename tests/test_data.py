@@ -61,7 +61,7 @@ def test_shapes_annotations_are_coco(shapes_folder, capsys):
         x, y, w, h = annotation["bbox"]
         assert x >= 0 and y >= 0 and x + w <= image["width"] and y + h <= image["height"]
         rows, columns = np.nonzero(coco.annToMask(annotation))
-        # Polygons run through pixel centres, masks round them: one pixel on each side.
+        # Boxes and polygons are finer than pixels, masks round them: one pixel on each side.
         assert abs(columns.min() - x) <= 1 and abs(columns.max() + 1 - (x + w)) <= 1
         assert abs(rows.min() - y) <= 1 and abs(rows.max() + 1 - (y + h)) <= 1
         assert 0 < annotation["area"] <= w * h
@@ -131,9 +131,15 @@ def test_nothing_is_left_of_an_interrupted_build(tmp_path):
 def test_a_folder_of_somebody_else_is_kept(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_text("")
-    with pytest.raises(FileExistsError, match="found one made with None; --force replaces it"):
-        make_folder(tmp_path / "photos", {"seed": 0}, lambda folder: None)
+    with pytest.raises(FileExistsError, match="found a folder without made_with.json"):
+        make_folder(tmp_path / "photos", {"seed": 0}, lambda folder: None, force=True)
     assert (tmp_path / "photos" / "mine.jpg").is_file()
+
+
+def test_a_missing_set_names_its_cure():
+    path, name = "nowhere/instances_val.json", "trees_val"
+    with pytest.raises(FileNotFoundError, match=f"{path}; make it with .*prepare_trees.py"):
+        datasets.load(path, "nowhere", name)
 
 
 def test_registered_under_their_names(shapes_folder, tmp_path):
@@ -173,25 +179,49 @@ def make_wheel(path: Path, boxes: list[tuple[int, int, int, int]]) -> Path:
 
 
 def test_trees_are_cut_into_tiles(tmp_path):
-    boxes = [(10, 20, 50, 70), (390, 100, 430, 140), (360, 300, 420, 340)]
+    # VOC's corners count from 1, inclusive: (11, 21, 50, 70) is 40 x 50 pixels at (10, 20).
+    boxes = [(11, 21, 50, 70), (241, 101, 290, 140), (221, 201, 260, 240)]
     trees.write_dataset(tmp_path, make_wheel(tmp_path / "a.whl", boxes))
     val = json.loads((tmp_path / "annotations/instances_val.json").read_text())
+    # 500 x 450 in the fewest equal tiles of at most 400.
     sizes = [(i["width"], i["height"]) for i in val["images"]]
-    assert sizes == [(400, 400), (100, 400), (400, 50), (100, 50)]
-    found = [(a["image_id"], a["bbox"]) for a in val["annotations"]]
-    # The second is mostly in the second tile, the third in the first: each once, clipped.
-    assert found == [(1, [10, 20, 40, 50]), (1, [360, 300, 40, 40]), (2, [0, 100, 30, 40])]
+    assert sizes == [(250, 225)] * 4
+    found = [(a["image_id"], a["bbox"], a["iscrowd"]) for a in val["annotations"]]
+    assert found == [
+        (1, [10, 20, 40, 50], 0),
+        (1, [240, 100, 10, 40], 1),  # a fifth of the second: to be ignored
+        (1, [220, 200, 30, 25], 1),  # 47 % of the third
+        (2, [0, 100, 40, 40], 0),
+        (2, [0, 200, 10, 25], 1),
+        (3, [220, 0, 30, 15], 1),
+        (4, [0, 0, 10, 15], 1),
+    ]
     train = json.loads((tmp_path / "annotations/instances_train.json").read_text())
     assert {(i["width"], i["height"]) for i in train["images"]} == {(400, 400)}
     assert [i["file_name"] for i in train["images"]] == [
         "00000_00000.png", "00000_00100.png", "00050_00000.png", "00050_00100.png",
     ]  # fmt: skip
-    whole = [a for a in train["annotations"] if a["bbox"][2:] == [60, 40]]
-    assert {a["image_id"] for a in whole} == {2, 4}
-    with Image.open(tmp_path / "train" / "00050_00100.png") as tile, Image.open(
-        io.BytesIO(zipfile.ZipFile(tmp_path / "a.whl").read(f"deepforest/data/{trees.PHOTOGRAPHS['train']}.png"))
-    ) as photograph:
-        np.testing.assert_array_equal(tile, photograph.crop((100, 50, 500, 450)))
+    whole = [a["image_id"] for a in train["annotations"] if a["bbox"][2:] == [40, 40]]
+    assert whole == [1, 2, 3, 4]
+    with zipfile.ZipFile(tmp_path / "a.whl") as archive:
+        original = archive.read(f"deepforest/data/{trees.PHOTOGRAPHS['train']}.png")
+    tile = np.asarray(Image.open(tmp_path / "train" / "00050_00100.png"))
+    np.testing.assert_array_equal(tile, np.asarray(Image.open(io.BytesIO(original)))[50:, 100:])
+
+
+@pytest.mark.parametrize("size", [100, 400, 401, 1035, 2472])
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+def test_tiles_cover_and_overlap(size, overlap):
+    edges = trees.tile_edges(size, overlap)
+    assert edges[0][0] == 0 and edges[-1][1] == size
+    assert all(end - start <= trees.TILE for start, end in edges)
+    for (_, end), (start, _) in zip(edges, edges[1:], strict=False):
+        assert end - start >= overlap * trees.TILE and (overlap or end == start)
+
+
+def test_trees_check_the_file(tmp_path):
+    with pytest.raises(ValueError, match="expected deepforest==1.5.2 with sha256"):
+        trees.check_wheel(make_wheel(tmp_path / "a.whl", []))
 
 
 def test_trees_refuse_another_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Training by tools/train_net.py, end to end on real files: it learns, repeats, resumes, distributes."""
+"""Training by tools/train_net.py, end to end on real files."""
 
 import json
 import os
@@ -56,7 +56,12 @@ def datasets_root(tmp_path_factory) -> Path:
 
 
 def run_tool(tool: str, datasets: Path, *args) -> subprocess.CompletedProcess:
-    env = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "DETECTRON2_DATASETS": str(datasets),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(ROOT / "tools" / tool), *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
@@ -83,9 +88,13 @@ def run(datasets_root, tmp_path_factory) -> Path:
 
 
 def test_training_leaves_everything_behind(run):
-    assert {"model_final.pth", "config.yaml", "metrics.json", "evaluation.json", "last_checkpoint"} <= {
-        p.name for p in run.iterdir()
-    }
+    assert {
+        "model_final.pth",
+        "config.yaml",
+        "metrics.json",
+        "evaluation.json",
+        "last_checkpoint",
+    } <= {p.name for p in run.iterdir()}
     assert list(run.glob("events.out.tfevents.*"))
     assert (run / "inference" / "shapes_val" / "coco_instances_results.json").is_file()
     metrics = json.loads((run / "evaluation.json").read_text())["bbox"]
@@ -170,13 +179,25 @@ def arguments(**changes) -> Namespace:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"config_file": "none.yaml"}, FileNotFoundError, "--config-file: expected a YAML file, got 'none"),
+        (
+            {"config_file": "none.yaml"},
+            FileNotFoundError,
+            "--config-file: expected a YAML file, got 'none",
+        ),
         ({"opts": ["MODEL.DEFORM_KERNEL.SCOPE", 4]}, AssertionError, "Non-existent key: .*SCOPE"),
-        ({"opts": ["MODEL.WEIGHTS", "none.pth"]}, FileNotFoundError, "MODEL.WEIGHTS: .* 'none.pth'"),
+        (
+            {"opts": ["MODEL.WEIGHTS", "none.pth"]},
+            FileNotFoundError,
+            "MODEL.WEIGHTS: .* 'none.pth'",
+        ),
         ({"opts": ["DATASETS.TRAIN", "('cats',)"]}, ValueError, "registered data set.* got 'cats'"),
         ({"opts": ["DATASETS.TEST", "('trees_val',)"]}, FileNotFoundError, "prepare_trees.py"),
         ({"eval_only": True}, ValueError, "MODEL.WEIGHTS: expected a checkpoint to evaluate"),
-        ({"opts": ["MODEL.MOBILENETV2.NORM", "FrozenBN"]}, ValueError, "learns nothing from scratch"),
+        (
+            {"opts": ["MODEL.MOBILENETV2.NORM", "FrozenBN"]},
+            ValueError,
+            "learns nothing from scratch",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(

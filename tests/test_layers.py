@@ -96,7 +96,8 @@ def test_combined_layer_learns_both_offsets_separately():
     randomize_generators(layer)
     x = torch.randn(2, 4, 6, 7)
     expected = deform_kernel_conv2d(
-        x, layer.weight, layer.bias, layer.kernel_offset_generator(x), layer.data_offset_generator(x),
+        x, layer.weight, layer.bias,
+        layer.kernel_offset_generator(x), layer.data_offset_generator(x),
         kernel_size=3, padding=1, groups=4,
     )  # fmt: skip
     torch.testing.assert_close(layer(x), expected)
@@ -113,7 +114,8 @@ def test_per_image_conv_is_one_convolution_per_image(shape, memory_format):
     bias = torch.randn(cout, dtype=torch.float64)
     got = per_image_conv2d(x, kernels, bias, stride, padding, dilation, groups)
     expected = torch.cat([
-        F.conv2d(x[i : i + 1], kernels[i], bias, stride, padding, dilation, groups) for i in range(3)
+        F.conv2d(x[i : i + 1], kernels[i], bias, stride, padding, dilation, groups)
+        for i in range(3)
     ])  # fmt: skip
     torch.testing.assert_close(got, expected)
     assert got.is_contiguous(memory_format=memory_format)

@@ -196,7 +196,13 @@ def test_a_plain_detectron2_config_is_unchanged():
     plain, extended = get_cfg(), get_cfg()
     add_dk_config(extended)
     for node in extended.MODEL, extended.SOLVER:
-        for key in "DEFORM_KERNEL", "MOBILENETV2", "CHANNELS_LAST", "CLASSIFIER", "OFFSET_LR_FACTOR":
+        for key in (
+            "DEFORM_KERNEL",
+            "MOBILENETV2",
+            "CHANNELS_LAST",
+            "CLASSIFIER",
+            "OFFSET_LR_FACTOR",
+        ):
             node.pop(key, None)
     assert extended == plain
 
@@ -221,7 +227,7 @@ def test_unknown_values_are_refused(family, key, value, message):
 
 
 def test_multiply_adds_of_the_learnt_offsets_are_the_papers():
-    """A local DK costs its generator plus 18 per output of a 3x3: the differences of Tables 1 and 2."""
+    """A local DK costs its generator plus 18 per output: the differences of Tables 1 and 2."""
 
     def giga(name):
         cfg = load_config(CONFIGS / "ImageNet" / f"{name}.yaml")

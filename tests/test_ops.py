@@ -8,7 +8,19 @@ import reference
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import Case, assert_close, double, off_knot_offset, run
+from conftest import (
+    BOTH,
+    DATA,
+    KERNEL,
+    NEITHER,
+    Case,
+    assert_close,
+    double,
+    every_offset,
+    every_path,
+    off_knot_offset,
+    run,
+)
 
 from dk_detectron.ops import (
     composed_deform_kernel_conv2d,
@@ -25,21 +37,6 @@ every_implementation = pytest.mark.parametrize(
         pytest.param(deform_kernel_conv2d, id="compiled"),
         pytest.param(composed_deform_kernel_conv2d, id="composed"),
     ],
-)
-# The public function picks by the groups of three channels.
-every_grouped_implementation = pytest.mark.parametrize(
-    "function, groups",
-    [
-        pytest.param(deform_kernel_conv2d, 3, id="compiled"),
-        pytest.param(deform_kernel_conv2d, 1, id="composed"),
-    ],
-)
-KERNEL = {"kernel_offset": True, "data_offset": False}
-DATA = {"kernel_offset": False, "data_offset": True}
-BOTH = {"kernel_offset": True, "data_offset": True}
-NEITHER = {"kernel_offset": False, "data_offset": False}
-every_offset = pytest.mark.parametrize(
-    "which", [KERNEL, DATA, BOTH], ids=["kernel", "data", "both"]
 )
 every_offset_or_none = pytest.mark.parametrize(
     "which", [NEITHER, KERNEL, DATA, BOTH], ids=["neither", "kernel", "data", "both"]
@@ -452,9 +449,9 @@ def test_edges_and_beyond(location, name, axis, function, clip, device):
     """Read the clipped edge of the scope or zero, never another pixel; all gradients are finite."""
     case = Case(clip=clip, **BOTH)
     tap = 5
-    size, rest = case.size[axis], 1 - 1 + (tap // 3, tap % 3)[axis]
+    size, rest = case.size[axis], (tap // 3, tap % 3)[axis]  # of the output at (1, 1), padding 1
     if name == "kernel_offset":
-        size, rest = case.scope[axis], 0.5 + (tap // 3, tap % 3)[axis]
+        size, rest = case.scope[axis], rest + 0.5
     location = {"last": size - 1, "size": size}.get(location, location)
     tensors = with_one_offset(case, name, axis, location - rest, tap, device)
     expected = run(reference.deform_kernel_conv2d, double(tensors), case.arguments)
@@ -481,16 +478,14 @@ def test_nan_shows_in_its_output_location_only(name, padding, axis, function, cl
     expected = run(function, tensors, case.arguments)
     assert_close(actual["output"][~missing], expected["output"][~missing])
     elsewhere = ~missing[:, :1].expand_as(tensors[name])
-    for offset in {"kernel_offset", "data_offset"} & {
-        k for k, v in tensors.items() if v is not None
-    }:
-        assert_close(actual[f"grad_{offset}"][elsewhere], expected[f"grad_{offset}"][elsewhere])
+    for offset in actual.keys() & {"grad_kernel_offset", "grad_data_offset"}:
+        assert_close(actual[offset][elsewhere], expected[offset][elsewhere])
 
 
 # ---- which gradients -----------------------------------------------------------------------------
 
 
-@every_grouped_implementation
+@every_path
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -499,15 +494,15 @@ def test_nan_shows_in_its_output_location_only(name, padding, axis, function, cl
     ],
     ids="-".join,
 )  # fmt: skip
-def test_frozen_tensors(wanted, function, groups, device):
+def test_frozen_tensors(wanted, groups, device):
     """A gradient does not depend on which others are computed."""
-    case = Case(groups=groups, channels=3, **BOTH)
+    case = Case(groups=groups, **BOTH)
     tensors = case.tensors(device=device)
-    everything = run(function, tensors, case.arguments)
+    everything = run(deform_kernel_conv2d, tensors, case.arguments)
 
     frozen = {name: tensor for name, tensor in tensors.items() if name not in wanted}
     trained = {name: tensors[name] for name in wanted}
-    actual = run(lambda **leaves: function(**leaves, **frozen, **case.arguments), trained, {})
+    actual = run(deform_kernel_conv2d, trained, frozen | case.arguments)
     for name in actual:
         assert torch.equal(actual[name], everything[name])
 
@@ -522,9 +517,7 @@ def test_output_mask(mask, which, device):
     tensors = case.tensors(device=device)
     del tensors["bias"]
     grad_output = torch.randn(2, 3, *case.output_size).to(tensors["input"])
-    expected = run(
-        lambda **leaves: compiled(bias=None, **leaves, **case.arguments), tensors, {}, grad_output
-    )
+    expected = run(compiled, tensors, case.arguments | {"bias": None}, grad_output)
     actual = compiled_backward(grad_output, **tensors, **case.arguments, output_mask=mask)
     names = [f"grad_{name}" for name, wanted in zip(tensors, mask, strict=True) if wanted]
     assert len(actual) == len(names)
@@ -555,10 +548,10 @@ def channels_last(tensor):
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-@every_grouped_implementation
+@every_path
 @pytest.mark.parametrize("layout", [transposed, sliced, expanded, channels_last, fenced])
 @pytest.mark.parametrize("name", ["input", "weight", "kernel_offset", "data_offset", "output"])
-def test_memory_layouts(name, layout, function, groups, device):
+def test_memory_layouts(name, layout, groups, device):
     """`output` stands for its gradient, which arrives in the layout."""
     case = Case(groups=groups, **BOTH)
     tensors = case.tensors(device=device)
@@ -568,17 +561,18 @@ def test_memory_layouts(name, layout, function, groups, device):
     else:
         tensors[name] = layout(tensors[name])
     expected = run(reference.deform_kernel_conv2d, tensors, case.arguments, grad_output)
-    assert_close(run(function, tensors, case.arguments, grad_output), expected)
+    assert_close(run(deform_kernel_conv2d, tensors, case.arguments, grad_output), expected)
 
 
-@every_grouped_implementation
+@every_path
 @every_offset_or_none
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_output_keeps_memory_format(layout, which, function, groups, device):
+def test_output_keeps_memory_format(layout, which, groups, device):
     case = Case(groups=groups, **which)
     tensors = case.tensors(device=device)
     tensors["input"] = tensors["input"].contiguous(memory_format=layout)
-    assert function(**tensors, **case.arguments).is_contiguous(memory_format=layout)
+    output = deform_kernel_conv2d(**tensors, **case.arguments)
+    assert output.is_contiguous(memory_format=layout)
 
 
 # ---- low precision -------------------------------------------------------------------------------
@@ -604,13 +598,16 @@ def test_low_precision(dtype, offset_dtype, which, grouping, device):
 
 
 @every_half
-@every_grouped_implementation
-def test_locations_are_float32(function, groups, dtype, device):
+@every_path
+def test_locations_are_float32(groups, dtype, device):
     """The type of an offset is storage: the image has more pixels than either type integers."""
     case = Case(groups=groups, size=(300, 10), **BOTH)
     tensors = case.tensors(dtype, device)
     widened = tensors | {name: tensors[name].float() for name in ("kernel_offset", "data_offset")}
-    assert torch.equal(function(**tensors, **case.arguments), function(**widened, **case.arguments))
+    assert torch.equal(
+        deform_kernel_conv2d(**tensors, **case.arguments),
+        deform_kernel_conv2d(**widened, **case.arguments),
+    )
 
 
 @every_half

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Case, assert_close, run
+from conftest import Case, assert_close, every_offset, every_path, run
 from torch import nn
 
 from dk_detectron.ops import deform_kernel_conv2d, sample_kernel
@@ -15,18 +15,6 @@ from dk_detectron.ops import deform_kernel_conv2d, sample_kernel
 ROOT = Path(__file__).parents[1]
 compiled = torch.ops.dk_detectron.deform_kernel_conv2d
 compiled_backward = torch.ops.dk_detectron.deform_kernel_conv2d_backward
-
-every_grouped_implementation = pytest.mark.parametrize(
-    "groups", [pytest.param(3, id="compiled"), pytest.param(1, id="composed")]
-)
-every_offset = pytest.mark.parametrize(
-    "which",
-    [
-        pytest.param({"kernel_offset": True, "data_offset": False}, id="kernel"),
-        pytest.param({"kernel_offset": False, "data_offset": True, "scope": (3, 3)}, id="data"),
-        pytest.param({"kernel_offset": True, "data_offset": True}, id="both"),
-    ],
-)
 
 
 def require_gradients(tensors):
@@ -47,7 +35,7 @@ OPCHECK_CASES = [
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("geometry", OPCHECK_CASES, ids=lambda geometry: str(Case(**geometry)))
 def test_opcheck(geometry, layout, which, device):
-    case = Case(**geometry, **which)
+    case = Case(scope=(3, 3), **geometry, **which)
     tensors = case.tensors(torch.float32, device)
     tensors["input"] = tensors["input"].contiguous(memory_format=layout)
     torch.library.opcheck(compiled, tuple(require_gradients(tensors).values()), case.arguments)
@@ -56,7 +44,7 @@ def test_opcheck(geometry, layout, which, device):
 @every_offset
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_opcheck_backward(layout, which, device):
-    case = Case(bias=False, **which)
+    case = Case(scope=(3, 3), bias=False, **which)
     tensors = {
         name: None if t is None else t.to(memory_format=layout)
         for name, t in case.tensors(torch.float32, device).items()
@@ -97,7 +85,7 @@ def test_double_backward_is_refused(which, device):
 @every_offset
 def test_autocast_rounds_all_but_the_offsets(which, device):
     """As if the activations, weights and bias had been given in bfloat16, bit for bit."""
-    case = Case(**which)
+    case = Case(scope=(3, 3), **which)
     tensors = case.tensors(torch.float32, device)
     rounded = dict(tensors)
     for name, tensor in tensors.items():
@@ -197,7 +185,7 @@ class Layer(nn.Module):
         )
 
 
-@every_grouped_implementation
+@every_path
 def test_export_round_trip(groups, device, tmp_path):
     """Exported at one size, saved, loaded, and run at another."""
     names = "input", "kernel_offset", "data_offset"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Parameters and multiply-adds of a configuration, or of the paper's tables beside the paper's figures.
+"""Parameters and multiply-adds of a configuration, or the paper's tables beside its figures.
 
-    tools/analyze_model.py --config-file configs/COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml
-    tools/analyze_model.py --paper-tables
+tools/analyze_model.py --config-file configs/COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml
+tools/analyze_model.py --paper-tables
 """
 
 import argparse
@@ -81,7 +81,9 @@ def describe_stage(stage: nn.Module) -> str:
     parts = []
     for conv in convs:
         size = "x".join(map(str, conv.kernel_size))
-        parts.append(f"{size}, {conv.out_channels}" + (f", G={conv.groups}" if conv.groups > 1 else ""))
+        parts.append(
+            f"{size}, {conv.out_channels}" + (f", G={conv.groups}" if conv.groups > 1 else "")
+        )
     return f"[{'; '.join(parts)}] x{len(stage)}"
 
 
@@ -89,7 +91,9 @@ def print_architectures() -> None:
     """Table 5."""
     names = "R_50", "R_50_DW"
     models = [build(load_config(CONFIGS / "ImageNet" / f"{name}.yaml")) for name in names]
-    paper = [row for name in names for row in paper_rows(1) if row["config"] == f"ImageNet/{name}.yaml"]
+    paper = [
+        row for name in names for row in paper_rows(1) if row["config"] == f"ImageNet/{name}.yaml"
+    ]
     outputs = {}
     for model in models:
         for name in "res2", "res3", "res4", "res5":
@@ -103,15 +107,26 @@ def print_architectures() -> None:
         stages = [describe_stage(getattr(model.backbone, name)) for model in models]
         rows.append(["x".join(map(str, size)), *stages])
     parameters = [count_parameters(m) / 1e6 for m in models]
-    rows.append(["#P (M), ours / paper"] + [f"{p:.1f} / {r['params_m']}" for p, r in zip(parameters, paper, strict=True)])
-    costs = [sum(count_multiply_adds(m, torch.zeros(1, 3, *CLASSIFIER_SIZE)).values()) / 1e9 for m in models]
-    rows.append(["GFLOPs, ours / paper"] + [f"{c:.2f} / {r['gflops']}" for c, r in zip(costs, paper, strict=True)])
+    rows.append(
+        ["#P (M), ours / paper"]
+        + [f"{p:.1f} / {r['params_m']}" for p, r in zip(parameters, paper, strict=True)]
+    )
+    costs = [
+        sum(count_multiply_adds(m, torch.zeros(1, 3, *CLASSIFIER_SIZE)).values()) / 1e9
+        for m in models
+    ]
+    rows.append(
+        ["GFLOPs, ours / paper"]
+        + [f"{c:.2f} / {r['gflops']}" for c, r in zip(costs, paper, strict=True)]
+    )
     print("\nTable 5\n")
     print(tabulate(rows, ["output", "ResNet-50", "ResNet-50-DW"], tablefmt="github"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config-file", help="a YAML file")
     what.add_argument("--paper-tables", action="store_true", help="Tables 1, 2 and 5")

@@ -17,7 +17,9 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=200, help="number of unlabelled test images")
     parser.add_argument("--side", type=int, default=256, help="typical side of an image, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="everything is a function of it")
-    parser.add_argument("--force", action="store_true", help="replace a set made with other arguments")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a set made with other arguments"
+    )
     args = vars(parser.parse_args())
     force = args.pop("force")
     if min(args["train"], args["val"], args["test"]) < 1 or args["side"] < 64:

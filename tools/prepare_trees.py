@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Makes the trees data set, real photographs, under $DETECTRON2_DATASETS (default: datasets/).
 
-The photographs come out of the wheel of deepforest 1.5.2, which pip downloads (23 MB) and nothing installs.
+The photographs come out of the wheel of deepforest 1.5.2, which pip downloads (23 MB) and nothing
+installs.
 """
 
 import argparse
@@ -18,8 +19,10 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="the wheel, if it is already here")
     parser.add_argument("--force", action="store_true", help="replace a set made differently")
     args = parser.parse_args()
+    if args.wheel:
+        trees.check_wheel(args.wheel)
     target = datasets_root() / "trees"
-    arguments = {"source": trees.REQUIREMENT, "tile": trees.TILE, "step": trees.STEP}
+    arguments = {"source": trees.REQUIREMENT, "tile": trees.TILE, "overlap": trees.OVERLAP}
     build = partial(trees.write_dataset, wheel=args.wheel)
     made = make_folder(target, arguments, build, force=args.force)
     print(f"{target}: {'made' if made else 'already there'}")

@@ -3,8 +3,8 @@
 
     tools/visualize_results.py --config-file output/demo/config.yaml
 
-Reads OUTPUT_DIR/inference and OUTPUT_DIR/evaluation.json, which tools/train_net.py leaves behind, and
-writes OUTPUT_DIR/pictures.
+Reads OUTPUT_DIR/inference and OUTPUT_DIR/evaluation.json, which tools/train_net.py leaves behind,
+and writes OUTPUT_DIR/pictures.
 """
 
 import argparse
@@ -58,7 +58,9 @@ def draw(cfg: CfgNode, dataset: str, count: int, threshold: float) -> Path:
     """Draws ``count`` images, evenly spread over the data set, and returns their folder."""
     results = Path(cfg.OUTPUT_DIR, "inference", dataset, "coco_instances_results.json")
     if not results.is_file():
-        raise FileNotFoundError(f"{results}: expected the detections that tools/train_net.py writes")
+        raise FileNotFoundError(
+            f"{results}: expected the detections that tools/train_net.py writes"
+        )
     predictions = defaultdict(list)
     for prediction in json.loads(results.read_text()):
         if prediction["score"] >= threshold:

@@ -295,13 +295,26 @@ struct ForwardPixel {
     for (int t = 0; t < taps; ++t) {
       const scalar_t* x = input + c;
       if constexpr (!kData) {
-        if (pixels[t].offset[i] < 0) continue;
+        if (pixels[t].offset[i] < 0) {
+          add_padding(t, acc, U);
+          continue;
+        }
         x += pixels[t].offset[i];
       }
       const T* w = a.weight + c + (kKernel ? 0 : t * a.params.channels);
       for (int u = 0; u < U; ++u) acc[u] += sample_weight<V>(t, w + u * L) * sample_value<V>(t, x + u * L);
     }
     for (int u = 0; u < U; ++u) store(output + c + u * L, acc[u]);
+  }
+
+  // A tap in the padding adds 0, but a NaN of its offset still shows in the output.
+  template <typename V>
+  DK_INLINE void add_padding(int t, V* acc, int count) const {
+    if constexpr (kKernel) {
+      const T coef = scope[t].coef[0][i];
+      if (coef == coef) return;
+      for (int u = 0; u < count; ++u) acc[u] += coef;
+    }
   }
 
   template <typename V>

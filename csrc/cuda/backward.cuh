@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
         // The same thread fills the same pairs of the next tile: no barrier.
       }
     }
-    __syncthreads();
+    // A split has at least one tile, whose last barrier comes after all sums.
     store_weight_partial<V>(a, share.split, shared.weight_sum, cells, begin);
     __syncthreads();
   }
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const Backwa
       }
       // The same thread fills the same pairs of the next tile: no barrier.
     }
-    __syncthreads();
+    // A split has at least one tile, whose last barrier comes after all sums.
     store_weight_partial<V>(a, share.split, shared.weight_sum, cells, begin);
     __syncthreads();
   }

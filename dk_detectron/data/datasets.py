@@ -1,16 +1,17 @@
-"""The embedded data sets under their names, as detectron2 registers its own: lazily, from one folder.
+"""The embedded data sets under their names, registered lazily as detectron2 registers its own.
 
-    shapes_train, shapes_val, shapes_test    tools/prepare_shapes.py
-    trees_train, trees_val                   tools/prepare_trees.py
+shapes_train, shapes_val, shapes_test    tools/prepare_shapes.py
+trees_train, trees_val                   tools/prepare_trees.py
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 
 SPLITS = {
     "shapes_train": "instances_train.json",
@@ -28,14 +29,29 @@ def datasets_root() -> Path:
 
 def register_all(root: Path) -> None:
     """Registers every split; what is not on disk is missed only when it is used."""
-    for name, json_file in SPLITS.items():
+    for name, file in SPLITS.items():
         dataset, split = name.split("_")
-        folder = root / dataset
-        metadata = {"how_to_get": f"make it with `python tools/prepare_{dataset}.py`"}
-        register_coco_instances(
-            name, metadata, str(folder / "annotations" / json_file), str(folder / split)
+        json_file = str(root / dataset / "annotations" / file)
+        image_root = str(root / dataset / split)
+        DatasetCatalog.register(name, partial(load, json_file, image_root, name))
+        MetadataCatalog.get(name).set(
+            json_file=json_file,
+            image_root=image_root,
+            evaluator_type="coco",
+            how_to_get=f"make it with `python tools/prepare_{dataset}.py`",
         )
-        MetadataCatalog.get(name).evaluator_type = "coco"
+
+
+def load(json_file: str, image_root: str, name: str) -> list[dict]:
+    """detectron2's records of a split.
+
+    Raises:
+        FileNotFoundError: it is not on disk.
+    """
+    if not os.path.isfile(json_file):
+        cure = MetadataCatalog.get(name).how_to_get
+        raise FileNotFoundError(f"{name}: expected its annotations at {json_file}; {cure}")
+    return load_coco_json(json_file, image_root, name)
 
 
 register_all(datasets_root())

@@ -1,38 +1,45 @@
 """Deformed shapes: a detection data set drawn from a seed.
 
-Six kinds of object, each turned, stretched and bent at random over a ninefold range of sizes, lie on
-textured backgrounds among unlabelled distractors. Kinds differ in what those deformations keep:
+Six kinds of object, each turned, stretched and bent at random over a ninefold range of sizes, lie
+on textured backgrounds among unlabelled distractors. Kinds differ in what those deformations keep:
 corners, arms and holes.
 
-Image `i` of a split depends on `(seed, split, i)` and the image size only, so a set can be drawn in
-any order, by any number of processes, and a larger set begins with the smaller one.
+Image `i` of a split depends on `(seed, split, i)` and the nominal side only, so a set can be drawn
+in any order, by any number of processes, and a larger set begins with the smaller one.
 
 Arrays of this file: points are `(N, 2)`, x before y, in pixels with (0, 0) the corner of the first
 pixel; `alpha` is the `(H, W)` share of each pixel that an object covers; `canvas` is `(H, W, 3)`,
 BGR, float32, 0 to 1.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import contourpy
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 1  # raise it when the same arguments give other images
+from .writing import write_coco
+
 SPLITS = ("train", "val", "test")
 
-MIN_SIZE = 192  # smaller images would hold objects too small to tell apart
-SIDES = (7 / 8, 5 / 4)  # image sides, in units of the size argument
+SIDES = (7 / 8, 5 / 4)  # image sides, in units of the side argument
 OBJECT_SIZES = (1 / 16, 9 / 16)  # geometric mean of box width and height, in the same unit
-MAX_ASPECT = 2.2  # of the stretch
-MAX_BEND = 0.65  # curvature times half thickness: at 1 the inner side would fold
+MAX_STRETCH = 2.2  # ratio of lengths along and across
+MAX_BEND = 0.65  # see Deformation: at 1 the inner side would fold
 MIN_VISIBLE = 0.6  # of an object's pixels, once all others are drawn
 JPEG_QUALITY = 92
+
+
+def _rotate(points, angle):
+    c, s = np.cos(angle), np.sin(angle)
+    return points @ np.array([[c, s], [-s, c]])
 
 
 def _dense(corners):
@@ -50,64 +57,107 @@ def _circle(radius):
     return _polar(radius, np.linspace(0, 2 * np.pi, 96, endpoint=False))
 
 
+def _cut_open(rings):
+    """Joins a border and its holes by cuts of no width: COCO's polygons have no holes."""
+    joined = rings[0]
+    for hole in rings[1:]:
+        gaps = np.linalg.norm(joined[:, None] - hole, axis=2)
+        i, j = np.unravel_index(gaps.argmin(), gaps.shape)
+        hole = np.vstack([hole[j:], hole[: j + 1]])
+        joined = np.vstack([joined[: i + 1], hole, joined[i:]])
+    return joined
+
+
 def _star():
-    return [_dense(_polar(np.tile([1, 0.42], 5), np.arange(10) * np.pi / 5))]
+    return _dense(_polar(np.tile([1, 0.42], 5), np.arange(10) * np.pi / 5))
 
 
 def _cross():
-    a, b = 1, 0.3
-    quarter = np.array([[a, -b], [a, b], [b, b]])
-    turns = [quarter @ np.array([[c, s], [-s, c]]) for c, s in [(1, 0), (0, 1), (-1, 0), (0, -1)]]
-    return [_dense(np.vstack(turns))]
+    quarter = np.array([[1, -0.3], [1, 0.3], [0.3, 0.3]])
+    return _dense(np.vstack([_rotate(quarter, turn * np.pi / 2) for turn in range(4)]))
 
 
 def _arrow():
     half = np.array([[1, 0], [0.15, 0.72], [0.15, 0.24], [-1, 0.24]])
-    return [_dense(np.vstack([half, half[:0:-1] * [1, -1]]))]
+    return _dense(np.vstack([half, half[:0:-1] * [1, -1]]))
 
 
 def _crescent():
     tip = np.deg2rad(40)  # where the two arcs meet, seen from the centre of the outer one
+    shift = np.array([0.5, 0])
+    x, y = [np.cos(tip), np.sin(tip)] - shift
+    inner_tip, inner_radius = np.arctan2(y, x), np.hypot(x, y)
     outer = _polar(1, np.linspace(tip, 2 * np.pi - tip, 96))
-    shift, height = 0.5, np.sin(tip)
-    inner_tip = np.arctan2(height, np.cos(tip) - shift)
-    radius = np.hypot(height, np.cos(tip) - shift)
-    inner = _polar(radius, np.linspace(2 * np.pi - inner_tip, inner_tip, 96)) + [shift, 0]
-    return [np.vstack([outer, inner[1:-1]])]
+    inner = _polar(inner_radius, np.linspace(2 * np.pi - inner_tip, inner_tip, 96)) + shift
+    return np.vstack([outer, inner[1:-1]])
 
 
 def _heart():
     t = np.linspace(0, 2 * np.pi, 160, endpoint=False)
-    x = np.sin(t) ** 3
     y = (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16
-    return [np.stack([x, y], axis=1)]
+    return np.stack([np.sin(t) ** 3, y], axis=1)
 
 
 def _ring():
-    return [_circle(1), _circle(0.58)]
+    return _cut_open([_disc(), 0.58 * _disc()[::-1]])
 
 
-def _polygon(corners):
-    return [_dense(_polar(1, np.arange(corners) * 2 * np.pi / corners))]
+def _disc():
+    return _polar(1, np.linspace(0, 2 * np.pi, 96, endpoint=False))
 
 
-# Outlines before deformation: the first contour is the border, further ones are holes.
+def _triangle():
+    return _dense(_polar(1, np.arange(3) * 2 * np.pi / 3))
+
+
+def _square():
+    return _dense(_polar(1, np.arange(4) * 2 * np.pi / 4))
+
+
+# What draws the outlines, before deformation.
 OUTLINES = {
-    "star": _star(),
-    "cross": _cross(),
-    "arrow": _arrow(),
-    "crescent": _crescent(),
-    "heart": _heart(),
-    "ring": _ring(),
+    "star": _star,
+    "cross": _cross,
+    "arrow": _arrow,
+    "crescent": _crescent,
+    "heart": _heart,
+    "ring": _ring,
 }
-# Unlabelled, and of the same sizes, colours and deformations: an edge alone is not an object.
-DISTRACTORS = {"triangle": _polygon(3), "square": _polygon(4), "disc": [_circle(1)]}
-CLASSES = tuple(OUTLINES)
+# Unlabelled, with the same sizes, colours and deformations: an edge alone is not an object.
+DISTRACTORS = {"triangle": _triangle, "square": _square, "disc": _disc}
+CATEGORIES = [
+    {"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(OUTLINES, start=1)
+]
 
 
-def _rotate(points, angle):
-    c, s = np.cos(angle), np.sin(angle)
-    return points @ np.array([[c, s], [-s, c]])
+class Deformation(NamedTuple):
+    """What is done to an outline, in this order.
+
+    Attributes:
+        bend: curvature times half thickness of the arc onto which the x axis is wound, -1 to 1.
+        stretch: ratio of lengths along and across the direction of the stretch.
+        stretch_angle: that direction, in radians from the x axis.
+        rotation: in radians.
+        size: geometric mean of the width and height of the box, in pixels.
+    """
+
+    bend: float
+    stretch: float
+    stretch_angle: float
+    rotation: float
+    size: float
+
+
+def random_deformation(side: int, rng: np.random.Generator) -> Deformation:
+    """A deformation for an image of that nominal side; sizes are log-uniform."""
+    smallest, largest = OBJECT_SIZES
+    return Deformation(
+        bend=rng.uniform(-MAX_BEND, MAX_BEND),
+        stretch=MAX_STRETCH ** rng.uniform(),
+        stretch_angle=rng.uniform(0, np.pi),
+        rotation=rng.uniform(0, 2 * np.pi),
+        size=side * smallest * (largest / smallest) ** rng.uniform(),
+    )
 
 
 def _bend(points, strength):
@@ -120,63 +170,38 @@ def _bend(points, strength):
     return np.stack([radius * np.sin(curvature * x), radius * np.cos(curvature * x)], axis=1)
 
 
-def deform(outline, rng):
-    """Stretches, bends and turns an outline, each along a direction of its own.
-
-    Args:
-        outline (list[ndarray]): contours, as in `OUTLINES`.
-        rng (np.random.Generator): source of the deformation.
-
-    Returns:
-        list[ndarray]: the contours, in a box centred at 0 whose width times height is 1.
-    """
-    points = np.vstack(outline)
-    stretch = MAX_ASPECT ** rng.uniform(0, 0.5)
-    points = _rotate(points, rng.uniform(0, 2 * np.pi)) * [stretch, 1 / stretch]
-    points = _bend(_rotate(points, rng.uniform(0, 2 * np.pi)), rng.uniform(-MAX_BEND, MAX_BEND))
-    points = _rotate(points, rng.uniform(0, 2 * np.pi))
+def deform(outline: np.ndarray, deformation: Deformation) -> np.ndarray:
+    """Applies a deformation to an outline; the box of the result is centred at 0."""
+    bend, stretch, stretch_angle, rotation, size = deformation
+    points = _rotate(_bend(outline, bend), -stretch_angle) * [stretch, 1]
+    points = _rotate(points, stretch_angle + rotation)
     low, high = points.min(axis=0), points.max(axis=0)
-    points = (points - (low + high) / 2) / np.sqrt(np.prod(high - low))
-    return np.split(points, np.cumsum([len(contour) for contour in outline])[:-1])
+    return (points - (low + high) / 2) * size / np.sqrt(np.prod(high - low))
 
 
-def rasterize(contours, height, width):
-    """Anti-aliased `alpha` of the area inside an odd number of the contours, in pixels."""
-    alpha = np.zeros((height, width), np.float32)
-    points = np.vstack(contours)
+def rasterize(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Anti-aliased `alpha` of a polygon's inside."""
     x0, y0 = np.maximum(np.floor(points.min(axis=0)), 0).astype(int)
     x1, y1 = np.minimum(np.ceil(points.max(axis=0)), (width, height)).astype(int)
     fine, bits = 4, 8  # samples a pixel and side; fractional bits of OpenCV's fixed point
-    # OpenCV puts integers at pixel centres, hence the half.
-    fixed = [
-        np.round(((contour - (x0, y0)) * fine - 0.5) * 2**bits).astype(np.int32)
-        for contour in contours
-    ]
-    mask = np.zeros(((y1 - y0) * fine, (x1 - x0) * fine), np.uint8)
-    cv2.fillPoly(mask, fixed, 255, shift=bits)
-    shrunk = cv2.resize(mask, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
-    alpha[y0:y1, x0:x1] = shrunk.astype(np.float32) / 255
+    fixed = ((points - (x0, y0)) * fine - 0.5) * 2**bits  # OpenCV's integers are pixel centres
+    mask = np.zeros(((y1 - y0) * fine, (x1 - x0) * fine), np.float32)
+    cv2.fillPoly(mask, [np.round(fixed).astype(np.int32)], 1, shift=bits)
+    alpha = np.zeros((height, width), np.float32)
+    alpha[y0:y1, x0:x1] = cv2.resize(mask, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
     return alpha
 
 
-def place(outline, size, height, width, rng):
-    """Deforms an outline and puts it somewhere in the image.
-
-    Args:
-        outline (list[ndarray]): contours, as in `OUTLINES`.
-        size (float): geometric mean of box width and height, in pixels; less where it cannot fit.
-        height, width (int): of the image.
-        rng (np.random.Generator): source of deformation and position.
+def place(points: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Puts a deformed outline somewhere in the image, smaller if it would not fit.
 
     Returns:
-        ndarray: `alpha`. At most a tenth of the box's sides lies outside the image.
+        `alpha`. At most a tenth of the box's width and height lie outside the image.
     """
-    contours = deform(outline, rng)
-    extent = np.ptp(np.vstack(contours), axis=0)
-    scale = min(size, *(0.9 * np.array([width, height]) / extent))
-    margin = 0.4 * scale * extent
-    centre = rng.uniform(margin, np.array([width, height]) - margin)
-    return rasterize([contour * scale + centre for contour in contours], height, width)
+    frame = np.array([width, height])
+    points = points * min(1, *(0.9 * frame / np.ptp(points, axis=0)))
+    margin = 0.4 * np.ptp(points, axis=0)
+    return rasterize(points + rng.uniform(margin, frame - margin), height, width)
 
 
 def _noise(rng, height, width, cells):
@@ -273,81 +298,102 @@ def photograph(canvas, rng):
     return np.round(np.clip(canvas + noise, 0, 1) * 255).astype(np.uint8)
 
 
-def _log_uniform(rng, low, high):
-    return low * (high / low) ** rng.uniform()
-
-
-def _draw_kinds(rng):
+def _draw_names(rng):
     """Names of what an image holds, in drawing order."""
-    kinds = [*rng.choice(CLASSES, rng.integers(1, 8)), *rng.choice([*DISTRACTORS], rng.integers(3))]
-    return rng.permutation(kinds).tolist()
+    names = rng.choice([*OUTLINES], rng.integers(1, 8))
+    return rng.permutation([*names, *rng.choice([*DISTRACTORS], rng.integers(3))]).tolist()
 
 
-def draw_image(size, rng):
-    """Draws one image.
-
-    Args:
-        size (int): nominal side; real ones are `SIDES` times this.
-        rng (np.random.Generator): source of everything.
+def draw_image(side: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
+    """Draws one image of about `side` pixels squared; all chance comes from `rng`.
 
     Returns:
-        tuple[ndarray, list[tuple[str, ndarray]]]: the `(H, W, 3)` BGR uint8 image, and of each
-        object its class and the `alpha` of what others leave visible of it.
+        The image, `(H, W, 3)`, BGR, uint8; and of each object its name and the `alpha` of what
+        others leave visible of it.
     """
-    height, width = rng.integers(*np.round(np.multiply(SIDES, size)).astype(int) + (0, 1), size=2)
+    low, high = (round(factor * side) for factor in SIDES)
+    height, width = rng.integers(low, high + 1, size=2).tolist()
     canvas = background(height, width, rng)
-    drawn = []  # (class, alpha, visible alpha)
-    for kind in _draw_kinds(rng):
-        outline = (OUTLINES | DISTRACTORS)[kind]
-        object_size = size * _log_uniform(rng, *OBJECT_SIZES)
-        for _ in range(8):  # then the image is full: leave the object out
-            alpha = place(outline, object_size, height, width, rng)
-            left = [visible * (1 - alpha) for _, _, visible in drawn]
-            if all(v.sum() >= MIN_VISIBLE * a.sum() for v, (_, a, _) in zip(left, drawn)):
+    drawn = []  # (name, alpha, visible alpha)
+    for name in _draw_names(rng):
+        points = deform((OUTLINES | DISTRACTORS)[name](), random_deformation(side, rng))
+        for _ in range(8):  # without a place after that, the image is full
+            alpha = place(points, height, width, rng)
+            covered = [(n, a, visible * (1 - alpha)) for n, a, visible in drawn]
+            if all(visible.sum() >= MIN_VISIBLE * a.sum() for _, a, visible in covered):
                 paint(canvas, alpha, rng)
-                drawn = [(k, a, v) for v, (k, a, _) in zip(left, drawn)] + [(kind, alpha, alpha)]
+                drawn = [*covered, (name, alpha, alpha)]
                 break
-    return photograph(canvas, rng), [(k, v) for k, _, v in drawn if k in OUTLINES]
+    return photograph(canvas, rng), [(n, visible) for n, _, visible in drawn if n in OUTLINES]
 
 
-def _cut_open(rings):
-    """Joins a border and its holes by cuts of no width: COCO's polygons have no holes."""
-    joined = rings[0]
-    for hole in rings[1:]:
-        gaps = np.linalg.norm(joined[:, None] - hole, axis=2)
-        i, j = np.unravel_index(gaps.argmin(), gaps.shape)
-        hole = np.vstack([hole[j:], hole[: j + 1]])
-        joined = np.vstack([joined[: i + 1], hole, joined[i:]])
-    return joined
-
-
-def outline_polygons(alpha):
-    """Polygons around where `alpha` exceeds a half, at sub-pixel precision.
+def outline_polygons(alpha: np.ndarray) -> list[np.ndarray]:
+    """Polygons around where `alpha` exceeds a half, to a quarter of a pixel.
 
     Returns:
-        list[ndarray]: points of each part of 2 square pixels or more; holes are cut open.
+        The points of each part of 2 square pixels or more; holes are cut open.
     """
-    # contourpy is matplotlib's contour finder; the frame of zeros closes contours at the border.
-    finder = contourpy.contour_generator(
-        z=np.pad(alpha, 1), fill_type=contourpy.FillType.OuterOffset
+    x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
+    fine = 4
+    part = cv2.resize(alpha[y : y + height, x : x + width], None, fx=fine, fy=fine)
+    contours, tree = cv2.findContours(
+        (part > 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
+    rings = [cv2.approxPolyDP(ring, 0.8, closed=True)[:, 0] for ring in contours]
+    parents = [] if tree is None else tree[0, :, 3].tolist()
     polygons = []
-    for points, offsets in zip(*finder.filled(0.5, np.inf)):
-        rings = np.split(points.astype(np.float32) - 0.5, offsets[1:-1])
-        rings = [cv2.approxPolyDP(ring[:-1], 0.2, closed=True)[:, 0] for ring in rings]
-        polygons.append(_cut_open([ring for ring in rings if len(ring) > 2]))
-    return [polygon.round(2) for polygon in polygons if cv2.contourArea(polygon) >= 2]
+    for border, parent in enumerate(parents):
+        if parent < 0 and cv2.contourArea(contours[border]) >= 2 * fine**2:
+            holes = [hole for hole, parent in zip(rings, parents, strict=True) if parent == border]
+            polygons.append((_cut_open([rings[border], *holes]) + 0.5) / fine + (x, y))
+    return polygons
 
 
-def _annotation(kind, visible):
-    """COCO annotation, without the identifiers, of an object's visible part."""
-    polygons = outline_polygons(visible)
+def annotate(name: str, visible: np.ndarray) -> dict | None:
+    """COCO annotation, without identifiers, of an object's visible part; None if nothing is."""
+    polygons = [polygon.round(2) for polygon in outline_polygons(visible)]
+    if not polygons:
+        return None
     points = np.vstack(polygons)
-    (x, y), (width, height) = points.min(axis=0), np.ptp(points, axis=0)
+    area = sum(cv2.contourArea(polygon.astype(np.float32)) for polygon in polygons)
     return {
-        "category_id": CLASSES.index(kind) + 1,
-        "bbox": np.round([x, y, width, height], 2).tolist(),
-        "area": round(sum(cv2.contourArea(polygon) for polygon in polygons), 2),
+        "category_id": [*OUTLINES].index(name) + 1,
+        "bbox": np.round([*points.min(axis=0), *np.ptp(points, axis=0)], 2).tolist(),
+        "area": round(area, 2),
         "segmentation": [polygon.ravel().tolist() for polygon in polygons],
         "iscrowd": 0,
     }
+
+
+def _write_image(index, folder, seed, side):
+    """Draws and writes image `index` of the split that `folder` is named after."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(SPLITS.index(folder.name), index))
+    image, objects = draw_image(side, np.random.default_rng(sequence))
+    path = folder / f"{index:06d}.jpg"
+    # Not imwrite, which keeps silent about a full disk.
+    path.write_bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
+    height, width = image.shape[:2]
+    record = {"id": index + 1, "file_name": path.name, "width": width, "height": height}
+    annotations = [annotate(name, visible) for name, visible in objects]
+    return record, [annotation for annotation in annotations if annotation]
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    cv2.setNumThreads(1)
+
+
+def write_split(folder: Path, split: str, count: int, *, seed: int, side: int) -> None:
+    """Writes the images and the annotation file of one split; "test" comes without annotations."""
+    (folder / split).mkdir(parents=True)
+    write_image = partial(_write_image, folder=folder / split, seed=seed, side=side)
+    with ProcessPoolExecutor(os.cpu_count(), initializer=_start_worker) as pool:
+        results = pool.map(write_image, range(count), chunksize=8)
+        records = list(tqdm(results, total=count, desc=split, unit="image"))
+    images = [image for image, _ in records]
+    if split == "test":
+        write_coco(folder / "annotations/image_info_test.json", images, CATEGORIES, None)
+        return
+    found = [{"image_id": image["id"], **a} for image, objects in records for a in objects]
+    annotations = [{"id": i, **annotation} for i, annotation in enumerate(found, start=1)]
+    write_coco(folder / f"annotations/instances_{split}.json", images, CATEGORIES, annotations)

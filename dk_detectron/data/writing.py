@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ def make_folder(
 
     Args:
         arguments: what the contents depend on; kept in the folder.
-        force: replace a folder that was made with other arguments.
+        force: replace a data set that was made with other arguments.
 
     Returns:
         False if ``target`` was there already, made with the same arguments.
@@ -27,15 +26,21 @@ def make_folder(
         FileExistsError: it was there, made with others or by somebody else.
     """
     arguments = json.loads(json.dumps(arguments))
-    if target.exists() and not force:
+    if target.exists():
         record = target / ARGUMENTS_FILE
-        found = json.loads(record.read_text()) if record.is_file() else None
-        if found == arguments:
+        if not record.is_file():
+            raise FileExistsError(
+                f"{target}: expected nothing or a data set made here, found a folder without "
+                f"{ARGUMENTS_FILE}; move it away"
+            )
+        found = json.loads(record.read_text())
+        if not force and found == arguments:
             return False
-        raise FileExistsError(
-            f"{target}: expected a data set made with {arguments}, found one made with {found}; "
-            "--force replaces it"
-        )
+        if not force:
+            raise FileExistsError(
+                f"{target}: expected a data set made with {arguments}, found one made with "
+                f"{found}; --force replaces it"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
         made = Path(folder) / target.name
@@ -43,7 +48,7 @@ def make_folder(
         build(made)
         (made / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2))
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(Path(folder) / "replaced")
         made.rename(target)
     return True
 

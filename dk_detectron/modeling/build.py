@@ -60,7 +60,8 @@ def block_convs(cfg: CfgNode, stage: str) -> BlockConvs:
         }
         if value not in constructors:
             raise ValueError(
-                f"MODEL.DEFORM_KERNEL.{key}: expected one of {', '.join(constructors)}, got {value!r}"
+                f"MODEL.DEFORM_KERNEL.{key}: expected one of {', '.join(constructors)}, "
+                f"got {value!r}"
             )
         return constructors[value]
 

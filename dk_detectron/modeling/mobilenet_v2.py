@@ -145,7 +145,7 @@ class FinalConvBlock(CNNBlockBase):
 
 @BACKBONE_REGISTRY.register()
 def build_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """MobileNet-V2 with the convolutions that ``MODEL.DEFORM_KERNEL`` asks for; outputs res2 ... res5.
+    """MobileNet-V2 with the convolutions that ``MODEL.DEFORM_KERNEL`` asks for: res2 ... res5.
 
     detectron2's ResNet is the container: a stem and four stages of blocks, with freezing.
 

@@ -1,4 +1,4 @@
-"""ResNet-DW: ResNet with bottlenecks twice as wide and their 3x3 convolutions depthwise (Table 5)."""
+"""ResNet-DW: ResNet with bottlenecks twice as wide and depthwise 3x3 convolutions (Table 5)."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -25,7 +26,7 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(DK_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -64,8 +65,10 @@ thread_local unsigned char* shared_memory;
 
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_ADDRESS__)
 constexpr std::size_t kStack = 512 * 1024;
+#elif defined(DK_THREAD_SANITIZER)
+constexpr std::size_t kStack = 128 * 1024;
 #else
 constexpr std::size_t kStack = 64 * 1024;
 #endif
@@ -82,7 +85,7 @@ struct Context {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(DK_THREAD_SANITIZER)
   void* fiber = nullptr;
 #endif
   const void* stack = nullptr;
@@ -94,12 +97,11 @@ struct Fiber : Context {
   State state = State::ready;
   dim3 index;
   int tag = 0;            // of the warp barrier it waits at
-  unsigned exchanges = 0;
+  unsigned exchanges = 0, block_barriers = 0, warp_barriers = 0;
 };
 
 struct Warp {
   std::uint64_t slot[2][kWarp];  // exchanges alternate: a slot is free again after the next barrier
-  char hand_over;                // an address for the thread sanitizer
 };
 
 struct Block {
@@ -108,18 +110,28 @@ struct Block {
   Context scheduler;
   Fiber* current = nullptr;
   const std::function<void()>* kernel = nullptr;
-  char hand_over;
+  // What the thread sanitizer knows of order, as addresses: the launch, its end, and for each block its
+  // barriers, then its warps'. Two by turns: who leaves one barrier has not yet heard of the next.
+  char launched, finished;
+  std::vector<std::array<char, 2>> barriers;
+  // The thread sanitizer's: a stack that two blocks used would look like memory that they share.
+  std::vector<std::unique_ptr<unsigned char[]>> old_stacks;
+
+  char* barrier(std::size_t which, unsigned count) {
+    return &barriers[block_index.x * (1 + warps.size()) + which][count % 2];
+  }
 };
 
 Block block;
 
+// This file is not instrumented itself (build.py): the scheduler's accesses are no accesses of threads.
 [[maybe_unused]] void acquire(void* address) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(DK_THREAD_SANITIZER)
   __tsan_acquire(address);
 #endif
 }
 [[maybe_unused]] void release(void* address) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(DK_THREAD_SANITIZER)
   __tsan_release(address);
 #endif
 }
@@ -129,7 +141,7 @@ void switch_to(Context& from, Context& to, bool last = false) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack, to.stack_size);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(DK_THREAD_SANITIZER)
   // Without synchronisation: a barrier, not the scheduler, orders the accesses of two threads.
   __tsan_switch_to_fiber(to.fiber, __tsan_switch_to_fiber_no_sync);
 #endif
@@ -156,9 +168,9 @@ void fiber_main() {
   block.scheduler.stack = stack;
   block.scheduler.stack_size = size;
 #endif
-  acquire(&block.hand_over);
+  acquire(&block.launched);
   (*block.kernel)();
-  release(&block.hand_over);
+  release(&block.finished);
   block.current->state = State::done;
   to_scheduler(/*last=*/true);
   std::abort();
@@ -166,17 +178,18 @@ void fiber_main() {
 
 void start(Fiber& f) {
   f.state = State::ready;
-  f.exchanges = 0;
-  f.stack = f.memory.get();
-  f.stack_size = kStack;
+  f.exchanges = f.block_barriers = f.warp_barriers = 0;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(f.memory.get(), kStack);
   f.fake_stack = nullptr;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(DK_THREAD_SANITIZER)
   if (f.fiber) __tsan_destroy_fiber(f.fiber);
+  block.old_stacks.push_back(std::exchange(f.memory, std::make_unique_for_overwrite<unsigned char[]>(kStack)));
   f.fiber = __tsan_create_fiber(0);
 #endif
+  f.stack = f.memory.get();
+  f.stack_size = kStack;
 #if DK_FAST_SWITCH
   // As dk_emulated_switch left it: six registers, the return address, and a stack aligned as at a call.
   auto top = reinterpret_cast<std::uintptr_t>(f.memory.get() + kStack) / 16 * 16;
@@ -279,17 +292,18 @@ void wait(State state) {
 void yield() { wait(State::ready); }
 
 void block_barrier() {
-  release(&block.hand_over);
+  char* barrier = block.barrier(0, block.current->block_barriers++);
+  release(barrier);
   wait(State::at_block_barrier);
-  acquire(&block.hand_over);
+  acquire(barrier);
 }
 
 void warp_barrier(int tag) {
-  Warp& warp = block.warps[thread_index.x / kWarp];
+  char* barrier = block.barrier(1 + thread_index.x / kWarp, block.current->warp_barriers++);
   block.current->tag = tag;
-  release(&warp.hand_over);
+  release(barrier);
   wait(State::at_warp_barrier);
-  acquire(&warp.hand_over);
+  acquire(barrier);
 }
 
 std::uint64_t exchange(std::uint64_t value, int lane_mask) {
@@ -312,25 +326,30 @@ void run_grid(dim3 grid, dim3 threads, std::size_t shared_bytes, const std::func
   if (block.fibers.size() < threads.x) block.fibers.resize(threads.x);
   block.warps.resize(threads.x / kWarp);
   for (unsigned i = 0; i < threads.x; ++i) block.fibers[i].index = dim3(i, 0, 0);
-#if defined(__SANITIZE_THREAD__)
+#if defined(DK_THREAD_SANITIZER)
   block.scheduler.fiber = __tsan_get_current_fiber();
 #endif
-  release(&block.hand_over);
+  block.barriers.resize(grid.x * (1 + block.warps.size()));
+  release(&block.launched);
   std::vector<unsigned> blocks(grid.x), turns(threads.x);
   order.arrange(blocks);
+  std::vector<std::unique_ptr<void, decltype(&std::free)>> shared;
   for (unsigned b : blocks) {
     // Fresh and exactly as large as asked for: what is read before it is written shows, and so does,
     // under the address sanitizer, what lies outside.
     void* memory = nullptr;
     if (posix_memalign(&memory, 128, shared_bytes ? shared_bytes : 1)) throw std::bad_alloc();
-    const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
+#if !defined(DK_THREAD_SANITIZER)  // to which freeing it would be a race, or an order between blocks
+    shared.clear();
+#endif
+    shared.emplace_back(memory, &std::free);
     std::memset(memory, 0xff, shared_bytes);
     shared_memory = static_cast<unsigned char*>(memory);
     block_index = dim3(b, 0, 0);
-    release(&block.hand_over);
     run_block(threads.x, order, turns);
   }
-  acquire(&block.hand_over);
+  acquire(&block.finished);
+  block.old_stacks.clear();
 }
 
 }  // namespace emulated

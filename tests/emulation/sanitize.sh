@@ -17,7 +17,8 @@ for sanitizer in "${@:-address thread}"; do
     case $one in
       address)
         # Python never frees some of what it allocates; torch hands out memory of its own.
-        DK_EMULATED_LIBRARY=$library LD_PRELOAD="$(runtime asan) $(runtime ubsan)" \
+        DK_EMULATED_LIBRARY=$library DK_EMULATED_ORDERS=seed1 \
+          LD_PRELOAD="$(runtime asan) $(runtime ubsan)" \
           ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
           UBSAN_OPTIONS=print_stacktrace=1 \
           "$python" -m pytest -q -p no:cacheprovider tests/test_emulated_cuda.py

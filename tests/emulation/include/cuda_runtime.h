@@ -2,12 +2,13 @@
 // C++, with each block's threads run as fibers on the CPU by ../emulator.cpp. For tests only.
 #pragma once
 
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <utility>
 
 #define __global__
@@ -59,9 +60,17 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
 }
 
 template <typename T>
-T atomicAdd(T* address, T value) {
+void atomicAdd(T* address, T value) {
   emulated::yield();
-  return std::atomic_ref<T>(*address).fetch_add(value, std::memory_order_relaxed);
+  using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+  Bits* const word = reinterpret_cast<Bits*>(address);
+  Bits before = __atomic_load_n(word, __ATOMIC_RELAXED), after;
+  T sum;
+  do {
+    std::memcpy(&sum, &before, sizeof(T));
+    sum += value;
+    std::memcpy(&after, &sum, sizeof(T));
+  } while (!__atomic_compare_exchange_n(word, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 
 // ---- runtime -------------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""Checks of the CUDA operators that the test suite cannot make without a GPU (tools/gpu_check.sh).
+
+CUDA against CPU on the shapes of the networks, bitwise repeatability, capture in a CUDA graph, a second
+stream, and tensors of more than 2^31 elements.
+"""
+
+import argparse
+import itertools
+
+import torch
+
+from dk_detectron.ops import deform_kernel_conv2d
+
+TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def make(channels, height, width, dtype, kernel, data, *, stride=1, scope=4, batch=2):
+    """Random tensors on the GPU and the call's arguments; channels_last."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+    def offset():
+        # Odd multiples of 1/32: no location falls on a cell, where a rounding error decides a gradient.
+        out = [(size - 1) // stride + 1 for size in (height, width)]
+        steps = torch.randint(-32, 32, (batch, 18, *out), generator=generator, device="cuda")
+        return (steps + 0.5).div(16).to(torch.promote_types(dtype, torch.float32))
+
+    tensors = {
+        "input": normal(batch, channels, height, width).contiguous(
+            memory_format=torch.channels_last
+        ),
+        "weight": normal(channels, 1, *[scope if kernel else 3] * 2),
+        "bias": normal(channels),
+        "kernel_offset": offset() if kernel else None,
+        "data_offset": offset() if data else None,
+    }
+    return tensors, {"kernel_size": 3, "stride": stride, "padding": 1, "groups": channels}
+
+
+def run(tensors, arguments):
+    """Output and gradients."""
+    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in tensors.items()}
+    output = deform_kernel_conv2d(**leaves, **arguments)
+    present = {k: t for k, t in leaves.items() if t is not None}
+    gradients = torch.autograd.grad(output, list(present.values()), torch.ones_like(output))
+    return {"output": output.detach(), **dict(zip(present, gradients, strict=True))}
+
+
+def double_on_cpu(tensors):
+    return {k: None if t is None else t.cpu().double() for k, t in tensors.items()}
+
+
+def check_against_cpu(short: bool):
+    sizes = [(32, 9, 13, 1), (144, 17, 10, 2)] if short else [
+        (128, 50, 76, 1), (1024, 13, 19, 1), (256, 51, 77, 2), (96, 28, 28, 1), (17, 30, 31, 1),
+    ]  # fmt: skip
+    for size, dtype, (kernel, data), last in itertools.product(
+        sizes, TYPES, [(True, False), (False, True), (True, True)], [True, False]
+    ):
+        channels, height, width, stride = size
+        tensors, arguments = make(channels, height, width, dtype, kernel, data, stride=stride)
+        if not last:
+            tensors["input"] = tensors["input"].contiguous()
+        actual = run(tensors, arguments)
+        expected = run(double_on_cpu(tensors), arguments)
+        rounding = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-9
+        for name in expected:
+            error = (actual[name].cpu().double() - expected[name]).abs().max()
+            scale = expected[name].abs().max()
+            limit = 8 * max(rounding, 1e-6 if dtype != torch.float64 else 0) * scale
+            assert error <= limit, f"{size} {dtype} {kernel=} {data=} {name}: {error} > {limit}"
+    print("CUDA equals CPU", flush=True)
+
+
+def check_repeatability():
+    torch.use_deterministic_algorithms(True)
+    for kernel, data in (True, False), (False, True), (True, True):
+        tensors, arguments = make(128, 50, 76, torch.bfloat16, kernel, data)
+        first = run(tensors, arguments)
+        for _ in range(5):
+            again = run(tensors, arguments)
+            for name in first:
+                assert torch.equal(first[name], again[name]), f"{name} is not repeatable"
+    torch.use_deterministic_algorithms(False)
+    print("bitwise repeatable", flush=True)
+
+
+def check_graph_and_stream():
+    tensors, arguments = make(128, 50, 76, torch.float32, True, False)
+    expected = run(tensors, arguments)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        # Long work first: a kernel on another stream would not wait for the input.
+        torch.cuda._sleep(100_000_000)
+        late = {k: None if t is None else t.clone() for k, t in tensors.items()}
+        actual = run(late, arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(tensors, arguments)
+    for tensor in captured.values():
+        tensor.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    for name in expected:
+        torch.testing.assert_close(captured[name], expected[name], rtol=0, atol=0)
+    print("streams and graphs", flush=True)
+
+
+def check_large():
+    """Over 2^31 elements: the last image must come out as it does alone."""
+    batch, channels, size = 34, 1024, 256
+    tensors, arguments = make(channels, size, size, torch.bfloat16, True, False, batch=batch)
+    assert tensors["input"].numel() > 2**31
+    for layout in torch.channels_last, torch.contiguous_format:
+        tensors["input"] = tensors["input"].contiguous(memory_format=layout)
+        alone = {
+            k: t[-1:].contiguous(memory_format=layout) if k == "input" else t[-1:].contiguous()
+            if k == "kernel_offset" else t
+            for k, t in tensors.items()
+        }  # fmt: skip
+        actual, expected = run(tensors, arguments), run(alone, arguments)
+        for name in "output", "input", "kernel_offset":
+            torch.testing.assert_close(actual[name][-1:], expected[name])
+        del actual, expected
+        torch.cuda.empty_cache()
+    print("more than 2^31 elements", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="tiny shapes, for compute-sanitizer")
+    short = parser.parse_args().short
+    check_against_cpu(short)
+    if short:
+        return
+    check_repeatability()
+    check_graph_and_stream()
+    if torch.cuda.get_device_properties(0).total_memory > 60 * 2**30:
+        check_large()
+    else:
+        print("skipped: tensors of more than 2^31 elements need 60 GB")
+
+
+if __name__ == "__main__":
+    main()
