@@ -20,7 +20,7 @@ ifeq ($(filter shapes trees,$(DATASET)),)
 $(error DATASET must be shapes or trees, got '$(DATASET)': make demo DATASET=shapes)
 endif
 
-.PHONY: help setup demo test lint format lock clean distclean FORCE
+.PHONY: help setup demo test sanitize lint format lock clean distclean FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ demo: setup ## Train on DATASET (shapes or trees) and draw the results, into OUT
 
 test: setup ## Run the tests
 	$(BIN)/python -m pytest $(OPTS)
+
+sanitize: setup ## Run the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	PYTHON=$(BIN)/python tests/emulation/sanitize.sh
 
 lint: .venv/.requirements ## Check style and format
 	$(BIN)/ruff check

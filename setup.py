@@ -127,9 +127,11 @@ def configure(extension, debug):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     # -g0: Python's own flags ask for debug information, which takes longer than the code itself.
+    # -fno-math-errno, -fno-trapping-math: as torch itself; without, rounding is not vectorised.
     # -fopenmp: at::parallel_for is inlined here, and stays serial without.
     # No -std: torch sets the one that its headers need.
-    cxx_flags = ["-O3", "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-fopenmp"]
+    cxx_flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    cxx_flags += ["-Wno-unknown-pragmas", "-fopenmp"]
     configured = (CUDAExtension if nvcc else CppExtension)(
         extension.name,
         CPU_SOURCES + (CUDA_SOURCES if nvcc else []),

@@ -52,8 +52,9 @@ DK_INLINE int floor_cell(T x, int size) {
 }
 
 // A location in the scope of a kernel (eq. 7). `clip` keeps it inside [0, size - 1], with the
-// gradient of torch.clamp. At x = size - 1 the derivative is that of the last cell pair, which eq. 13
-// as printed loses: without it, training from zero offsets is stuck when scope and kernel are equal.
+// gradient of torch.clamp. At x = size - 1 the derivative is that of the last cell pair, which eq.
+// 13 as printed loses: without it, training from zero offsets is stuck when scope and kernel are
+// equal.
 template <typename T>
 DK_INLINE AxisSample<T> sample_scope(T x, int size, bool clip) {
   const T last = T(size - 1);

@@ -14,7 +14,8 @@ TORCH_LIBRARY(dk_detectron, m) {
       "deform_kernel_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? kernel_offset, "
       "Tensor? data_offset, *, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, "
       "SymInt[2] dilation, SymInt groups, bool clip) -> Tensor");
-  // The gradients that output_mask asks for, in the order input, weight, kernel_offset, data_offset.
+  // The gradients that output_mask asks for, in the order input, weight, kernel_offset,
+  // data_offset.
   m.def(
       "deform_kernel_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, "
       "Tensor? kernel_offset, Tensor? data_offset, *, SymInt[2] kernel_size, SymInt[2] stride, "

@@ -11,8 +11,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <type_traits>
 
 namespace dk {
+
+// Arithmetic type: float for everything but double.
+template <typename scalar_t>
+using opmath_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 struct DepthwiseParams {
   int64_t batch, channels, in_h, in_w, out_h, out_w;
@@ -29,9 +34,26 @@ struct OffsetStrides {
   int64_t n, c, h, w;
 };
 
-inline OffsetStrides offset_strides(const std::optional<at::Tensor>& offset) {
+template <typename T>
+struct Offset {
+  T* data = nullptr;  // null: absent
+  OffsetStrides strides = {};
+};
+
+inline OffsetStrides offset_strides(const at::Tensor& offset) {
+  return {offset.stride(0), offset.stride(1), offset.stride(2), offset.stride(3)};
+}
+
+template <typename T>
+Offset<const T> offset_view(const std::optional<at::Tensor>& offset) {
   if (!offset) return {};
-  return {offset->stride(0), offset->stride(1), offset->stride(2), offset->stride(3)};
+  return {offset->const_data_ptr<T>(), offset_strides(*offset)};
+}
+
+template <typename T>
+std::optional<at::Tensor> to_arithmetic(const std::optional<at::Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return tensor->to(c10::CppTypeToScalarType<T>::value);
 }
 
 // One rule for all backends and the fake kernels: channels_last in, channels_last out.
@@ -42,19 +64,20 @@ inline at::MemoryFormat output_format(const at::Tensor& input) {
 
 // Throws on anything a kernel could not handle. dk_detectron.ops checks the same with friendlier
 // words; this one is what keeps direct calls through torch.ops inside their memory.
-inline DepthwiseParams checked_params(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool clip) {
+inline DepthwiseParams checked_params(const at::Tensor& input, const at::Tensor& weight,
+                                      const std::optional<at::Tensor>& bias,
+                                      const std::optional<at::Tensor>& kernel_offset,
+                                      const std::optional<at::Tensor>& data_offset,
+                                      at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                      at::IntArrayRef padding, at::IntArrayRef dilation,
+                                      int64_t groups, bool clip) {
   TORCH_CHECK(input.dim() == 4, "input: expected [N, C, H, W], got ", input.sizes());
   const int64_t channels = input.size(1);
-  TORCH_CHECK(groups == channels && weight.dim() == 4 && weight.size(0) == channels &&
-                  weight.size(1) == 1,
-              "torch.ops.dk_detectron.deform_kernel_conv2d is depthwise: expected weight [", channels,
-              ", 1, S_h, S_w] and groups=", channels, ", got weight ", weight.sizes(),
-              " and groups=", groups,
-              "; dk_detectron.ops.deform_kernel_conv2d takes every grouping");
+  TORCH_CHECK(
+      groups == channels && weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1,
+      "torch.ops.dk_detectron.deform_kernel_conv2d is depthwise: expected weight [", channels,
+      ", 1, S_h, S_w] and groups=", channels, ", got weight ", weight.sizes(),
+      " and groups=", groups, "; dk_detectron.ops.deform_kernel_conv2d takes every grouping");
   TORCH_CHECK(at::isFloatingType(input.scalar_type()),
               "input: expected a floating point type, got ", input.scalar_type());
   auto check_pair = [](at::IntArrayRef pair, const char* name, int64_t least) {
@@ -108,8 +131,8 @@ inline DepthwiseParams checked_params(
   const std::vector<int64_t> offset_sizes{p.batch, 2 * p.taps(), p.out_h, p.out_w};
   auto check_offset = [&](const std::optional<at::Tensor>& offset, const char* name) {
     if (!offset) return;
-    TORCH_CHECK(offset->sizes() == offset_sizes, name, ": expected ",
-                at::IntArrayRef(offset_sizes), ", got ", offset->sizes());
+    TORCH_CHECK(offset->sizes() == offset_sizes, name, ": expected ", at::IntArrayRef(offset_sizes),
+                ", got ", offset->sizes());
     TORCH_CHECK(offset->device() == input.device(), name, ": expected device ", input.device(),
                 " like input, got ", offset->device());
     TORCH_CHECK(at::isFloatingType(offset->scalar_type()), name,

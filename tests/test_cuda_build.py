@@ -1,6 +1,6 @@
-"""What ptxas says of the kernels that matter most: K = 3, S = 4 in the low-precision types and float.
+"""What ptxas says of the kernels that matter most: K = 3, S = 4 in float and bfloat16.
 
-Compiling takes minutes, so it is on request: DK_TEST_CUDA_BUILD=1.
+Compiling takes a minute or more, so it is on request: DK_TEST_CUDA_BUILD=1.
 """
 
 import os
@@ -29,7 +29,10 @@ def ptxas_report(architecture: int, source: str) -> dict[str, dict[str, int]]:
     command += [f"-I{path}" for path in (CSRC, *include_paths())]
     command += ["-o", os.devnull, str(CSRC / "cuda" / source)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    pattern = r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers"
+    pattern = (
+        r"Function properties for (\S+)\n"
+        r".*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers"
+    )
     return {
         name: {"spilled": int(stores) + int(loads), "registers": int(registers)}
         for name, stores, loads, registers in re.findall(pattern, text)
@@ -38,7 +41,9 @@ def ptxas_report(architecture: int, source: str) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_of_scope_4_do_not_spill(architecture):
-    sources = [f"{way}_{kind}.cu" for way in ("forward", "backward") for kind in ("float", "bfloat16")]
+    sources = [
+        f"{way}_{kind}.cu" for way in ("forward", "backward") for kind in ("float", "bfloat16")
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(lambda source: ptxas_report(architecture, source), sources))
     seen = 0

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Case, assert_close, double, off_knot_offset
-
 from emulation import plugin
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -99,13 +98,17 @@ class TestEveryOrder:
         check(Case(batch=batch, channels=8, **{**ODD, **OFFSETS[which]}))
 
     @pytest.mark.parametrize("clip", [True, False], ids=["clip", "open"])
-    @pytest.mark.parametrize("scope", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (9, 9), (4, 1), (2, 7)], ids=str)
+    @pytest.mark.parametrize(
+        "scope", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (9, 9), (4, 1), (2, 7)], ids=str
+    )
     def test_scopes(self, scope, clip):
         check(Case(channels=8, scope=scope, clip=clip, size=(9, 8)))
         check(Case(channels=8, scope=scope, clip=clip, size=(5, 4), data_offset=True))
 
     @every_offset
-    @pytest.mark.parametrize("kernel, padding", [((1, 1), (0, 0)), ((5, 5), (2, 2)), ((2, 3), (3, 0))], ids=str)
+    @pytest.mark.parametrize(
+        "kernel, padding", [((1, 1), (0, 0)), ((5, 5), (2, 2)), ((2, 3), (3, 0))], ids=str
+    )
     def test_kernels(self, kernel, padding, which):
         offsets = dict(OFFSETS[which])
         offsets["scope"] = (4, 4) if offsets["kernel_offset"] else kernel

@@ -1,7 +1,7 @@
-"""Checks of the CUDA operators that the test suite cannot make without a GPU (tools/gpu_check.sh).
+"""What the test suite cannot check of the CUDA operators (run by tools/gpu_check.sh).
 
-CUDA against CPU on the shapes of the networks, bitwise repeatability, capture in a CUDA graph, a second
-stream, and tensors of more than 2^31 elements.
+CUDA against CPU on the shapes of the networks, bitwise repeatability, capture in a CUDA graph, a
+second stream, and tensors of more than 2^31 elements.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def make(channels, height, width, dtype, kernel, data, *, stride=1, scope=4, bat
         return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
 
     def offset():
-        # Odd multiples of 1/32: no location falls on a cell, where a rounding error decides a gradient.
+        # Odd multiples of 1/32: off the cells, where a rounding error would decide a gradient.
         out = [(size - 1) // stride + 1 for size in (height, width)]
         steps = torch.randint(-32, 32, (batch, 18, *out), generator=generator, device="cuda")
         return (steps + 0.5).div(16).to(torch.promote_types(dtype, torch.float32))

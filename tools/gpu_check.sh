@@ -51,7 +51,8 @@ else
   echo "=== compute-sanitizer is not installed: memcheck and racecheck left out" | tee "$out/memcheck.log"
 fi
 if [[ -f tools/benchmark_ops.py ]]; then
-  stage benchmark 150 "$python" tools/benchmark_ops.py --device cuda --output "$out/benchmark_ops.json"
+  stage benchmark 150 "$python" tools/benchmark_ops.py --device cuda --quick --dtype bfloat16 \
+    --json "$out/benchmark_ops.json" --plot "$out/benchmark_ops.png"
 else
   echo "=== there is no tools/benchmark_ops.py yet: no benchmark"
 fi

@@ -26,50 +26,35 @@ Isa current_isa() {
 }
 
 #if defined(__x86_64__)
-#define DK_CALL(function, ...)                                         \
-  switch (current_isa()) {                                             \
-    case Isa::avx512: avx512::function(__VA_ARGS__); break;            \
-    case Isa::avx2: avx2::function(__VA_ARGS__); break;                \
-    default: baseline::function(__VA_ARGS__);                          \
+#define DK_CALL(function, ...)                              \
+  switch (current_isa()) {                                  \
+    case Isa::avx512: avx512::function(__VA_ARGS__); break; \
+    case Isa::avx2: avx2::function(__VA_ARGS__); break;     \
+    default: baseline::function(__VA_ARGS__);               \
   }
 #else
 #define DK_CALL(function, ...) baseline::function(__VA_ARGS__)
 #endif
 
-template <typename T>
-at::ScalarType scalar_type_of() {
-  return c10::CppTypeToScalarType<T>::value;
-}
-
 // [C, 1, S_h, S_w] -> [S_h*S_w, C] in the arithmetic type.
 template <typename T>
 at::Tensor scope_rows(const at::Tensor& weight) {
-  return weight.flatten(1).t().to(scalar_type_of<T>()).contiguous();
-}
-
-template <typename T>
-std::optional<at::Tensor> to_arithmetic(const std::optional<at::Tensor>& tensor) {
-  if (!tensor) return std::nullopt;
-  return tensor->to(scalar_type_of<T>());
-}
-
-template <typename T>
-Offset<const T> offset_view(const std::optional<at::Tensor>& offset) {
-  if (!offset) return {};
-  return {offset->const_data_ptr<T>(), offset_strides(offset)};
+  return weight.flatten(1).t().to(c10::CppTypeToScalarType<T>::value).contiguous();
 }
 
 template <typename T>
 Offset<T> gradient_view(const std::optional<at::Tensor>& offset) {
   if (!offset) return {};
-  return {offset->mutable_data_ptr<T>(), offset_strides(offset)};
+  return {offset->mutable_data_ptr<T>(), offset_strides(*offset)};
 }
 
-at::Tensor deform_kernel_conv2d_cpu(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool clip) {
+at::Tensor deform_kernel_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias,
+                                    const std::optional<at::Tensor>& kernel_offset,
+                                    const std::optional<at::Tensor>& data_offset,
+                                    at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                    at::IntArrayRef padding, at::IntArrayRef dilation,
+                                    int64_t groups, bool clip) {
   const DepthwiseParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
   const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
@@ -96,8 +81,8 @@ at::Tensor deform_kernel_conv2d_cpu(
 }
 
 // The weight gradient is summed in a fixed number of blocks of rows, each in order, then over the
-// blocks in order: the result does not depend on the number of threads. A few percent of the input's
-// size for the partial sums buys enough blocks to keep the threads busy.
+// blocks in order: the result does not depend on the number of threads. A few percent of the
+// input's size for the partial sums buys enough blocks to keep the threads busy.
 int64_t count_weight_blocks(const DepthwiseParams& p, int64_t rows) {
   const int64_t input_size = p.batch * p.channels * p.in_h * p.in_w;
   const int64_t affordable = input_size / (20 * p.cells() * p.channels);
@@ -106,11 +91,10 @@ int64_t count_weight_blocks(const DepthwiseParams& p, int64_t rows) {
 
 // Runs body(begin, end, partial weight gradient) over blocks of rows; returns [blocks, S_h*S_w, C].
 template <typename T, typename Body>
-at::Tensor sum_weight_blocks(const DepthwiseParams& p, const at::Tensor& rows_of_scope, int64_t rows,
-                             const Body& body) {
+at::Tensor sum_weight_blocks(const DepthwiseParams& p, const at::Tensor& rows_of_scope,
+                             int64_t rows, const Body& body) {
   const int64_t blocks = count_weight_blocks(p, rows);
-  const at::Tensor partial =
-      at::zeros({blocks, p.cells(), p.channels}, rows_of_scope.options());
+  const at::Tensor partial = at::zeros({blocks, p.cells(), p.channels}, rows_of_scope.options());
   T* data = partial.mutable_data_ptr<T>();
   at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -125,12 +109,10 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
     const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
     at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
-  const DepthwiseParams p =
-      checked_params(input, weight, std::nullopt, kernel_offset, data_offset, kernel_size, stride,
-                     padding, dilation, groups, clip);
+  const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
+                                           kernel_size, stride, padding, dilation, groups, clip);
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
-                  grad_output.sizes() ==
-                      at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
+                  grad_output.sizes() == at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
               "grad_output: expected the output's type and size, got ", grad_output.scalar_type(),
               " ", grad_output.sizes());
   const auto format = at::MemoryFormat::ChannelsLast;
@@ -141,7 +123,8 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
         using T = opmath_t<scalar_t>;
         const at::Tensor scope = scope_rows<T>(weight);
         const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
-        // Taps that lie in the padding for every input pixel are never visited: their gradient is 0.
+        // Taps that lie in the padding for every input pixel are never visited: their gradient is
+        // 0.
         if (kernel) gradients[2] = at::zeros_like(*kernel);
         if (data) gradients[3] = at::zeros_like(*data);
         const DepthwiseBackward<scalar_t> a{p,
@@ -167,7 +150,7 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
                 });
           }
           if (output_mask[0]) {
-            gradients[0] = at::zeros_like(x, x.options().dtype(scalar_type_of<T>()));
+            gradients[0] = at::zeros_like(x, x.options().dtype(c10::CppTypeToScalarType<T>::value));
             T* grad_input = gradients[0]->mutable_data_ptr<T>();
             // Channels are independent: splitting them changes no sum.
             const int64_t step = 64, blocks = (p.channels + step - 1) / step;

@@ -1,25 +1,14 @@
-// What the CPU host functions hand to the kernels. The kernels are compiled three times, for baseline
-// x86-64 (or any other processor), AVX2 and AVX-512; cpu/deform_kernel_cpu.cpp picks at run time.
+// What the CPU host functions hand to the kernels. The kernels are compiled three times, for
+// baseline x86-64 (or any other processor), AVX2 and AVX-512; cpu/deform_kernel_cpu.cpp picks at
+// run time.
 #pragma once
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include <type_traits>
-
 #include "../deform_kernel.h"
 
 namespace dk {
-
-// Arithmetic type: float for everything but double.
-template <typename scalar_t>
-using opmath_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-
-template <typename T>
-struct Offset {
-  T* data = nullptr;  // null: absent
-  OffsetStrides strides = {};
-};
 
 // Activations are channels_last: [N, H, W, C]. The scope is [S_h*S_w, C], in the arithmetic type.
 template <typename scalar_t>
@@ -44,25 +33,25 @@ struct DepthwiseBackward {
   Offset<T> grad_kernel_offset, grad_data_offset;
 };
 
-#define DK_DECLARE_KERNELS(ISA)                                                                   \
-  namespace ISA {                                                                                 \
-  /* Output rows [begin, end) of all N * H_out. */                                                \
-  template <typename scalar_t>                                                                    \
-  void forward(const DepthwiseForward<scalar_t>& a, int64_t begin, int64_t end);                  \
-  /* No data_offset. All gradients of input rows [begin, end) of all N * H; grad_weight (like     \
-     weight) is added to. */                                                                      \
-  template <typename scalar_t>                                                                    \
-  void backward(const DepthwiseBackward<scalar_t>& a, scalar_t* grad_input,                       \
-                opmath_t<scalar_t>* grad_weight, int64_t begin, int64_t end);                     \
-  /* With data_offset. The gradients of the offsets and the weight, output rows [begin, end). */  \
-  template <typename scalar_t>                                                                    \
-  void backward_data_offset(const DepthwiseBackward<scalar_t>& a,                                 \
-                            opmath_t<scalar_t>* grad_weight, int64_t begin, int64_t end);         \
-  /* With data_offset. The gradient of the input, scattered, for image n, channels [begin, end);  \
-     grad_input is in the arithmetic type and starts at zero. */                                  \
-  template <typename scalar_t>                                                                    \
-  void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,        \
-                     int64_t n, int64_t begin, int64_t end);                                      \
+#define DK_DECLARE_KERNELS(ISA)                                                                    \
+  namespace ISA {                                                                                  \
+  /* Output rows [begin, end) of all N * H_out. */                                                 \
+  template <typename scalar_t>                                                                     \
+  void forward(const DepthwiseForward<scalar_t>& a, int64_t begin, int64_t end);                   \
+  /* No data_offset. All gradients of input rows [begin, end) of all N * H; grad_weight (like      \
+     weight) is added to. */                                                                       \
+  template <typename scalar_t>                                                                     \
+  void backward(const DepthwiseBackward<scalar_t>& a, scalar_t* grad_input,                        \
+                opmath_t<scalar_t>* grad_weight, int64_t begin, int64_t end);                      \
+  /* With data_offset. The gradients of the offsets and the weight, output rows [begin, end). */   \
+  template <typename scalar_t>                                                                     \
+  void backward_data_offset(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_weight, \
+                            int64_t begin, int64_t end);                                           \
+  /* With data_offset. The gradient of the input, scattered, for image n, channels [begin, end);   \
+     grad_input is in the arithmetic type and starts at zero. */                                   \
+  template <typename scalar_t>                                                                     \
+  void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,         \
+                     int64_t n, int64_t begin, int64_t end);                                       \
   }
 
 DK_DECLARE_KERNELS(baseline)

@@ -1,5 +1,5 @@
-// The depthwise kernels for AVX-512. The target covers only what follows the other headers, so that no
-// inline function of theirs is compiled for a processor that may not be there.
+// The depthwise kernels for AVX-512. The target covers only what follows the other headers, so that
+// no inline function of theirs is compiled for a processor that may not be there.
 #if defined(__x86_64__)
 // GCC 12 warns of its own _mm512_undefined_* (bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -9,7 +9,9 @@
 #include "depthwise.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")

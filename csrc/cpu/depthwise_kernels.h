@@ -1,11 +1,12 @@
-// The depthwise kernels, in GCC/Clang vector extensions. Included once per instruction set by a file
-// that defines DK_ISA (a namespace) and DK_VECTOR_BYTES and sets the target. Nothing here may
-// instantiate templates of other headers out of line: the linker would keep one copy for all targets.
+// The depthwise kernels, in GCC/Clang vector extensions. Included once per instruction set by a
+// file that defines DK_ISA (a namespace) and DK_VECTOR_BYTES and sets the target. Nothing here may
+// instantiate templates of other headers out of line: the linker would keep one copy for all
+// targets.
 //
-// Work goes by tiles of pixels in a row. For each tap, the bilinear coefficients of a tile are computed
-// once, vectorised over pixels, and shared by all channels; then each pixel runs over its channels in
-// groups of up to kGroup vectors. A block of channels is done for the whole tile before the next, so
-// that its scope (S_h*S_w*kChannelBlock values) stays in the first-level cache.
+// Work goes by tiles of pixels in a row. For each tap, the bilinear coefficients of a tile are
+// computed once, vectorised over pixels, and shared by all channels; then each pixel runs over its
+// channels in groups of up to kGroup vectors. A block of channels is done for the whole tile before
+// the next, so that its scope (S_h*S_w*kChannelBlock values) stays in the first-level cache.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -69,7 +70,8 @@ DK_INLINE void store(c10::BFloat16* p, const V& v) {
     const bits_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const bits_t is_nan = (bits_t)(v != v);
     const bits_t kept = (rounded & ~is_nan) | (0x7fc0 & is_nan);
-    const auto narrow = __builtin_convertvector(kept, typename VectorOf<uint16_t, sizeof(V) / 2>::type);
+    const auto narrow =
+        __builtin_convertvector(kept, typename VectorOf<uint16_t, sizeof(V) / 2>::type);
     std::memcpy(p, &narrow, sizeof(narrow));
   }
 }
@@ -131,7 +133,8 @@ struct TapTile {
   T grad_h[4][kTile];
   T grad_w[4][kTile];
 
-  DK_INLINE void set(int i, const AxisSample<T>& h, const AxisSample<T>& w, int width, int64_t channels) {
+  DK_INLINE void set(int i, const AxisSample<T>& h, const AxisSample<T>& w, int width,
+                     int64_t channels) {
     for (int j = 0; j < 4; ++j) {
       cell[j][i] = static_cast<index_t>(h.cell[j / 2] * index_t(width) + w.cell[j % 2]) *
                    static_cast<index_t>(channels);
@@ -192,7 +195,8 @@ DK_INLINE void fill_image_tile(const DepthwiseParams& p, const Offset<const T>& 
   for (int i = 0; i < kTile; ++i) {
     const int64_t x = column[i] * p.stride_w - p.pad_w + t % p.kernel_w * p.dilation_w;
     tile.set(i, sample_image(T(y) + h[i], static_cast<int>(p.in_h)),
-             sample_image(T(x) + w[i], static_cast<int>(p.in_w)), static_cast<int>(p.in_w), p.channels);
+             sample_image(T(x) + w[i], static_cast<int>(p.in_w)), static_cast<int>(p.in_w),
+             p.channels);
   }
 }
 
@@ -203,7 +207,8 @@ DK_INLINE void output_columns(int64_t begin, int count, int64_t* column) {
 
 // ---- channel groups ----------------------------------------------------------------------------
 
-// Calls body.run<V, U>(c) over [begin, end): groups of U vectors, then U/2 ..., then single channels.
+// Calls body.run<V, U>(c) over [begin, end): groups of U vectors, then U/2 ..., then single
+// channels.
 template <typename T, int U, typename Body>
 DK_INLINE void for_channels(int64_t begin, int64_t end, const Body& body) {
   typedef Vector<T> V;
@@ -224,8 +229,8 @@ DK_INLINE V interpolate(const TapTile<T, index_t>& tile, int i, const scalar_t* 
   return v;
 }
 
-// Adds the gradient of a tap's offset, given for each cell Σ over channels of (its value * what it is
-// multiplied with).
+// Adds the gradient of a tap's offset, given for each cell Σ over channels of (its value * what it
+// is multiplied with).
 template <typename T, typename index_t, typename V>
 DK_INLINE void add_offset_gradient(const TapTile<T, index_t>& tile, int i, const V* dot,
                                    T (*grad)[kTile]) {
@@ -302,7 +307,8 @@ struct ForwardPixel {
         x += pixels[t].offset[i];
       }
       const T* w = a.weight + c + (kKernel ? 0 : t * a.params.channels);
-      for (int u = 0; u < U; ++u) acc[u] += sample_weight<V>(t, w + u * L) * sample_value<V>(t, x + u * L);
+      for (int u = 0; u < U; ++u)
+        acc[u] += sample_weight<V>(t, w + u * L) * sample_value<V>(t, x + u * L);
     }
     for (int u = 0; u < U; ++u) store(output + c + u * L, acc[u]);
   }
@@ -319,14 +325,18 @@ struct ForwardPixel {
 
   template <typename V>
   DK_INLINE V sample_weight(int t, const T* w) const {
-    if constexpr (kKernel) return interpolate<V>(scope[t], i, w);
-    else return load<V>(w);
+    if constexpr (kKernel)
+      return interpolate<V>(scope[t], i, w);
+    else
+      return load<V>(w);
   }
 
   template <typename V>
   DK_INLINE V sample_value(int t, const scalar_t* x) const {
-    if constexpr (kData) return interpolate<V>(image[t], i, x);
-    else return load<V>(x);
+    if constexpr (kData)
+      return interpolate<V>(image[t], i, x);
+    else
+      return load<V>(x);
   }
 };
 
@@ -346,16 +356,24 @@ DK_INLINE void forward_rows(const DepthwiseForward<scalar_t>& a, int64_t begin, 
       const int count = static_cast<int>(p.out_w - x < kTile ? p.out_w - x : kTile);
       output_columns(x, count, column);
       for (int t = 0; t < taps; ++t) {
-        if constexpr (kKernel) fill_scope_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
-        if constexpr (kData) fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
-        else fill_pixel_tile(p, t, row, column, pixels.tiles[t]);
+        if constexpr (kKernel)
+          fill_scope_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
+        if constexpr (kData)
+          fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
+        else
+          fill_pixel_tile(p, t, row, column, pixels.tiles[t]);
       }
       for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
         const int64_t c_end = c + kChannelBlock < p.channels ? c + kChannelBlock : p.channels;
         for (int i = 0; i < count; ++i) {
           const ForwardPixel<scalar_t, kKernel, kData> pixel{
-              a, scope.tiles, image.tiles, pixels.tiles, input,
-              a.output + (line * p.out_w + x + i) * p.channels, i};
+              a,
+              scope.tiles,
+              image.tiles,
+              pixels.tiles,
+              input,
+              a.output + (line * p.out_w + x + i) * p.channels,
+              i};
           for_channels<T, kGroup>(c, c_end, pixel);
         }
       }
@@ -366,17 +384,21 @@ DK_INLINE void forward_rows(const DepthwiseForward<scalar_t>& a, int64_t begin, 
 template <typename scalar_t>
 void forward(const DepthwiseForward<scalar_t>& a, int64_t begin, int64_t end) {
   const bool kernel = a.kernel_offset.data, data = a.data_offset.data;
-  if (kernel && data) forward_rows<true, true>(a, begin, end);
-  else if (kernel) forward_rows<true, false>(a, begin, end);
-  else if (data) forward_rows<false, true>(a, begin, end);
-  else forward_rows<false, false>(a, begin, end);
+  if (kernel && data)
+    forward_rows<true, true>(a, begin, end);
+  else if (kernel)
+    forward_rows<true, false>(a, begin, end);
+  else if (data)
+    forward_rows<false, true>(a, begin, end);
+  else
+    forward_rows<false, false>(a, begin, end);
 }
 
 // ---- backward, rigid data grid -----------------------------------------------------------------
 //
-// By input pixels: pixel q and tap t meet in the one output p = (q + pad - k_t * dilation) / stride, if
-// that is on the stride grid. Every (p, t) is visited once, so x and grad_output are read once,
-// grad_input and grad_kernel_offset are written once, and nothing is scattered.
+// By input pixels: pixel q and tap t meet in the one output p = (q + pad - k_t * dilation) /
+// stride, if that is on the stride grid. Every (p, t) is visited once, so x and grad_output are
+// read once, grad_input and grad_kernel_offset are written once, and nothing is scattered.
 
 // The output that a tap of each input pixel of a tile feeds: its columns (< 0: none) and row.
 DK_INLINE int64_t fed_output(int64_t in, int64_t pad, int64_t tap, int64_t dilation, int64_t stride,
@@ -391,14 +413,14 @@ template <typename scalar_t, bool kKernel>
 struct BackwardPixel {
   using T = opmath_t<scalar_t>;
   const DepthwiseBackward<scalar_t>& a;
-  const ScopeTile<T>* scope;     // per tap, if kKernel
-  const PixelTile* pixels;       // per tap: element offset in grad_output, -1: none
-  const scalar_t* input;         // of the pixel
-  const scalar_t* grad_output;   // of the image
-  scalar_t* grad_input;          // of the pixel
+  const ScopeTile<T>* scope;    // per tap, if kKernel
+  const PixelTile* pixels;      // per tap: element offset in grad_output, -1: none
+  const scalar_t* input;        // of the pixel
+  const scalar_t* grad_output;  // of the image
+  scalar_t* grad_input;         // of the pixel
   T* grad_weight;
-  T (*grad_offset)[2][kTile];    // per tap
-  int i;                         // the pixel in its tile
+  T (*grad_offset)[2][kTile];  // per tap
+  int i;                       // the pixel in its tile
 
   template <typename V, int U>
   DK_INLINE void run(int64_t c) const {
@@ -471,7 +493,8 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
         }
         if constexpr (kKernel) {
           if (row.tiles[t] >= 0) {
-            fill_scope_tile(p, a.kernel_offset, n, t, row.tiles[t], column.tiles[t], scope.tiles[t]);
+            fill_scope_tile(p, a.kernel_offset, n, t, row.tiles[t], column.tiles[t],
+                            scope.tiles[t]);
           }
           std::memset(grad_offset.tiles[t], 0, sizeof(OffsetTile));
         }
@@ -480,9 +503,15 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
         const int64_t c_end = c + kChannelBlock < p.channels ? c + kChannelBlock : p.channels;
         for (int i = 0; i < count; ++i) {
           const int64_t pixel = (line * p.in_w + x + i) * p.channels;
-          const BackwardPixel<scalar_t, kKernel> body{a, scope.tiles, pixels.tiles, a.input + pixel,
-                                                      grad_output, grad_input + pixel, grad_weight,
-                                                      grad_offset.tiles, i};
+          const BackwardPixel<scalar_t, kKernel> body{a,
+                                                      scope.tiles,
+                                                      pixels.tiles,
+                                                      a.input + pixel,
+                                                      grad_output,
+                                                      grad_input + pixel,
+                                                      grad_weight,
+                                                      grad_offset.tiles,
+                                                      i};
           for_channels<T, kBackwardGroup>(c, c_end, body);
         }
       }
@@ -499,8 +528,10 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
 template <typename scalar_t>
 void backward(const DepthwiseBackward<scalar_t>& a, scalar_t* grad_input,
               opmath_t<scalar_t>* grad_weight, int64_t begin, int64_t end) {
-  if (a.kernel_offset.data) backward_rows<true>(a, grad_input, grad_weight, begin, end);
-  else backward_rows<false>(a, grad_input, grad_weight, begin, end);
+  if (a.kernel_offset.data)
+    backward_rows<true>(a, grad_input, grad_weight, begin, end);
+  else
+    backward_rows<false>(a, grad_input, grad_weight, begin, end);
 }
 
 // ---- backward, deformed data grid --------------------------------------------------------------
@@ -510,14 +541,14 @@ template <typename scalar_t, bool kKernel>
 struct BackwardDataOffsetPixel {
   using T = opmath_t<scalar_t>;
   const DepthwiseBackward<scalar_t>& a;
-  const ScopeTile<T>* scope;      // per tap, if kKernel
-  const ImageTile<T>* image;      // per tap
-  const scalar_t* input;          // of the image
-  const scalar_t* grad_output;    // of the pixel
+  const ScopeTile<T>* scope;    // per tap, if kKernel
+  const ImageTile<T>* image;    // per tap
+  const scalar_t* input;        // of the image
+  const scalar_t* grad_output;  // of the pixel
   T* grad_weight;
-  T (*grad_kernel)[2][kTile];     // per tap, if kKernel
-  T (*grad_data)[2][kTile];       // per tap
-  int i;                          // the pixel in its tile
+  T (*grad_kernel)[2][kTile];  // per tap, if kKernel
+  T (*grad_data)[2][kTile];    // per tap
+  int i;                       // the pixel in its tile
 
   template <typename V, int U>
   DK_INLINE void run(int64_t c) const {
@@ -587,9 +618,15 @@ DK_INLINE void backward_data_offset_rows(const DepthwiseBackward<scalar_t>& a,
         const int64_t c_end = c + kChannelBlock < p.channels ? c + kChannelBlock : p.channels;
         for (int i = 0; i < count; ++i) {
           const BackwardDataOffsetPixel<scalar_t, kKernel> pixel{
-              a, scope.tiles, image.tiles, input,
-              a.grad_output + (line * p.out_w + x + i) * p.channels, grad_weight,
-              grad_kernel.tiles, grad_data.tiles, i};
+              a,
+              scope.tiles,
+              image.tiles,
+              input,
+              a.grad_output + (line * p.out_w + x + i) * p.channels,
+              grad_weight,
+              grad_kernel.tiles,
+              grad_data.tiles,
+              i};
           for_channels<T, kBackwardGroup>(c, c_end, pixel);
         }
       }
@@ -606,8 +643,10 @@ DK_INLINE void backward_data_offset_rows(const DepthwiseBackward<scalar_t>& a,
 template <typename scalar_t>
 void backward_data_offset(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_weight,
                           int64_t begin, int64_t end) {
-  if (a.kernel_offset.data) backward_data_offset_rows<true>(a, grad_weight, begin, end);
-  else backward_data_offset_rows<false>(a, grad_weight, begin, end);
+  if (a.kernel_offset.data)
+    backward_data_offset_rows<true>(a, grad_weight, begin, end);
+  else
+    backward_data_offset_rows<false>(a, grad_weight, begin, end);
 }
 
 // One output pixel: gradient of the input, scattered to the four pixels of each tap.
@@ -629,8 +668,10 @@ struct BackwardDataPixel {
       const T* w = a.weight + c + (kKernel ? 0 : t * a.params.channels);
       for (int u = 0; u < U; ++u) {
         V weight;
-        if constexpr (kKernel) weight = interpolate<V>(scope[t], i, w + u * L);
-        else weight = load<V>(w + u * L);
+        if constexpr (kKernel)
+          weight = interpolate<V>(scope[t], i, w + u * L);
+        else
+          weight = load<V>(w + u * L);
         const V grad = load<V>(grad_output + c + u * L) * weight;
         for (int j = 0; j < 4; ++j) {
           if (image[t].coef[j][i] == T(0)) continue;  // outside the image: its cell is not its own
@@ -663,9 +704,12 @@ DK_INLINE void backward_data_channels(const DepthwiseBackward<scalar_t>& a,
       }
       for (int i = 0; i < count; ++i) {
         const BackwardDataPixel<scalar_t, kKernel> pixel{
-            a, scope.tiles, image.tiles,
+            a,
+            scope.tiles,
+            image.tiles,
             a.grad_output + ((n * p.out_h + row) * p.out_w + x + i) * p.channels,
-            grad_input + n * p.in_h * p.in_w * p.channels, i};
+            grad_input + n * p.in_h * p.in_w * p.channels,
+            i};
         for_channels<T, kBackwardGroup>(begin, end, pixel);
       }
     }
@@ -675,17 +719,19 @@ DK_INLINE void backward_data_channels(const DepthwiseBackward<scalar_t>& a,
 template <typename scalar_t>
 void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, int64_t n,
                    int64_t begin, int64_t end) {
-  if (a.kernel_offset.data) backward_data_channels<true>(a, grad_input, n, begin, end);
-  else backward_data_channels<false>(a, grad_input, n, begin, end);
+  if (a.kernel_offset.data)
+    backward_data_channels<true>(a, grad_input, n, begin, end);
+  else
+    backward_data_channels<false>(a, grad_input, n, begin, end);
 }
 
-#define DK_INSTANTIATE(scalar_t)                                                                  \
-  template void forward(const DepthwiseForward<scalar_t>&, int64_t, int64_t);                     \
-  template void backward(const DepthwiseBackward<scalar_t>&, scalar_t*, opmath_t<scalar_t>*,      \
-                         int64_t, int64_t);                                                       \
-  template void backward_data_offset(const DepthwiseBackward<scalar_t>&, opmath_t<scalar_t>*,     \
-                                     int64_t, int64_t);                                           \
-  template void backward_data(const DepthwiseBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t,   \
+#define DK_INSTANTIATE(scalar_t)                                                                \
+  template void forward(const DepthwiseForward<scalar_t>&, int64_t, int64_t);                   \
+  template void backward(const DepthwiseBackward<scalar_t>&, scalar_t*, opmath_t<scalar_t>*,    \
+                         int64_t, int64_t);                                                     \
+  template void backward_data_offset(const DepthwiseBackward<scalar_t>&, opmath_t<scalar_t>*,   \
+                                     int64_t, int64_t);                                         \
+  template void backward_data(const DepthwiseBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t, \
                               int64_t, int64_t);
 DK_INSTANTIATE(float)
 DK_INSTANTIATE(double)

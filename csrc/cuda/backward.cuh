@@ -1,10 +1,10 @@
 // Backward kernels. Shapes: tiles.cuh.
 //
-// Sums over channels (the offsets' gradients) are folded within a pixel's threads, then added up over
-// the channel tiles of a block in order. Sums over pixels (the weight's gradient) are kept by each
-// thread for its own channels in its own part of shared memory, added up once per block in order, and
-// over the blocks by sum_weight_kernel. So nothing but the scatter of a data_offset needs atomics, and
-// everything else comes out the same every time.
+// Sums over channels (the offsets' gradients) are folded within a pixel's threads, then added up
+// over the channel tiles of a block in order. Sums over pixels (the weight's gradient) are kept by
+// each thread for its own channels in its own part of shared memory, added up once per block in
+// order, and over the blocks by sum_weight_kernel. So nothing but the scatter of a data_offset
+// needs atomics, and everything else comes out the same every time.
 #pragma once
 
 #include "tiles.cuh"
@@ -12,9 +12,10 @@
 namespace dk {
 namespace cuda {
 
-// ---- a block's share of the work -----------------------------------------------------------------
+// ---- a block's share of the work ----------------------------------------------------------------
 
-// Pixel tiles [first, last) of a split and channel tiles [first_channels, last_channels) of a group.
+// Pixel tiles [first, last) of a split and channel tiles [first_channels, last_channels) of a
+// group.
 struct Share {
   int split, group, first_channels, last_channels;
   int64_t first, last;
@@ -48,11 +49,12 @@ __device__ __forceinline__ void add_to_sum(T* sum, T factor, const Vector<T, V>&
   store<V>(sum, s);
 }
 
-// Adds up the threads' sums of channels begin .. begin + lanes * V into the block's partial gradient.
+// Adds up the threads' sums of channels begin .. begin + lanes * V into the block's partial
+// gradient.
 template <int V, typename scalar_t>
 __device__ __forceinline__ void store_weight_partial(const BackwardArgs<scalar_t>& a, int split,
-                                                     const opmath_t<scalar_t>* weight_sum, int cells,
-                                                     int begin) {
+                                                     const opmath_t<scalar_t>* weight_sum,
+                                                     int cells, int begin) {
   using T = opmath_t<scalar_t>;
   const int width = a.channels.lanes * V, channels = static_cast<int>(a.params.channels);
   for (int j = threadIdx.x; j < cells * width; j += blockDim.x) {
@@ -67,8 +69,8 @@ __device__ __forceinline__ void store_weight_partial(const BackwardArgs<scalar_t
 }
 
 template <typename T>
-__device__ __forceinline__ void add_offset_gradient(const Offset<T>& offset, int64_t n, int t, int h,
-                                                    int w, const TapSample<T>& sample,
+__device__ __forceinline__ void add_offset_gradient(const Offset<T>& offset, int64_t n, int t,
+                                                    int h, int w, const TapSample<T>& sample,
                                                     const Vector<T, 4>& grad_coef) {
   T* at = offset_of(offset, n, t, h, w);
   at[0] += sample.grad_h(grad_coef);
@@ -76,18 +78,19 @@ __device__ __forceinline__ void add_offset_gradient(const Offset<T>& offset, int
 }
 
 template <typename scalar_t>
-__device__ __forceinline__ Offset<opmath_t<scalar_t>> of_group(
-    const BackwardArgs<scalar_t>& a, Offset<opmath_t<scalar_t>> offset, int group) {
+__device__ __forceinline__ Offset<opmath_t<scalar_t>> of_group(const BackwardArgs<scalar_t>& a,
+                                                               Offset<opmath_t<scalar_t>> offset,
+                                                               int group) {
   offset.data += group * a.group_stride;
   return offset;
 }
 
-// ---- rigid data grid -----------------------------------------------------------------------------
+// ---- rigid data grid ----------------------------------------------------------------------------
 //
-// By input pixels: pixel q and tap t meet in the one output p = (q + pad - k_t * dilation) / stride, if
-// that is on the stride grid. Every pair (p, t) is visited once, by one block: its coefficients are
-// computed, and its offset's gradient is written, there and nowhere else. Pairs in the padding are not
-// visited, so their gradient must be zero beforehand.
+// By input pixels: pixel q and tap t meet in the one output p = (q + pad - k_t * dilation) /
+// stride, if that is on the stride grid. Every pair (p, t) is visited once, by one block: its
+// coefficients are computed, and its offset's gradient is written, there and nowhere else. Pairs in
+// the padding are not visited, so their gradient must be zero beforehand.
 
 // The output pixel that input pixel q feeds through tap t; h < 0: none.
 template <typename Sizes>
@@ -113,7 +116,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
   const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles, p.batch * p.in_h * p.in_w);
   const Offset<T> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
 
-  for (int channel_tile = share.first_channels; channel_tile < share.last_channels; ++channel_tile) {
+  for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
+       ++channel_tile) {
     const int begin = channel_tile * lanes * V, c = begin + lane * V;
     shared.stage_weight(a.weight, cells, begin, lanes * V, channels);
     clear_own_sums<V>(sums, cells);
@@ -127,8 +131,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
         if (out.h >= 0) {
           at.pixel = (out.n * out_h + out.h) * out_w + out.w;
           if constexpr (kKernel) {
-            const auto sample = sample_weight(p, size, a.kernel_offset, tile.first_image + out.n, t,
-                                              out.h, out.w);
+            const auto sample =
+                sample_weight(p, size, a.kernel_offset, tile.first_image + out.n, t, out.h, out.w);
             at.cell = (sample.h.cell * size.scope_w + sample.w.cell) * kRow<V>;
             shared.kernel_coef[j] = sample.coef();
           }
@@ -185,7 +189,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
           const Pixel out = fed_pixel(p, size, tile[j % kPixels], t);
           const int64_t n = tile.first_image + out.n;
           const auto sample = sample_weight(p, size, a.kernel_offset, n, t, out.h, out.w);
-          add_offset_gradient(grad_kernel_offset, n, t, out.h, out.w, sample, shared.kernel_coef[j]);
+          add_offset_gradient(grad_kernel_offset, n, t, out.h, out.w, sample,
+                              shared.kernel_coef[j]);
         }
         // The same thread fills the same pairs of the next tile: no barrier.
       }
@@ -196,11 +201,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
   }
 }
 
-// ---- deformed data grid --------------------------------------------------------------------------
+// ---- deformed data grid -------------------------------------------------------------------------
 
 // By output pixels: the gradients of offsets and weight; the input's, if wanted, by atomics.
 template <typename scalar_t, int V, int K, int S, bool kKernel>
-__global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const BackwardArgs<scalar_t> a) {
+__global__ void __launch_bounds__(kThreads, 2)
+    backward_data_kernel(const BackwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
   DK_SHARED_MEMORY(memory);
   const DepthwiseParams& p = a.params;
@@ -210,12 +216,14 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const Backwa
   const Shared<scalar_t, V, kKernel, true> shared(memory, taps, cells, a.warps);
   T* sums = own_sums<V>(shared.weight_sum, cells);
   const scalar_t* weight = shared.weight + lane * V;
-  const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>), pixel_steps(p.in_h, p.in_w, channels);
+  const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>),
+      pixel_steps(p.in_h, p.in_w, channels);
   const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles, p.batch * p.out_h * p.out_w);
   const Offset<T> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
   const Offset<T> grad_data_offset = of_group(a, a.grad_data_offset, share.group);
 
-  for (int channel_tile = share.first_channels; channel_tile < share.last_channels; ++channel_tile) {
+  for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
+       ++channel_tile) {
     const int begin = channel_tile * lanes * V, c = begin + lane * V;
     shared.stage_weight(a.weight, cells, begin, lanes * V, channels);
     clear_own_sums<V>(sums, cells);
@@ -328,18 +336,20 @@ DK_INLINE int64_t lower_bound(const int64_t* sorted, int64_t size, int64_t value
   int64_t begin = 0, end = size;
   while (begin < end) {
     const int64_t middle = (begin + end) / 2;
-    if (sorted[middle] < value) begin = middle + 1;
-    else end = middle;
+    if (sorted[middle] < value)
+      begin = middle + 1;
+    else
+      end = middle;
   }
   return begin;
 }
 
-// By input pixels, one warp each, a thread per channel: adds, in sorted order, what the pairs send here
-// whose 2x2 block begins at this pixel, left of it, above it, and above left of it.
+// By input pixels, one warp each, a thread per channel: adds, in sorted order, what the pairs send
+// here whose 2x2 block begins at this pixel, left of it, above it, and above left of it.
 template <typename scalar_t, bool kKernel>
-__global__ void __launch_bounds__(kThreads) gather_grad_input_kernel(
-    const BackwardArgs<scalar_t> a, const int64_t* sorted_base, const int64_t* pair,
-    scalar_t* grad_input) {
+__global__ void __launch_bounds__(kThreads)
+    gather_grad_input_kernel(const BackwardArgs<scalar_t> a, const int64_t* sorted_base,
+                             const int64_t* pair, scalar_t* grad_input) {
   using T = opmath_t<scalar_t>;
   const DepthwiseParams& p = a.params;
   const Sizes<0, 0> size(p);
@@ -358,7 +368,8 @@ __global__ void __launch_bounds__(kThreads) gather_grad_input_kernel(
   for (int k = 0; k < 4; ++k) {
     if (y < k / 2 || x < k % 2) continue;
     const int64_t base = pixel - k / 2 * p.in_w - k % 2;
-    for (int64_t e = lower_bound(sorted_base, pairs, base); e < pairs && sorted_base[e] == base; ++e) {
+    for (int64_t e = lower_bound(sorted_base, pairs, base); e < pairs && sorted_base[e] == base;
+         ++e) {
       int64_t n;
       int t;
       const Pixel q = pixel_of_pair(p, size, pair[e], &n, &t);
@@ -381,7 +392,7 @@ __global__ void __launch_bounds__(kThreads) gather_grad_input_kernel(
   grad_input[pixel * channels + c] = static_cast<scalar_t>(sum);
 }
 
-// ---- weight --------------------------------------------------------------------------------------
+// ---- weight -------------------------------------------------------------------------------------
 
 constexpr int kSumRows = 8;
 
@@ -409,31 +420,35 @@ __global__ void sum_weight_kernel(const BackwardArgs<scalar_t> a, scalar_t* grad
   grad_weight[static_cast<int64_t>(c) * cells + cell] = static_cast<scalar_t>(sum);
 }
 
-// ---- launches ------------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------
 
 template <typename scalar_t>
 void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream) {
   const DepthwiseParams& p = a.params;
   dispatch_offsets(a.kernel_offset.data, a.data_offset.data, [&](auto kernel, auto data) {
     constexpr bool kKernel = decltype(kernel)::value, kData = decltype(data)::value;
-    const size_t bytes = shared_layout<scalar_t>(a.channels.vector, p.taps(), p.cells(), a.warps,
-                                                 kKernel, kData).bytes;
+    const size_t bytes =
+        shared_layout<scalar_t>(a.channels.vector, p.taps(), p.cells(), a.warps, kKernel, kData)
+            .bytes;
     const auto run = [&](auto vector, auto k, auto s) {
       constexpr int V = decltype(vector)::value, K = decltype(k)::value, S = decltype(s)::value;
       void (*function)(BackwardArgs<scalar_t>);
-      if constexpr (kData) function = backward_data_kernel<scalar_t, V, K, S, kKernel>;
-      else function = backward_kernel<scalar_t, V, K, S, kKernel>;
-      launch(function, static_cast<int64_t>(a.splits) * a.groups, a.warps * kWarpSize, bytes, stream, a);
+      if constexpr (kData)
+        function = backward_data_kernel<scalar_t, V, K, S, kKernel>;
+      else
+        function = backward_kernel<scalar_t, V, K, S, kKernel>;
+      launch(function, static_cast<int64_t>(a.splits) * a.groups, a.warps * kWarpSize, bytes,
+             stream, a);
     };
     if (a.channels.vector == 1) return run(Int<1>(), Int<0>(), Int<0>());
-    dispatch_sizes<kKernel>(p, [&](auto k, auto s) {
-      run(Int<16 / sizeof(opmath_t<scalar_t>)>(), k, s);
-    });
+    dispatch_sizes<kKernel>(
+        p, [&](auto k, auto s) { run(Int<16 / sizeof(opmath_t<scalar_t>)>(), k, s); });
   });
 }
 
 template <typename scalar_t>
-void launch_sum_weight(const BackwardArgs<scalar_t>& a, scalar_t* grad_weight, cudaStream_t stream) {
+void launch_sum_weight(const BackwardArgs<scalar_t>& a, scalar_t* grad_weight,
+                       cudaStream_t stream) {
   const int64_t blocks = (a.params.channels + kWarpSize - 1) / kWarpSize * a.params.cells();
   launch(sum_weight_kernel<scalar_t>, blocks, kSumRows * kWarpSize,
          sizeof(opmath_t<scalar_t>) * kSumRows * kWarpSize, stream, a, grad_weight);
@@ -443,7 +458,8 @@ template <typename scalar_t>
 void launch_base_pixels(const BackwardArgs<scalar_t>& a, int64_t* base, cudaStream_t stream) {
   const DepthwiseParams& p = a.params;
   const int64_t pairs = p.batch * p.out_h * p.out_w * p.taps();
-  launch(base_pixels_kernel<scalar_t>, (pairs + kThreads - 1) / kThreads, kThreads, 0, stream, a, base);
+  launch(base_pixels_kernel<scalar_t>, (pairs + kThreads - 1) / kThreads, kThreads, 0, stream, a,
+         base);
 }
 
 template <typename scalar_t>
@@ -454,8 +470,8 @@ void launch_gather_grad_input(const BackwardArgs<scalar_t>& a, const int64_t* so
   const int64_t blocks = (p.batch * p.in_h * p.in_w + pixels - 1) / pixels *
                          ((p.channels + kWarpSize - 1) / kWarpSize);
   if (a.kernel_offset.data) {
-    launch(gather_grad_input_kernel<scalar_t, true>, blocks, kThreads, 0, stream, a, sorted_base, pair,
-           grad_input);
+    launch(gather_grad_input_kernel<scalar_t, true>, blocks, kThreads, 0, stream, a, sorted_base,
+           pair, grad_input);
   } else {
     launch(gather_grad_input_kernel<scalar_t, false>, blocks, kThreads, 0, stream, a, sorted_base,
            pair, grad_input);
@@ -465,13 +481,13 @@ void launch_gather_grad_input(const BackwardArgs<scalar_t>& a, const int64_t* so
 }  // namespace cuda
 }  // namespace dk
 
-#define DK_INSTANTIATE_BACKWARD(scalar_t)                                                           \
-  namespace dk {                                                                                    \
-  namespace cuda {                                                                                  \
-  template void launch_backward(const BackwardArgs<scalar_t>&, cudaStream_t);                       \
-  template void launch_sum_weight(const BackwardArgs<scalar_t>&, scalar_t*, cudaStream_t);          \
-  template void launch_base_pixels(const BackwardArgs<scalar_t>&, int64_t*, cudaStream_t);          \
-  template void launch_gather_grad_input(const BackwardArgs<scalar_t>&, const int64_t*,             \
-                                         const int64_t*, scalar_t*, cudaStream_t);                  \
-  }                                                                                                 \
+#define DK_INSTANTIATE_BACKWARD(scalar_t)                                                  \
+  namespace dk {                                                                           \
+  namespace cuda {                                                                         \
+  template void launch_backward(const BackwardArgs<scalar_t>&, cudaStream_t);              \
+  template void launch_sum_weight(const BackwardArgs<scalar_t>&, scalar_t*, cudaStream_t); \
+  template void launch_base_pixels(const BackwardArgs<scalar_t>&, int64_t*, cudaStream_t); \
+  template void launch_gather_grad_input(const BackwardArgs<scalar_t>&, const int64_t*,    \
+                                         const int64_t*, scalar_t*, cudaStream_t);         \
+  }                                                                                        \
   }

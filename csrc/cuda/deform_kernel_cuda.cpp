@@ -23,23 +23,6 @@ using cuda::kPixels;
 using cuda::kThreads;
 using cuda::kWarpSize;
 
-template <typename T>
-at::ScalarType scalar_type_of() {
-  return c10::CppTypeToScalarType<T>::value;
-}
-
-template <typename T>
-std::optional<at::Tensor> to_arithmetic(const std::optional<at::Tensor>& tensor) {
-  if (!tensor) return std::nullopt;
-  return tensor->to(scalar_type_of<T>());
-}
-
-template <typename T>
-Offset<const T> offset_view(const std::optional<at::Tensor>& offset) {
-  if (!offset) return {};
-  return {offset->const_data_ptr<T>(), offset_strides(offset)};
-}
-
 // Elements and images are counted in 64 bits; channels, and the pixels of the images that a tile
 // touches, in 32.
 void check_sizes(const DepthwiseParams& p) {
@@ -75,7 +58,7 @@ bool is_aligned(const at::Tensor& t, int64_t channels, int vector) {
               "; dk_detectron.ops.composed_deform_kernel_conv2d takes any size");
 }
 
-// ---- forward -------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 
 template <typename scalar_t>
 ChannelTiles plan_forward(const DepthwiseParams& p, bool kernel, bool data, bool aligned) {
@@ -88,8 +71,8 @@ ChannelTiles plan_forward(const DepthwiseParams& p, bool kernel, bool data, bool
   refuse_scope(p, bytes, limit);
 }
 
-// Contiguous activations have a kernel of their own for what local DK uses. For the rest, converting
-// to channels_last and back costs less than the scattered reads (data_offset) would.
+// Contiguous activations have a kernel of their own for what local DK uses. For the rest,
+// converting to channels_last and back costs less than the scattered reads (data_offset) would.
 bool has_nchw_kernel(const DepthwiseParams& p, bool kernel, bool data) {
   return kernel && !data && p.kernel_h == 3 && p.kernel_w == 3 && p.scope_h == p.scope_w &&
          p.scope_h >= 3 && p.scope_h <= 5;
@@ -97,11 +80,13 @@ bool has_nchw_kernel(const DepthwiseParams& p, bool kernel, bool data) {
 
 }  // namespace
 
-at::Tensor deform_kernel_conv2d_cuda(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool clip) {
+at::Tensor deform_kernel_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias,
+                                     const std::optional<at::Tensor>& kernel_offset,
+                                     const std::optional<at::Tensor>& data_offset,
+                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                     at::IntArrayRef padding, at::IntArrayRef dilation,
+                                     int64_t groups, bool clip) {
   const DepthwiseParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
   const c10::cuda::CUDAGuard guard(input.device());
@@ -139,12 +124,13 @@ at::Tensor deform_kernel_conv2d_cuda(
   return output.contiguous(output_format(input));
 }
 
-// ---- backward ------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------
 
 namespace {
 
 // Warps per block and channels per thread: what keeps the most work resident on a multiprocessor,
-// given that every warp has weight sums of its own in shared memory and that registers allow 16 warps.
+// given that every warp has weight sums of its own in shared memory and that registers allow 16
+// warps.
 template <typename scalar_t>
 int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
   const DepthwiseParams& p = a.params;
@@ -155,8 +141,9 @@ int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
   int most = 0, blocks_per_processor = 0;
   for (int vector : {aligned ? wide : 1, 1}) {
     for (int warps = kThreads / kWarpSize; warps > 0; warps /= 2) {
-      bytes = cuda::shared_layout<scalar_t>(vector, p.taps(), p.cells(), warps, a.kernel_offset.data,
-                                            a.data_offset.data).bytes;
+      bytes = cuda::shared_layout<scalar_t>(vector, p.taps(), p.cells(), warps,
+                                            a.kernel_offset.data, a.data_offset.data)
+                  .bytes;
       if (bytes > static_cast<size_t>(per_block)) continue;
       const int blocks =
           std::clamp(per_processor / static_cast<int>(bytes + reserved), 1, max_warps / warps);
@@ -171,8 +158,9 @@ int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
   return blocks_per_processor;
 }
 
-// As many blocks as run at once, split between pixels and channels so that the partial sums, [splits,
-// cells, C] for the weight and [groups, 2*taps, pixels] for the offsets, are small together.
+// As many blocks as run at once, split between pixels and channels so that the partial sums,
+// [splits, cells, C] for the weight and [groups, 2*taps, pixels] for the offsets, are small
+// together.
 template <typename scalar_t>
 void plan_backward_split(BackwardArgs<scalar_t>& a, int64_t tile_pixels, int blocks_per_processor) {
   const DepthwiseParams& p = a.params;
@@ -232,13 +220,11 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
     const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
     at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
-  const DepthwiseParams p =
-      checked_params(input, weight, std::nullopt, kernel_offset, data_offset, kernel_size, stride,
-                     padding, dilation, groups, clip);
+  const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
+                                           kernel_size, stride, padding, dilation, groups, clip);
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
                   grad_output.device() == input.device() &&
-                  grad_output.sizes() ==
-                      at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
+                  grad_output.sizes() == at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
               "grad_output: expected the output's type and size, on its device, got ",
               grad_output.scalar_type(), " ", grad_output.device(), " ", grad_output.sizes());
   const c10::cuda::CUDAGuard guard(input.device());
@@ -249,8 +235,8 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
                  data_offset ? at::zeros_like(*data_offset) : at::Tensor()};
   } else {
     check_sizes(p);
-    // The weight's gradient sums over pixels: only with channels next to each other can every thread
-    // keep its own. Three conversions cost less than summing across threads, cell by cell.
+    // The weight's gradient sums over pixels: only with channels next to each other can every
+    // thread keep its own. Three conversions cost less than summing across threads, cell by cell.
     const auto format = at::MemoryFormat::ChannelsLast;
     const at::Tensor x = input.contiguous(format), grad = grad_output.contiguous(format);
     const at::Tensor w = weight.contiguous();
@@ -276,7 +262,7 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
           } else if (output_mask[0] && gather) {
             grad_input = gather_grad_input(a, x, stream);
           } else if (output_mask[0]) {
-            grad_input = at::zeros_like(x, x.options().dtype(scalar_type_of<T>()));
+            grad_input = at::zeros_like(x, x.options().dtype(c10::CppTypeToScalarType<T>::value));
             a.grad_input_sum = grad_input.mutable_data_ptr<T>();
           }
 
@@ -285,8 +271,9 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
           const int blocks_per_processor = plan_backward_block(a, aligned);
           plan_backward_split(a, p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w),
                               blocks_per_processor);
-          const at::Tensor partial = at::empty({a.splits, p.cells(), p.channels},
-                                               x.options().dtype(scalar_type_of<T>()));
+          const at::Tensor partial =
+              at::empty({a.splits, p.cells(), p.channels},
+                        x.options().dtype(c10::CppTypeToScalarType<T>::value));
           a.weight_partial = partial.mutable_data_ptr<T>();
           const OffsetGradient<T> grad_kernel(kernel, a.groups), grad_data(data, a.groups);
           a.grad_kernel_offset = grad_kernel.view();

@@ -9,11 +9,13 @@
 
 namespace dk {
 
-at::Tensor deform_kernel_conv2d_cuda(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool clip);
+at::Tensor deform_kernel_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias,
+                                     const std::optional<at::Tensor>& kernel_offset,
+                                     const std::optional<at::Tensor>& data_offset,
+                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                     at::IntArrayRef padding, at::IntArrayRef dilation,
+                                     int64_t groups, bool clip);
 
 std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,

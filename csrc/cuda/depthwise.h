@@ -1,31 +1,20 @@
-// What the CUDA host functions (deform_kernel_cuda.cpp) hand to the kernels (*.cuh). Plain C++: read by
-// both compilers.
+// What the CUDA host functions (deform_kernel_cuda.cpp) hand to the kernels (*.cuh). Plain C++:
+// read by both compilers.
 #pragma once
 
 #include <cuda_runtime.h>
-
-#include <type_traits>
 
 #include "../bilinear.h"
 #include "../deform_kernel.h"
 
 namespace dk {
 
-// Arithmetic type: float for everything but double.
-template <typename scalar_t>
-using opmath_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-
-template <typename T>
-struct Offset {
-  T* data = nullptr;  // null: absent
-  OffsetStrides strides = {};
-};
-
 namespace cuda {
 
 constexpr int kWarpSize = 32;
 constexpr int kThreads = 256;
-// Pixels whose coefficients a block holds at a time; a multiple of the pixels that it works on at once.
+// Pixels whose coefficients a block holds at a time; a multiple of the pixels that it works on at
+// once.
 constexpr int kPixels = 32;
 
 // How the channels are dealt out: a thread takes `vector` neighbouring ones, `lanes` threads of one
@@ -39,13 +28,15 @@ struct ChannelTiles {
 //   weight                  [cells, row]               scalar_t
 //   weight_sum              [warps, cells, row]        T         backward only
 //   index                   [taps, kPixels]            TapIndex
-// A row is one vector longer than a warp's channels, so that a column's cells lie in different banks.
+// A row is one vector longer than a warp's channels, so that a column's cells lie in different
+// banks.
 struct SharedLayout {
   size_t kernel_coef, data_coef, weight, weight_sum, index, bytes;
 };
 
 // The 2x2 block of cells a tap reads begins at `cell` of the scope (times the row's length) and
-// `pixel` of the image, counted from the first image of the block; pixel < 0: the tap reads padding.
+// `pixel` of the image, counted from the first image of the block; pixel < 0: the tap reads
+// padding.
 struct TapIndex {
   int cell, pixel;
 };
@@ -66,8 +57,8 @@ DK_INLINE SharedLayout shared_layout(int vector, int taps, int cells, int warps,
   return s;
 }
 
-// Activations are channels_last: [N, H, W, C]; for forward_nchw, contiguous. The weight is contiguous:
-// [C, S_h*S_w].
+// Activations are channels_last: [N, H, W, C]; for forward_nchw, contiguous. The weight is
+// contiguous: [C, S_h*S_w].
 template <typename scalar_t>
 struct ForwardArgs {
   using T = opmath_t<scalar_t>;
@@ -96,18 +87,18 @@ struct BackwardArgs {
   Offset<T> grad_kernel_offset, grad_data_offset;  // of the first group; zero at the start
   int64_t group_stride;                            // from one group's to the next
   scalar_t* grad_input;                            // without data_offset
-  T* grad_input_sum;                               // with data_offset: zero at the start; may be null
+  T* grad_input_sum;  // with data_offset: zero at the start; may be null
 };
 
-// ---- launchers, one instantiation per type in its own .cu -----------------------------------------
+// ---- launchers, one instantiation per type in its own .cu ---------------------------------------
 
 template <typename scalar_t>
 void launch_forward(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
 // Contiguous activations; kernel_offset, no data_offset, K = 3 and S = 3, 4 or 5.
 template <typename scalar_t>
 void launch_forward_nchw(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
-// Every gradient if there is no data_offset; else those of the offsets, the weight's partial sums, and,
-// by atomics, the input's if grad_input_sum is given.
+// Every gradient if there is no data_offset; else those of the offsets, the weight's partial sums,
+// and, by atomics, the input's if grad_input_sum is given.
 template <typename scalar_t>
 void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
 // grad_weight [C, S_h*S_w] from weight_partial.

@@ -6,7 +6,7 @@
 namespace dk {
 namespace cuda {
 
-// ---- channels_last -------------------------------------------------------------------------------
+// ---- channels_last ------------------------------------------------------------------------------
 
 template <typename scalar_t, int V, int K, int S, bool kKernel, bool kData>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgs<scalar_t> a) {
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgs<sca
   if (c >= channels) return;
   const scalar_t* input = a.input + tile.first_image * p.in_h * p.in_w * channels + c;
   const scalar_t* weight = shared.weight + lane * V;
-  const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>), pixel_steps(p.in_h, p.in_w, channels);
+  const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>),
+      pixel_steps(p.in_h, p.in_w, channels);
   Vector<T, V> bias{};
   if (a.bias) {
     DK_UNROLL
@@ -76,8 +77,8 @@ void launch_forward(const ForwardArgs<scalar_t>& a, cudaStream_t stream) {
   const int64_t tiles = (p.batch * p.out_h * p.out_w + kPixels - 1) / kPixels;
   dispatch_offsets(a.kernel_offset.data, a.data_offset.data, [&](auto kernel, auto data) {
     constexpr bool kKernel = decltype(kernel)::value, kData = decltype(data)::value;
-    const size_t bytes = shared_layout<scalar_t>(a.channels.vector, p.taps(), p.cells(), 0, kKernel,
-                                                 kData).bytes;
+    const size_t bytes =
+        shared_layout<scalar_t>(a.channels.vector, p.taps(), p.cells(), 0, kKernel, kData).bytes;
     const auto run = [&](auto kernel_function) {
       launch(kernel_function, tiles * a.channels.tiles, kThreads, bytes, stream, a);
     };
@@ -89,7 +90,7 @@ void launch_forward(const ForwardArgs<scalar_t>& a, cudaStream_t stream) {
   });
 }
 
-// ---- contiguous ----------------------------------------------------------------------------------
+// ---- contiguous ---------------------------------------------------------------------------------
 
 // One thread per output pixel, which keeps its taps in registers and runs over a tile of channels:
 // neighbouring threads read neighbouring pixels, and the at most 32 cells that they look up of one
@@ -171,10 +172,10 @@ void launch_forward_nchw(const ForwardArgs<scalar_t>& a, cudaStream_t stream) {
 }  // namespace cuda
 }  // namespace dk
 
-#define DK_INSTANTIATE_FORWARD(scalar_t)                                                \
-  namespace dk {                                                                        \
-  namespace cuda {                                                                      \
-  template void launch_forward(const ForwardArgs<scalar_t>&, cudaStream_t);             \
-  template void launch_forward_nchw(const ForwardArgs<scalar_t>&, cudaStream_t);        \
-  }                                                                                     \
+#define DK_INSTANTIATE_FORWARD(scalar_t)                                         \
+  namespace dk {                                                                 \
+  namespace cuda {                                                               \
+  template void launch_forward(const ForwardArgs<scalar_t>&, cudaStream_t);      \
+  template void launch_forward_nchw(const ForwardArgs<scalar_t>&, cudaStream_t); \
+  }                                                                              \
   }

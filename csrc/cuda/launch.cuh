@@ -1,5 +1,5 @@
-// Starting kernels. No <<<>>> and no `extern __shared__` anywhere else, so that the tests can compile
-// the same sources for the CPU (tests/emulation).
+// Starting kernels. No <<<>>> and no `extern __shared__` anywhere else, so that the tests can
+// compile the same sources for the CPU (tests/emulation).
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -36,7 +36,8 @@ inline void check_launch(cudaError_t error) {
     (void)cudaGetLastError();
     const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
     const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
-    TORCH_CHECK(false, "dk_detectron was built without a kernel image for this GPU (compute capability ",
+    TORCH_CHECK(false,
+                "dk_detectron was built without a kernel image for this GPU (compute capability ",
                 major, ".", minor, "): rebuild it with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor,
                 "\" (", cudaGetErrorString(error), ")");
   }

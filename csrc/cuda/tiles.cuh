@@ -6,8 +6,8 @@
 //   input            [N, H, W, C], grad_input likewise
 //   output           [N, H_out, W_out, C], grad_output likewise
 //   weight           [C, S_h*S_w]
-//   kernel_offset    [N, 2*K_h*K_w, H_out, W_out] any strides; channel 2t: row, 2t+1: column of tap t
-//   data_offset      the same
+//   kernel_offset    [N, 2*K_h*K_w, H_out, W_out] any strides; channel 2t: row, 2t+1: column of tap
+//   t data_offset      the same
 //
 // A block works on a tile of kPixels pixels and one tile of channels at a time. First its threads
 // share out the (tap, pixel) pairs and leave, in shared memory, where each reads and with which
@@ -24,7 +24,7 @@
 namespace dk {
 namespace cuda {
 
-// ---- vectors of channels -------------------------------------------------------------------------
+// ---- vectors of channels ------------------------------------------------------------------------
 
 template <typename T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
@@ -71,7 +71,7 @@ DK_INLINE T dot(const Vector<T, V>& a, const Vector<T, V>& b) {
   return sum;
 }
 
-// ---- sizes ---------------------------------------------------------------------------------------
+// ---- sizes --------------------------------------------------------------------------------------
 
 // Kernel and scope size, known to the compiler where K and S are not 0.
 template <int K, int S>
@@ -90,8 +90,8 @@ struct Sizes {
 template <int V>
 constexpr int kRow = (kWarpSize + 1) * V;
 
-// Distances from the first cell of a 2x2 block to the next one along each axis; 0 where the axis has
-// but one cell, whose second coefficient is 0.
+// Distances from the first cell of a 2x2 block to the next one along each axis; 0 where the axis
+// has but one cell, whose second coefficient is 0.
 struct Steps {
   int64_t h, w;
   DK_INLINE Steps(int64_t height, int64_t width, int64_t cell)
@@ -99,7 +99,7 @@ struct Steps {
   DK_INLINE int64_t operator[](int j) const { return (j / 2) * h + (j % 2) * w; }
 };
 
-// ---- pixels --------------------------------------------------------------------------------------
+// ---- pixels -------------------------------------------------------------------------------------
 
 struct Pixel {
   int n, h, w;  // n counts from the first image of the tile
@@ -124,10 +124,10 @@ struct PixelTile {
   }
 };
 
-// ---- taps ----------------------------------------------------------------------------------------
+// ---- taps ---------------------------------------------------------------------------------------
 
-// AxisSample of bilinear.h with its two cells side by side: `cell` and `cell + 1`. A cell outside the
-// axis has no coefficient, so the pair may be moved inside.
+// AxisSample of bilinear.h with its two cells side by side: `cell` and `cell + 1`. A cell outside
+// the axis has no coefficient, so the pair may be moved inside.
 template <typename T>
 struct AxisPair {
   int cell;
@@ -180,13 +180,14 @@ DK_INLINE T* offset_of(const Offset<T>& offset, int64_t n, int t, int h, int w) 
 // Tap t of output pixel (h, w) of image n, in the scope.
 template <typename T, typename Sizes>
 DK_INLINE TapSample<T> sample_weight(const DepthwiseParams& p, const Sizes& size,
-                                     const Offset<const T>& offset, int64_t n, int t, int h, int w) {
+                                     const Offset<const T>& offset, int64_t n, int t, int h,
+                                     int w) {
   const T* o = offset_of(offset, n, t, h, w);
   const T rest_h = T(size.scope_h - size.kernel_h) / 2 + T(t / size.kernel_w);
   const T rest_w = T(size.scope_w - size.kernel_w) / 2 + T(t % size.kernel_w);
-  return {side_by_side(sample_scope(rest_h + o[0], size.scope_h, p.clip), size.scope_h),
-          side_by_side(sample_scope(rest_w + o[offset.strides.c], size.scope_w, p.clip),
-                       size.scope_w)};
+  return {
+      side_by_side(sample_scope(rest_h + o[0], size.scope_h, p.clip), size.scope_h),
+      side_by_side(sample_scope(rest_w + o[offset.strides.c], size.scope_w, p.clip), size.scope_w)};
 }
 
 // Input row (column) that a tap of an output row (column) reads at rest.
@@ -207,13 +208,14 @@ DK_INLINE TapSample<T> sample_data(const DepthwiseParams& p, const Sizes& size,
 }
 
 // Output row (column) that reads an input row (column) through a tap, or -1.
-DK_INLINE int fed_output(int in, int64_t pad, int tap, int64_t dilation, int64_t stride, int64_t size) {
+DK_INLINE int fed_output(int in, int64_t pad, int tap, int64_t dilation, int64_t stride,
+                         int64_t size) {
   const int64_t position = in + pad - tap * dilation;
   if (position < 0 || position % stride) return -1;
   return position / stride < size ? static_cast<int>(position / stride) : -1;
 }
 
-// ---- shared memory -------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 template <typename scalar_t, int V, bool kKernel, bool kData>
 struct Shared {
@@ -234,8 +236,8 @@ struct Shared {
   }
 
   // The scope of channels begin .. begin + width; 0 past the last channel.
-  __device__ __forceinline__ void stage_weight(const scalar_t* from, int cells, int begin, int width,
-                                               int channels) const {
+  __device__ __forceinline__ void stage_weight(const scalar_t* from, int cells, int begin,
+                                               int width, int channels) const {
     for (int j = threadIdx.x; j < width * cells; j += blockDim.x) {
       const int c = j / cells, cell = j % cells;
       weight[cell * kRow<V> + c] = begin + c < channels
@@ -278,11 +280,11 @@ struct Shared {
   }
 };
 
-// ---- sums over the threads of a pixel ------------------------------------------------------------
+// ---- sums over the threads of a pixel -----------------------------------------------------------
 
-// Sums each v[i] over a group of `lanes` threads (a power of two, >= N). Returns, in the group's thread
-// l, the sum of v[l % N]: at each of the first steps a thread hands half of its values to a neighbour,
-// so N sums take about N + log2(lanes / N) exchanges instead of N * log2(lanes).
+// Sums each v[i] over a group of `lanes` threads (a power of two, >= N). Returns, in the group's
+// thread l, the sum of v[l % N]: at each of the first steps a thread hands half of its values to a
+// neighbour, so N sums take about N + log2(lanes / N) exchanges instead of N * log2(lanes).
 template <int N, typename T>
 __device__ __forceinline__ T fold_sum(T (&v)[N], int lanes) {
   int distance = 1;
@@ -301,7 +303,7 @@ __device__ __forceinline__ T fold_sum(T (&v)[N], int lanes) {
   return v[0];
 }
 
-// ---- dispatch ------------------------------------------------------------------------------------
+// ---- dispatch -----------------------------------------------------------------------------------
 
 template <int v>
 using Int = std::integral_constant<int, v>;
@@ -323,10 +325,14 @@ void dispatch_sizes(const DepthwiseParams& p, const F& f) {
 // Calls f(has kernel_offset, has data_offset) with compile-time answers.
 template <typename F>
 void dispatch_offsets(bool kernel, bool data, const F& f) {
-  if (kernel && data) f(std::true_type(), std::true_type());
-  else if (kernel) f(std::true_type(), std::false_type());
-  else if (data) f(std::false_type(), std::true_type());
-  else f(std::false_type(), std::false_type());
+  if (kernel && data)
+    f(std::true_type(), std::true_type());
+  else if (kernel)
+    f(std::true_type(), std::false_type());
+  else if (data)
+    f(std::false_type(), std::true_type());
+  else
+    f(std::false_type(), std::false_type());
 }
 
 }  // namespace cuda

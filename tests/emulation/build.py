@@ -1,6 +1,6 @@
 """Compiles csrc/cuda with g++ over the shadow headers, into build/emulation*/; cached by content.
 
-    python tests/emulation/build.py [address|thread]    builds and prints the library's path
+python tests/emulation/build.py [address|thread]    builds and prints the library's path
 """
 
 import hashlib
@@ -23,7 +23,9 @@ _SANITIZERS = {
 }
 
 
-def build(sanitizer: str | None = None, csrc: Path = ROOT / "csrc", folder: Path | None = None) -> Path:
+def build(
+    sanitizer: str | None = None, csrc: Path = ROOT / "csrc", folder: Path | None = None
+) -> Path:
     """Returns the shared library, built from `csrc` if any source changed since."""
     folder = folder or ROOT / "build" / "-".join(filter(None, ["emulation", sanitizer]))
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,8 @@ def build(sanitizer: str | None = None, csrc: Path = ROOT / "csrc", folder: Path
         partial = library.with_suffix(f".{os.getpid()}.tmp")
         links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu", "-ltorch"]
         subprocess.run(
-            [compiler, "-shared", *_SANITIZERS[sanitizer], *objects, "-o", partial, *links], check=True
+            [compiler, "-shared", *_SANITIZERS[sanitizer], *objects, "-o", partial, *links],
+            check=True,
         )
         partial.rename(library)
     for stale in {*folder.glob("*.o"), *folder.glob("*.so")} - {*objects, library}:

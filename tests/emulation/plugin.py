@@ -1,4 +1,4 @@
-"""Runs tests of the operators over the CUDA sources: calls on CPU tensors go to the emulated kernels.
+"""Runs operator tests over the CUDA sources: calls on CPU tensors go to the emulated kernels.
 
 For a whole run: DK_TEST_EMULATED_CUDA=forward|reverse|seed1|seed2 pytest -p emulation.plugin ...
 For one test or fixture: `with emulated_cuda("forward"):`.

@@ -1,6 +1,8 @@
-"""Runs every kernel once on a tiny shape. Under the thread sanitizer (sanitize.sh) each emulated thread
-is one of its own, and only barriers and shuffles order two of them: a missing one is reported, also
-where no order of execution would change the result."""
+"""Runs every kernel once on a tiny shape, for the thread sanitizer (sanitize.sh).
+
+To it each emulated thread is one of its own, and only barriers and shuffles order two of them: a
+missing one is reported, also where no order of execution would change the result.
+"""
 
 import torch
 from conftest import Case

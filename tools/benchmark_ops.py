@@ -1,0 +1,436 @@
+#!/usr/bin/env python
+"""Times the operators against their peers: rigid, composed and torchvision's, on CPU or CUDA.
+
+    tools/benchmark_ops.py --quick
+    tools/benchmark_ops.py --device cuda --dtype bfloat16 --json out.json --plot out.png
+
+All contenders of a workload take turns in one process, and only ratios within one run are worth
+quoting. One that fails the accuracy gate, against float64, is shown but not ranked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+from tqdm import tqdm
+
+from dk_detectron.layers import LocalDeformKernel2d
+from dk_detectron.ops import composed_deform_kernel_conv2d, deform_kernel_conv2d
+
+# Relative to the largest value of the float64 result.
+GATE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Calls in one CUDA graph, over inputs that together exceed the second-level cache of any GPU.
+GRAPH_CALLS = 20
+COLD_BYTES = 240 * 2**20
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A depthwise convolution on [n, c, h, w], channels_last unless told otherwise."""
+
+    name: str
+    n: int
+    c: int
+    h: int
+    w: int
+    kernel: int = 3
+    scope: int = 4
+    stride: int = 1
+    offsets: str = "normal 0.3"
+    data_offset: bool = False
+    channels_last: bool = True
+
+    @property
+    def arguments(self) -> dict:
+        pair = [self.kernel] * 2, [self.stride] * 2, [self.kernel // 2] * 2, [1, 1]
+        names = "kernel_size", "stride", "padding", "dilation"
+        return dict(zip(names, pair, strict=True)) | {"groups": self.c}
+
+
+def stages(n: int, height: int, width: int) -> list[Workload]:
+    """The depthwise convolutions of ResNet-50-DW at strides 4 to 32."""
+    sizes = [(128 * 2**i, -(-height // (4 * 2**i)), -(-width // (4 * 2**i))) for i in range(4)]
+    return [Workload(f"res{i + 2}", n, *size) for i, size in enumerate(sizes)]
+
+
+def workloads(quick: bool, device: str) -> list[Workload]:
+    """One image at half of 800 x 1216 on a CPU, two whole ones on a GPU; then the variations."""
+    main = stages(2, 800, 1216) if device == "cuda" else stages(1, 400, 608)
+    if quick:
+        return main
+    res3 = replace(main[1], name="res3")
+    variations = [replace(res3, name=f"{res3.name}, scope {s}", scope=s) for s in (3, 5, 9)]
+    variations += [replace(res3, name=f"{res3.name}, {c} channels", c=c) for c in (96, 144, 145)]
+    variations += [
+        replace(res3, name=f"{res3.name}, offsets {kind}", offsets=kind)
+        for kind in ("zero", "normal 1", "uniform", "one cell")
+    ]
+    return main + [
+        *variations,
+        replace(res3, name="res3, stride 2", stride=2),
+        replace(res3, name="res3, kernel 5, scope 6", kernel=5, scope=6),
+        replace(res3, name="res3, contiguous", channels_last=False),
+        replace(res3, name="res3, DCN + DK", data_offset=True),
+        Workload("224, batch 32", 32, 256, 28, 28),
+    ]
+
+
+def draw_offsets(kind: str, shape: list[int], scope: int) -> Tensor:
+    if kind.startswith("normal"):
+        return torch.randn(shape) * float(kind.split()[1])
+    if kind == "uniform":
+        return (torch.rand(shape) - 0.5) * 2 * scope
+    return torch.full(shape, 0.0 if kind == "zero" else -scope)  # all clipped into the first cell
+
+
+def draw_inputs(w: Workload, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything that any contender needs, with gradients asked for."""
+    out_h, out_w = ((size - 1) // w.stride + 1 for size in (w.h, w.w))
+    offsets = [w.n, 2 * w.kernel**2, out_h, out_w]
+    tensors = {
+        "input": torch.randn(w.n, w.c, w.h, w.w).to(dtype),
+        "rigid": torch.randn(w.c, 1, w.kernel, w.kernel).to(dtype),
+        "scope": torch.randn(w.c, 1, w.scope, w.scope).to(dtype),
+        "kernel_offset": draw_offsets(w.offsets, offsets, w.scope),
+        "data_offset": torch.randn(offsets),
+        "grad": torch.randn(w.n, w.c, out_h, out_w).to(dtype),
+    }
+    layout = torch.channels_last if w.channels_last else torch.contiguous_format
+    tensors = {name: t.to(device, memory_format=layout) for name, t in tensors.items()}
+    return {name: t.requires_grad_(name != "grad") for name, t in tensors.items()}
+
+
+# ---- contenders: from inputs to (output, what it is differentiated by) ---------------------------
+
+Contender = Callable[[Workload, dict[str, Tensor]], tuple[Tensor, list[Tensor]]]
+
+
+def rigid(w: Workload, t: dict[str, Tensor]):
+    arguments = {k: v for k, v in w.arguments.items() if k != "kernel_size"}
+    return F.conv2d(t["input"], t["rigid"], None, **arguments), [t["input"], t["rigid"]]
+
+
+def _deformable(function, w: Workload, t: dict[str, Tensor]):
+    data_offset = t["data_offset"] if w.data_offset else None
+    by = [t["input"], t["scope"], t["kernel_offset"]] + [data_offset] * w.data_offset
+    scope = t["scope"], None, t["kernel_offset"], data_offset
+    return function(t["input"], *scope, **w.arguments, clip=True), by
+
+
+def ours(w: Workload, t: dict[str, Tensor]):
+    return _deformable(deform_kernel_conv2d, w, t)
+
+
+def composed(w: Workload, t: dict[str, Tensor]):
+    return _deformable(composed_deform_kernel_conv2d, w, t)
+
+
+_compiled = torch.compile(composed_deform_kernel_conv2d, dynamic=False)
+
+
+def compiled(w: Workload, t: dict[str, Tensor]):
+    return _deformable(_compiled, w, t)
+
+
+def torchvision_dcn(w: Workload, t: dict[str, Tensor]):
+    sizes = {k: w.arguments[k] for k in ("stride", "padding", "dilation")}
+    offset = t["data_offset"].to(t["input"].dtype)
+    out = deform_conv2d(t["input"], offset, t["rigid"], **sizes)
+    return out, [t["input"], t["rigid"], t["data_offset"]]
+
+
+CONTENDERS: dict[str, Contender] = {
+    "rigid": rigid,
+    "ours": ours,
+    "composed": composed,
+    "compiled": compiled,
+    "torchvision DCN": torchvision_dcn,
+}
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+class Calls:
+    """Forward and backward of a contender as two functions that can be timed."""
+
+    def __init__(self, contender: Contender, w: Workload, tensors: dict[str, Tensor]):
+        self.output, by = contender(w, tensors)
+        self.grad = tensors["grad"]
+        self.by = by
+
+        @torch.no_grad()
+        def forward() -> Tensor:
+            return contender(w, tensors)[0]
+
+        self.forward = forward
+
+    def backward(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.output, self.by, self.grad, retain_graph=True)
+
+
+def accurate(contender: Contender, w: Workload, tensors: dict[str, Tensor]) -> bool:
+    """Whether output and gradients are those of float64, on a crop that the oracle can afford."""
+    crop = replace(w, n=1, h=min(w.h, 24), w=min(w.w, 24))
+    dtype = tensors["input"].dtype
+    low = draw_inputs(crop, tensors["input"].device.type, dtype)
+    high = {name: t.detach().double().requires_grad_(name != "grad") for name, t in low.items()}
+    exact = rigid if contender is rigid else composed
+    if contender is torchvision_dcn:
+        exact = torchvision_dcn
+    results = []
+    for function, given in (contender, low), (exact, high):
+        output, by = function(crop, given)
+        results.append([output, *torch.autograd.grad(output, by, given["grad"])])
+    return all(
+        (a.double() - b).abs().max() <= GATE[dtype] * b.abs().max()
+        for a, b in zip(*results, strict=True)
+    )
+
+
+def repeatable(calls: Calls) -> bool:
+    runs = [[calls.forward(), *calls.backward()] for _ in range(2)]
+    return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def extra_memory(call: Callable, device: str) -> int:
+    """Peak bytes allocated beyond what the call returns."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            result = call()
+        events = [e for e in profile.events() if e.name == "[memory]"]
+        total = peak = 0
+        for event in sorted(events, key=lambda e: e.time_range.start):
+            total += event.cpu_memory_usage
+            peak = max(peak, total)
+    results = result if isinstance(result, tuple) else (result,)
+    return max(0, peak - sum(r.numel() * r.element_size() for r in results))
+
+
+def time_once(calls: list[Callable], device: str) -> float:
+    """Seconds of one call, the mean over ``calls``; on a GPU they are captured in a graph."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for call in calls:
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / len(calls)
+
+
+def captured(calls: list[Callable]) -> Callable:
+    """One graph that makes GRAPH_CALLS calls, going round the given ones."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(GRAPH_CALLS):
+            calls[i % len(calls)]()
+    return graph.replay
+
+
+def rotation(w: Workload, device: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Input sets to go round, so that a GPU's cache is cold; one on a CPU, as in a network."""
+    first = draw_inputs(w, device, dtype)
+    size = sum(t.numel() * t.element_size() for t in first.values())
+    count = min(GRAPH_CALLS, -(-COLD_BYTES // size)) if device == "cuda" else 1
+    return [first] + [draw_inputs(w, device, dtype) for _ in range(count - 1)]
+
+
+def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, rounds: int) -> list:
+    """One row per contender and pass."""
+    sets = rotation(w, device, dtype)
+    rows, timed = [], []
+    for name in names:
+        if name == "torchvision DCN" and dtype == torch.bfloat16:
+            continue  # has no kernel for it
+        contender = CONTENDERS[name]
+        calls = [Calls(contender, w, tensors) for tensors in sets]
+        correct = accurate(contender, w, sets[0])
+        repeats = repeatable(calls[0])
+        for direction in "forward", "backward":
+            functions = [getattr(c, direction) for c in calls]
+            row = {**asdict(w), "contender": name, "pass": direction, "accurate": bool(correct)}
+            row |= {"repeatable": repeats, "extra_bytes": extra_memory(functions[0], device)}
+            row["seconds"] = []
+            rows.append(row)
+            timed.append([captured(functions)] if device == "cuda" else functions)
+    copy = [tensors["input"].detach().clone for tensors in sets]
+    ruler = [captured(copy)] if device == "cuda" else copy
+    copies = []
+    for _ in range(rounds):
+        copies.append(time_once(ruler, device))
+        for row, functions in zip(rows, timed, strict=True):
+            row["seconds"].append(time_once(functions, device))
+    calls_per_graph = GRAPH_CALLS if device == "cuda" else 1
+    base = {
+        row["pass"]: statistics.median(row["seconds"])
+        for row in rows
+        if row["contender"] == "rigid"
+    }
+    for row in rows:
+        median = statistics.median(row["seconds"])
+        row["milliseconds"] = median / calls_per_graph * 1e3
+        extremes = min(row["seconds"]), max(row["seconds"])
+        row["range"] = [t / calls_per_graph * 1e3 for t in extremes]
+        row["over_rigid"] = median / base[row["pass"]]
+        row["over_copy"] = median / statistics.median(copies)
+        del row["seconds"]
+    return rows
+
+
+def measure_layer(w: Workload, device: str, dtype: torch.dtype, rounds: int) -> dict:
+    """Training step of the whole layer, generator included, over that of a rigid convolution."""
+    arguments = {"padding": w.kernel // 2, "groups": w.c, "device": device, "dtype": dtype}
+    layers = [
+        nn.Conv2d(w.c, w.c, w.kernel, w.stride, **arguments),
+        LocalDeformKernel2d(w.c, w.c, w.kernel, w.stride, scope_size=w.scope, **arguments),
+    ]
+    tensors = draw_inputs(w, device, dtype)
+
+    def step(layer: nn.Module) -> Callable:
+        return lambda: layer(tensors["input"]).backward(tensors["grad"])
+
+    seconds = [[time_once([step(layer)], device) for layer in layers] for _ in range(rounds + 1)]
+    medians = [statistics.median(column) for column in zip(*seconds[1:], strict=True)]
+    return {"name": w.name, "over_rigid": medians[1] / medians[0], "milliseconds": medians[1] * 1e3}
+
+
+# ---- reporting -----------------------------------------------------------------------------------
+
+
+def machine(device: str) -> dict:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    return {
+        "device": name or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability() if device == "cpu" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "command": " ".join(sys.argv),
+    }
+
+
+def print_tables(rows: list[dict], layers: list[dict]) -> None:
+    for direction in "forward", "backward":
+        table = [
+            [
+                row["name"],
+                row["contender"] + ("" if row["accurate"] else " (inaccurate: not ranked)"),
+                row["milliseconds"],
+                "{:.3g}-{:.3g}".format(*row["range"]),
+                row["over_rigid"],
+                row["over_copy"],
+                row["extra_bytes"] / 2**20,
+                "yes" if row["repeatable"] else "no",
+            ]
+            for row in rows
+            if row["pass"] == direction
+        ]
+        header = ["", "", "ms", "range", "x rigid", "x copy", "extra MiB", "repeats"]
+        print(f"\n{direction}\n")
+        formats = "", "", ".3f", "", ".2f", ".2f", ".2f"
+        print(tabulate(table, header, tablefmt="github", floatfmt=formats))
+    print("\nforward and backward, times faster than\n")
+    pairs: dict[tuple[str, str], float] = {}
+    for row in rows:
+        key = row["name"], row["contender"]
+        pairs[key] = pairs.get(key, 0) + row["milliseconds"]
+    peers = [c for c in dict.fromkeys(row["contender"] for row in rows) if c != "ours"]
+    names = dict.fromkeys(row["name"] for row in rows)
+    table = [[n, *(pairs[n, c] / pairs[n, "ours"] for c in peers)] for n in names]
+    print(tabulate(table, ["", *peers], tablefmt="github", floatfmt=".2f"))
+    print("\nwhole layer, generator included, training step\n")
+    table = [[layer["name"], layer["milliseconds"], layer["over_rigid"]] for layer in layers]
+    print(tabulate(table, ["", "ms", "x rigid"], tablefmt="github", floatfmt=".2f"))
+
+
+def plot(rows: list[dict], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    for axis, direction in zip(axes, ("forward", "backward"), strict=True):
+        for i, contender in enumerate(contenders):
+            wanted = contender, direction
+            mine = {r["name"]: r for r in rows if (r["contender"], r["pass"]) == wanted}
+            at = [j + i / (len(contenders) + 1) for j in range(len(names))]
+            heights = [mine[name]["over_rigid"] for name in names]
+            axis.bar(at, heights, 1 / (len(contenders) + 1), label=contender, align="edge")
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axis.set(title=direction, yscale="log", ylabel="time over rigid depthwise")
+        axis.axhline(1, color="black", linewidth=0.5)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="on a CPU")
+    parser.add_argument("--rounds", type=int, help="default: 5 if quick, else 15")
+    parser.add_argument("--quick", action="store_true", help="the four stages, without torchvision")
+    parser.add_argument("--compiled", action="store_true", help="also the composed one, compiled")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is available")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    rounds = args.rounds or (5 if args.quick else 15)
+    dropped = {"compiled"} if not args.compiled else set()
+    dropped |= {"torchvision DCN"} if args.quick else set()
+    names = [name for name in CONTENDERS if name not in dropped]
+    rows, layers = [], []
+    for w in tqdm(workloads(args.quick, args.device), desc="Workloads"):
+        rows += measure(w, names, args.device, dtype, rounds)
+        layers.append(measure_layer(w, args.device, dtype, rounds))
+    print(machine(args.device))
+    print_tables(rows, layers)
+    if args.json:
+        report = {"machine": machine(args.device), "rows": rows, "layers": layers}
+        with open(args.json, "w") as f:
+            json.dump(report, f, indent=1)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
