@@ -102,7 +102,7 @@ def deform_kernel_conv2d(
     }
     _check(input, weight, bias, kernel_offset, data_offset, groups=groups, **sizes)
     if kernel_offset is None:
-        weight = rest_kernel(weight, sizes["kernel_size"])
+        weight = rest_kernel(weight, sizes["kernel_size"], clip)
         if data_offset is None:
             del sizes["kernel_size"]
             return F.conv2d(input, weight, bias, groups=groups, **sizes)
@@ -293,9 +293,13 @@ def _locate(
     The derivative at a cell is that towards the next one; at the last cell of a scope, towards the
     one before. ``csrc/bilinear.h`` is the same for the compiled kernels.
     """
-    # Without clipping, everything further out reads the same zeros: keep infinities out of the
-    # sums.
-    location = location.clamp(0, size - 1) if clip else location.clamp(-2, size + 1)
+    if clip:
+        # torch.clamp's gradient, edges included: whether its own is 0 there depends on the version.
+        inside = (location >= 0) & (location <= size - 1)
+        location = torch.where(inside, location, location.detach().clamp(0, size - 1))
+    else:
+        # Everything further out reads the same zeros: keep infinities out of the sums.
+        location = location.clamp(-2, size + 1)
     lower = location.detach().floor()
     if scope and size > 1:
         lower = lower - (location.detach() == size - 1).to(lower.dtype)
@@ -338,17 +342,17 @@ def _scope_coefficients(
     return (axes[0].unsqueeze(-1) * axes[1].unsqueeze(-2)).flatten(-2)
 
 
-def rest_matrix(scope_size: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
+def rest_matrix(scope_size: Sequence[int], kernel_size: Sequence[int], clip: bool = True) -> Tensor:
     """[K, S] in float64: what each tap of the undeformed kernel reads from each scope cell."""
     zero = torch.zeros(1, 2 * kernel_size[0] * kernel_size[1], dtype=torch.float64)
-    return _scope_coefficients(zero, scope_size, kernel_size, clip=True)[0]
+    return _scope_coefficients(zero, scope_size, kernel_size, clip)[0]
 
 
-def rest_kernel(weight: Tensor, kernel_size: Sequence[int]) -> Tensor:
+def rest_kernel(weight: Tensor, kernel_size: Sequence[int], clip: bool = True) -> Tensor:
     """The kernel at zero offset: [.., .., S_h, S_w] -> [.., .., K_h, K_w]."""
     if list(weight.shape[2:]) == list(kernel_size):
         return weight
-    matrix = rest_matrix(weight.shape[2:], kernel_size).to(weight)
+    matrix = rest_matrix(weight.shape[2:], kernel_size, clip).to(weight)
     return (weight.flatten(2) @ matrix.t()).unflatten(2, list(kernel_size))
 
 
