@@ -135,7 +135,7 @@ def sample_kernel(
         ValueError: a shape is wrong.
     """
     size = _pair("kernel_size", kernel_size, 1)
-    if weight.dim() != 4:
+    if weight.dim() != 4 or 0 in weight.shape[2:]:
         raise ValueError(f"weight: expected [C_out, C_in/groups, S_h, S_w], got {_shape(weight)}")
     channels = 2 * size[0] * size[1]
     if kernel_offset.dim() != 2 or kernel_offset.shape[1] != channels:
@@ -380,6 +380,11 @@ def _deformed_columns(
     return columns.unflatten(2, (kernel_size[0] * kernel_size[1], -1))
 
 
+def _at_least_float(offset: Tensor | None) -> Tensor | None:
+    """Locations need more bits than half precision has."""
+    return offset.float() if offset is not None and offset.element_size() < 4 else offset
+
+
 def composed_deform_kernel_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -403,6 +408,7 @@ def composed_deform_kernel_conv2d(
 
     Differentiable any number of times. Needs memory for G: S/1 times the input.
     """
+    kernel_offset, data_offset = _at_least_float(kernel_offset), _at_least_float(data_offset)
     if data_offset is None:
         columns = F.unfold(input, kernel_size, dilation, padding, stride)
         columns = columns.unflatten(1, (input.shape[1], -1))
@@ -416,7 +422,7 @@ def composed_deform_kernel_conv2d(
     rows = weight.unflatten(0, (groups, -1)).flatten(2)  # [groups, C_out/groups, C_in/groups*S]
     output = (rows @ grouped).flatten(1, 2)
     if bias is not None:
-        output = output + bias.unsqueeze(-1)
+        output = output + bias.to(output.dtype).unsqueeze(-1)
     output_size = _output_size(input, kernel_size, stride, padding, dilation)
     return output.unflatten(2, output_size).contiguous(memory_format=_output_format(input))
 

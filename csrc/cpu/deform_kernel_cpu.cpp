@@ -167,7 +167,7 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
     gradients[0] = gradients[0]->to(input.scalar_type()).contiguous(output_format(input));
   }
   if (gradients[1]) {
-    gradients[1] = gradients[1]->t().reshape(weight.sizes()).to(weight.scalar_type());
+    gradients[1] = gradients[1]->t().reshape(weight.sizes()).to(weight.scalar_type()).contiguous();
   }
   if (kernel_offset) gradients[2] = gradients[2]->to(kernel_offset->scalar_type());
   if (data_offset) gradients[3] = gradients[3]->to(data_offset->scalar_type());
