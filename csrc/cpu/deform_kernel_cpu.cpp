@@ -85,7 +85,7 @@ at::Tensor deform_kernel_conv2d_cpu(const at::Tensor& input, const at::Tensor& w
 // input's size for the partial sums buys enough blocks to keep the threads busy.
 int64_t count_weight_blocks(const DepthwiseParams& p, int64_t rows) {
   const int64_t input_size = p.batch * p.channels * p.in_h * p.in_w;
-  const int64_t affordable = input_size / (20 * p.cells() * p.channels);
+  const int64_t affordable = input_size / std::max<int64_t>(1, 20 * p.cells() * p.channels);
   return std::min(rows, std::clamp<int64_t>(affordable, 4, 64));
 }
 
@@ -111,6 +111,8 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
     at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
   const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
+  TORCH_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
+              "output_mask: expected no gradient of an absent offset");
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
                   grad_output.sizes() == at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
               "grad_output: expected the output's type and size, got ", grad_output.scalar_type(),

@@ -222,6 +222,8 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
     at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
   const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
+  TORCH_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
+              "output_mask: expected no gradient of an absent offset");
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
                   grad_output.device() == input.device() &&
                   grad_output.sizes() == at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
