@@ -234,7 +234,7 @@ def _check(
     if not input.is_floating_point():
         raise TypeError(f"input: expected a floating point type, got {input.dtype}")
     channels = input.shape[1]
-    if not isinstance(groups, int) or groups < 1 or channels % groups:
+    if not isinstance(groups, int | torch.SymInt) or groups < 1 or channels % groups:
         raise ValueError(
             f"groups: expected a divisor of the {channels} input channels, got {groups}"
         )

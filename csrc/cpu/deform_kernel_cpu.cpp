@@ -60,6 +60,11 @@ at::Tensor deform_kernel_conv2d_cpu(const at::Tensor& input, const at::Tensor& w
   const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor output = at::empty({p.batch, p.channels, p.out_h, p.out_w}, input.options(),
                                       at::MemoryFormat::ChannelsLast);
+  if (input.numel() == 0) {  // nothing but padding, which has no pixel to read
+    output.zero_();
+    if (bias) output.add_(bias->view({-1, 1, 1}));
+    return output.contiguous(output_format(input));
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d", [&] {
         using T = opmath_t<scalar_t>;
@@ -120,6 +125,15 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
   const auto format = at::MemoryFormat::ChannelsLast;
   const at::Tensor x = input.contiguous(format), grad = grad_output.contiguous(format);
   std::array<std::optional<at::Tensor>, 4> gradients;
+  std::vector<at::Tensor> needed;
+  if (input.numel() == 0) {
+    const std::array<std::optional<at::Tensor>, 4> inputs{input, weight, kernel_offset,
+                                                          data_offset};
+    for (int i = 0; i < 4; ++i) {
+      if (output_mask[i]) needed.push_back(at::zeros_like(*inputs[i]));
+    }
+    return needed;
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d_backward", [&] {
         using T = opmath_t<scalar_t>;
@@ -173,7 +187,6 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
   }
   if (kernel_offset) gradients[2] = gradients[2]->to(kernel_offset->scalar_type());
   if (data_offset) gradients[3] = gradients[3]->to(data_offset->scalar_type());
-  std::vector<at::Tensor> needed;
   for (int i = 0; i < 4; ++i) {
     if (output_mask[i]) needed.push_back(*gradients[i]);
   }
