@@ -2,7 +2,8 @@
 //
 // A location x on an axis of `size` cells reads the two cells around it. Both are returned as valid
 // indices, so a caller never has to ask whether it may read; a cell that lies outside the axis has
-// zero coefficient and zero derivative instead. In two dimensions
+// zero coefficient and zero derivative instead (so an infinite value of cell 0 makes a NaN there).
+// In two dimensions
 //
 //   value            = sum_ij h.coef[i] * w.coef[j] * grid[h.cell[i], w.cell[j]]
 //   d value / d(h.x) = sum_ij h.grad[i] * w.coef[j] * grid[h.cell[i], w.cell[j]]

@@ -10,6 +10,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <type_traits>
 
@@ -81,13 +83,21 @@ inline DepthwiseParams checked_params(const at::Tensor& input, const at::Tensor&
   TORCH_CHECK(at::isFloatingType(input.scalar_type()),
               "input: expected a floating point type, got ", input.scalar_type());
   auto check_pair = [](at::IntArrayRef pair, const char* name, int64_t least) {
-    TORCH_CHECK(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name,
-                ": expected two values >= ", least, ", got ", pair);
+    // The upper bound keeps every sum and product below inside int64.
+    constexpr int64_t most = std::numeric_limits<int>::max();
+    TORCH_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least &&
+                    std::max(pair[0], pair[1]) <= most,
+                name, ": expected two values from ", least, " to ", most, ", got ", pair);
   };
   check_pair(kernel_size, "kernel_size", 1);
   check_pair(stride, "stride", 1);
   check_pair(padding, "padding", 0);
   check_pair(dilation, "dilation", 1);
+  check_pair(weight.sizes().slice(2), "scope size", 1);
+  constexpr int64_t most = std::numeric_limits<int>::max() / 2;
+  TORCH_CHECK(kernel_size[0] * kernel_size[1] <= most && weight.size(2) * weight.size(3) <= most,
+              "kernel_size, scope size: expected at most ", most, " taps and cells, got ",
+              kernel_size, " and ", weight.sizes().slice(2));
 
   DepthwiseParams p;
   p.batch = input.size(0);
@@ -107,7 +117,6 @@ inline DepthwiseParams checked_params(const at::Tensor& input, const at::Tensor&
   p.clip = clip;
   p.out_h = (p.in_h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
   p.out_w = (p.in_w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
-  TORCH_CHECK(p.scope_h > 0 && p.scope_w > 0, "weight: the scope is empty, got ", weight.sizes());
   TORCH_CHECK(p.in_h + 2 * p.pad_h > p.dilation_h * (p.kernel_h - 1) &&
                   p.in_w + 2 * p.pad_w > p.dilation_w * (p.kernel_w - 1),
               "input: padded size ", p.in_h + 2 * p.pad_h, "x", p.in_w + 2 * p.pad_w,

@@ -43,3 +43,5 @@ def add_dk_config(cfg: CN) -> None:
     # The learning rate of every offset generator is multiplied by this: 0.01 in the paper's
     # ResNet-50-DW, 0.1 in its MobileNet-V2.
     cfg.SOLVER.OFFSET_LR_FACTOR = 1.0
+    # "SGD", or "AdamW", with which a detector from scratch learns in far fewer steps.
+    cfg.SOLVER.OPTIMIZER = "SGD"

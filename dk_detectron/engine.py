@@ -1,4 +1,4 @@
-"""detectron2's default trainer, on GPUs or CPU processes, with this project's optimizer."""
+"""detectron2's default trainer, on GPUs or CPU processes, with this project's parameter groups."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import weakref
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -31,6 +32,7 @@ from torch import nn
 from .config import add_dk_config
 
 EVALUATION_FILE = "evaluation.json"
+OPTIMIZERS = ("SGD", "AdamW")
 
 
 def setup(args) -> CfgNode:
@@ -48,6 +50,11 @@ def setup(args) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE: no GPU is available, using the CPU")
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER: expected one of {', '.join(OPTIMIZERS)}, "
+            f"got {cfg.SOLVER.OPTIMIZER!r}"
+        )
     check_datasets(cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
     cfg.freeze()
@@ -134,33 +141,40 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """detectron2's SGD, with the learning rate of offset generators multiplied.
+        """``SOLVER.OPTIMIZER``, with detectron2's parameter groups.
 
-        The factor is ``SOLVER.OFFSET_LR_FACTOR``.
+        The learning rate of offset generators is multiplied by ``SOLVER.OFFSET_LR_FACTOR``.
         """
+        # fmt: off
+        base_lr       = cfg.SOLVER.BASE_LR
+        weight_decay  = cfg.SOLVER.WEIGHT_DECAY
+        offset_factor = cfg.SOLVER.OFFSET_LR_FACTOR
+        bias_factor   = cfg.SOLVER.BIAS_LR_FACTOR
+        # fmt: on
 
         def lr_factor(name: str) -> float:
-            offset = cfg.SOLVER.OFFSET_LR_FACTOR if "offset_generator." in name else 1.0
-            # Folded in here, because detectron2's own bias factor would undo the other.
-            bias = cfg.SOLVER.BIAS_LR_FACTOR if name.endswith(".bias") else 1.0
-            return offset * bias
+            # The bias factor is folded in here, because detectron2's own would undo the other.
+            return (offset_factor if "offset_generator." in name else 1.0) * (
+                bias_factor if name.endswith(".bias") else 1.0
+            )
 
         params = get_default_optimizer_params(
             model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            base_lr=base_lr,
+            weight_decay=weight_decay,
             weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
             lr_factor_func=lr_factor,
         )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
-        return optimizer(
+        optimizer = partial(
+            maybe_add_gradient_clipping(cfg, getattr(torch.optim, cfg.SOLVER.OPTIMIZER)),
             params,
-            lr=cfg.SOLVER.BASE_LR,
-            momentum=cfg.SOLVER.MOMENTUM,
-            nesterov=cfg.SOLVER.NESTEROV,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            lr=base_lr,
+            weight_decay=weight_decay,
         )
+        if cfg.SOLVER.OPTIMIZER == "AdamW":
+            return optimizer()
+        return optimizer(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -72,7 +72,8 @@ def deform_kernel_conv2d(
 
     The image is zero outside, as in ``torchvision.ops.deform_conv2d``. An infinite offset reads the
     clipped edge of the scope, or zero; a NaN makes its output locations NaN; neither reads out of
-    bounds. ``channels_last`` in, ``channels_last`` out.
+    bounds. (An infinite or NaN pixel in the first row or column also shows where a data offset
+    leads outside: it is multiplied by zero.) ``channels_last`` in, ``channels_last`` out.
 
     Args:
         input: [N, C_in, H, W].
@@ -250,7 +251,7 @@ def _check(
     if bias is not None and _shape(bias) != [weight.shape[0]]:
         raise ValueError(f"bias: expected [{weight.shape[0]}], got {_shape(bias)}")
     output_size = _output_size(input, kernel_size, stride, padding, dilation)
-    if min(output_size) < 1:
+    if any(size < 1 for size in output_size):  # not min, on which torch.compile guards
         raise ValueError(
             f"input: {_shape(input)} with padding {padding} is smaller than the kernel "
             f"{kernel_size} with dilation {dilation}"
@@ -304,7 +305,8 @@ def _locate(
     if scope and size > 1:
         lower = lower - (location.detach() == size - 1).to(lower.dtype)
     share = location - lower
-    return lower, share.detach() if clip and size == 1 else share
+    # A scope of one cell is constant: a gradient of zero, not the absence of one.
+    return lower, 0 * share if clip and size == 1 else share
 
 
 def _axis_coefficients(location: Tensor, size: int, clip: bool) -> Tensor:
@@ -406,9 +408,12 @@ def composed_deform_kernel_conv2d(
         G[n,ci,l,p] = sum_t B[n,t,l,p] * I[n, ci, p + k_t (+ data_offset)]
         O[n,co,p]   = sum_ci sum_l W[co,ci,l] * G[n,ci,l,p]
 
-    Differentiable any number of times. Needs memory for G: S/1 times the input.
+    Differentiable any number of times. Needs memory for G: S times the
+    input.
     """
     kernel_offset, data_offset = _at_least_float(kernel_offset), _at_least_float(data_offset)
+    if kernel_offset is None:
+        weight = rest_kernel(weight, kernel_size, clip)
     if data_offset is None:
         columns = F.unfold(input, kernel_size, dilation, padding, stride)
         columns = columns.unflatten(1, (input.shape[1], -1))

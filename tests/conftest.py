@@ -1,5 +1,6 @@
 """What every operator test shares: devices, seed, tolerances, and random configurations."""
 
+import re
 from dataclasses import dataclass, fields
 
 import pytest
@@ -11,9 +12,22 @@ _CUDA = pytest.param(
 )
 
 
-@pytest.fixture(params=["cpu", _CUDA])
+DEVICES = ["cpu", _CUDA]
+
+
+@pytest.fixture(params=DEVICES)
 def device(request) -> str:
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    """Spares the emulated kernels the tests that never call them."""
+    without_kernel = re.compile("composed|dense|grouped|multiplier|sample_kernel|neither")
+    items[:] = [
+        item
+        for item in items
+        if "emulated-" not in item.name or not without_kernel.search(item.name)
+    ]
 
 
 @pytest.fixture(autouse=True)

@@ -171,6 +171,18 @@ def test_offset_generators_learn_slowly_and_everything_decays():
         assert generators == 14 * 2 * 2
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_optimizer_takes_its_settings(name):
+    cfg = load_config(CONFIG)
+    cfg.SOLVER.OPTIMIZER = name
+    cfg.SOLVER.BASE_LR = 0.003
+    optimizer = Trainer.build_optimizer(cfg, build_model(cfg))
+    assert name in type(optimizer).__name__
+    assert {g["lr"] for g in optimizer.param_groups} == {0.003, 0.003 * cfg.SOLVER.OFFSET_LR_FACTOR}
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {4e-5}
+    assert optimizer.defaults.get("momentum") == (0.9 if name == "SGD" else None)
+
+
 def arguments(**changes) -> Namespace:
     defaults = {"config_file": str(CONFIG), "opts": [], "eval_only": False, "resume": False}
     return Namespace(**(defaults | changes))
@@ -190,6 +202,7 @@ def arguments(**changes) -> Namespace:
             FileNotFoundError,
             "MODEL.WEIGHTS: .* 'none.pth'",
         ),
+        ({"opts": ["SOLVER.OPTIMIZER", "Adam"]}, ValueError, "one of SGD, AdamW, got 'Adam'"),
         ({"opts": ["DATASETS.TRAIN", "('cats',)"]}, ValueError, "registered data set.* got 'cats'"),
         ({"opts": ["DATASETS.TEST", "('trees_val',)"]}, FileNotFoundError, "prepare_trees.py"),
         ({"eval_only": True}, ValueError, "MODEL.WEIGHTS: expected a checkpoint to evaluate"),

@@ -11,6 +11,7 @@ import torchvision
 from conftest import (
     BOTH,
     DATA,
+    DEVICES,
     KERNEL,
     NEITHER,
     Case,
@@ -21,6 +22,7 @@ from conftest import (
     off_knot_offset,
     run,
 )
+from emulation import plugin
 
 from dk_detectron.ops import (
     composed_deform_kernel_conv2d,
@@ -52,6 +54,20 @@ GROUPINGS = [
 every_grouping = pytest.mark.parametrize(
     "grouping", GROUPINGS, ids=["depthwise", "dense", "grouped", "multiplier"]
 )
+
+
+@pytest.fixture(
+    params=[*DEVICES, *(pytest.param(order, id=f"emulated-{order}") for order in plugin.ORDERS)]
+)
+def device(request):
+    """Also the CUDA sources, emulated for tensors of the CPU in every order of their threads."""
+    if request.param not in plugin.ORDERS:
+        yield request.param
+        return
+    with plugin.emulated_cuda(request.param):
+        yield "cpu"
+
+
 ASYMMETRIC = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
 
@@ -507,6 +523,27 @@ def test_frozen_tensors(wanted, groups, device):
         assert torch.equal(actual[name], everything[name])
 
 
+@every_path
+def test_constant_scope_has_zero_gradients(groups, device):
+    """A clipped scope of one cell: the offsets have a gradient, of zero, which DDP relies on."""
+    case = Case(groups=groups, scope=(1, 1))
+    kernel_offset = case.tensors(device=device)["kernel_offset"].requires_grad_()
+    tensors = case.tensors(device=device) | {"kernel_offset": kernel_offset}
+    deform_kernel_conv2d(**tensors, **case.arguments).sum().backward()
+    assert torch.equal(kernel_offset.grad, torch.zeros_like(kernel_offset))
+
+
+def test_composed_without_kernel_offset_rests(device):
+    """In a scope larger than the kernel the taps rest between cells."""
+    case = Case(groups=1, kernel_offset=False, data_offset=True)
+    tensors = case.tensors(device=device)
+    arguments = {"function": composed_deform_kernel_conv2d, "arguments": case.arguments}
+    zero = torch.zeros_like(tensors["data_offset"])
+    expected = run(tensors=tensors | {"kernel_offset": zero}, **arguments)
+    del expected["grad_kernel_offset"]
+    assert_close(run(tensors=tensors, **arguments), expected)
+
+
 @every_offset
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_output_mask(mask, which, device):
@@ -690,7 +727,7 @@ BAD_DIRECT_INPUT = [
     ("groups", 1, "is depthwise: .* groups=1; dk_detectron.ops.* takes every"),
     ("weight", lambda t: t[:2], "is depthwise: expected weight"),
     ("weight", lambda t: t.expand(3, 3, 4, 4), "is depthwise: expected weight"),
-    ("weight", lambda t: t[:, :, :0], "weight: the scope is empty"),
+    ("weight", lambda t: t[:, :, :0], "scope size: expected two values from 1 to"),
     ("weight", lambda t: t.double(), "weight: expected type Float like input, got Double"),
     ("bias", lambda t: t[:2], r"bias: expected \[3\], got \[2\]"),
     ("bias", lambda t: t.half(), "bias: expected type Float like input, got Half"),
@@ -699,10 +736,14 @@ BAD_DIRECT_INPUT = [
     ("kernel_offset", None, "weight: without kernel_offset expected a scope of the"),
     ("data_offset", lambda t: t[:, :, :5], r"data_offset: expected \[2, 18, 6, .* got \[2, 18, 5"),
     ("data_offset", lambda t: t[..., 0], "data_offset: expected"),
-    ("kernel_size", (3, 0), "kernel_size: expected two values >= 1"),
-    ("stride", (0, 1), "stride: expected two values >= 1"),
-    ("padding", (-1, 0), "padding: expected two values >= 0"),
-    ("dilation", (1, 0), "dilation: expected two values >= 1"),
+    ("kernel_size", (3, 0), "kernel_size: expected two values from 1 to"),
+    ("stride", (0, 1), "stride: expected two values from 1 to"),
+    ("padding", (-1, 0), "padding: expected two values from 0 to"),
+    ("dilation", (1, 0), "dilation: expected two values from 1 to"),
+    ("kernel_size", (3, 2**32 + 3), "kernel_size: expected two values from 1 to"),
+    ("dilation", (1, 2**62), "dilation: expected two values from 1 to"),
+    ("padding", (2**62, 1), "padding: expected two values from 0 to"),
+    ("kernel_size", (2**16, 2**16), "expected at most .* taps and cells"),
     ("dilation", (4, 1), "input: padded size 8x9 is smaller than the dilated kernel"),
 ]  # fmt: skip
 

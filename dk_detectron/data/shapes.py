@@ -1,6 +1,6 @@
 """Deformed shapes: a detection data set drawn from a seed.
 
-Six kinds of object, each turned, stretched and bent at random over a ninefold range of sizes, lie
+Six kinds of object, each turned, stretched and bent at random over an eightfold range of sizes, lie
 on textured backgrounds among unlabelled distractors. Kinds differ in what those deformations keep:
 corners, arms and holes.
 
@@ -30,10 +30,10 @@ from .writing import write_coco
 SPLITS = ("train", "val", "test")
 
 SIDES = (7 / 8, 5 / 4)  # image sides, in units of the side argument
-OBJECT_SIZES = (1 / 16, 9 / 16)  # geometric mean of box width and height, in the same unit
-MAX_STRETCH = 2.2  # ratio of lengths along and across
-MAX_BEND = 0.65  # see Deformation: at 1 the inner side would fold
-MIN_VISIBLE = 0.6  # of an object's pixels, once all others are drawn
+OBJECT_SIZES = (3 / 32, 25 / 32)  # geometric mean of box width and height, in the same unit
+MAX_STRETCH = 1.8  # ratio of lengths along and across
+MAX_BEND = 0.5  # see Deformation: at 1 the inner side would fold
+MIN_VISIBLE = 0.75  # of an object's pixels, once all others are drawn
 JPEG_QUALITY = 92
 
 
@@ -254,7 +254,7 @@ def _contrasting_colour(rng, surroundings):
     sample = _lab(surroundings[rng.integers(len(surroundings), size=64)])
     distances = np.linalg.norm(_lab(candidates)[:, None] - sample, axis=2)
     contrast = np.quantile(distances, 0.15, axis=1)
-    good = np.flatnonzero(contrast > rng.uniform(28, 70))
+    good = np.flatnonzero(contrast > rng.uniform(40, 80))
     return candidates[good[0] if len(good) else contrast.argmax()]
 
 
@@ -262,7 +262,7 @@ def background(height, width, rng):
     """A textured `canvas` with nothing on it."""
     first, second = _colours(rng, 2, (0.05, 0.6), (0.2, 0.95))
     # Half of the way only: room is left for objects that contrast with both colours.
-    second = first + rng.uniform(0.25, 0.75) * (second - first)
+    second = first + rng.uniform(0.15, 0.5) * (second - first)
     pattern = _pattern(rng, height, width, rng.uniform(2, 14))[..., None]
     light = rng.uniform(0, 0.3) * (_noise(rng, height, width, 2)[..., None] - 0.5)
     return np.clip(first + pattern * (second - first) + light, 0, 1).astype(np.float32)
@@ -279,7 +279,7 @@ def paint(canvas, alpha, rng):
     colour = _contrasting_colour(rng, canvas[alpha > 0.5])
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
     pattern = _pattern(rng, height, width, rng.uniform(1, 4))[..., None]
-    fill = colour * (1 + rng.uniform(0.1, 0.5) * (0.5 - pattern) * 2)
+    fill = colour * (1 + rng.uniform(0.05, 0.25) * (0.5 - pattern) * 2)
 
     reach = 0.06 * np.sqrt(width * height)
     shift = np.float32([[1, 0, rng.uniform(-reach, reach)], [0, 1, rng.uniform(0, reach)]])
@@ -300,7 +300,7 @@ def photograph(canvas, rng):
 
 def _draw_names(rng):
     """Names of what an image holds, in drawing order."""
-    names = rng.choice([*OUTLINES], rng.integers(1, 8))
+    names = rng.choice([*OUTLINES], rng.integers(2, 8))
     return rng.permutation([*names, *rng.choice([*DISTRACTORS], rng.integers(3))]).tolist()
 
 

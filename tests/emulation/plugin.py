@@ -1,13 +1,11 @@
 """Runs operator tests over the CUDA sources: calls on CPU tensors go to the emulated kernels.
 
-For a whole run: DK_TEST_EMULATED_CUDA=forward|reverse|seed1|seed2 pytest -p emulation.plugin ...
-For one test or fixture: `with emulated_cuda("forward"):`.
+`with emulated_cuda("forward"):` does it for as long as it lasts.
 """
 
 import os
 from contextlib import contextmanager
 
-import pytest
 import torch
 
 import dk_detectron.ops  # noqa: F401  (the schemas come from there)
@@ -52,13 +50,3 @@ def emulated_cuda(order_name: str = "forward"):
             yield
     finally:
         library._destroy()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _emulated_cuda_for_the_whole_run():
-    name = os.environ.get("DK_TEST_EMULATED_CUDA")
-    if not name:
-        yield
-        return
-    with emulated_cuda(name):
-        yield
