@@ -45,3 +45,6 @@ def add_dk_config(cfg: CN) -> None:
     cfg.SOLVER.OFFSET_LR_FACTOR = 1.0
     # "SGD", or "AdamW", with which a detector from scratch learns in far fewer steps.
     cfg.SOLVER.OPTIMIZER = "SGD"
+
+    # Brightness, contrast and saturation of training images vary by up to this, as a share.
+    cfg.INPUT.COLOR_JITTER = 0.0

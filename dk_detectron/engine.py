@@ -13,7 +13,13 @@ from functools import partial
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
+from detectron2.data import transforms as T
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -138,6 +144,17 @@ class Trainer(DefaultTrainer):
         model = super().build_model(cfg)
         # Convolutions hand on the layout of their weights.
         return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """detectron2's, with the colours varied by ``INPUT.COLOR_JITTER``."""
+        arguments = DatasetMapper.from_config(cfg, is_train=True)
+        if jitter := cfg.INPUT.COLOR_JITTER:
+            arguments["augmentations"] += [
+                kind(1 - jitter, 1 + jitter)
+                for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
+            ]
+        return build_detection_train_loader(cfg, mapper=DatasetMapper(**arguments))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -61,9 +61,9 @@ def test_shapes_annotations_are_coco(shapes_folder, capsys):
         x, y, w, h = annotation["bbox"]
         assert x >= 0 and y >= 0 and x + w <= image["width"] and y + h <= image["height"]
         rows, columns = np.nonzero(coco.annToMask(annotation))
-        # Boxes and polygons are finer than pixels, masks round them: one pixel on each side.
-        assert abs(columns.min() - x) <= 1 and abs(columns.max() + 1 - (x + w)) <= 1
-        assert abs(rows.min() - y) <= 1 and abs(rows.max() + 1 - (y + h)) <= 1
+        # Boxes and polygons are finer than pixels, masks round them and lose the thinnest tips.
+        assert -1 <= columns.min() - x <= 2 and -2 <= columns.max() + 1 - (x + w) <= 1
+        assert -1 <= rows.min() - y <= 2 and -2 <= rows.max() + 1 - (y + h) <= 1
         assert 0 < annotation["area"] <= w * h
 
 

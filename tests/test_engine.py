@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
 import cv2
@@ -181,6 +182,26 @@ def test_optimizer_takes_its_settings(name):
     assert {g["lr"] for g in optimizer.param_groups} == {0.003, 0.003 * cfg.SOLVER.OFFSET_LR_FACTOR}
     assert {g["weight_decay"] for g in optimizer.param_groups} == {4e-5}
     assert optimizer.defaults.get("momentum") == (0.9 if name == "SGD" else None)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5])
+def test_colours_vary_if_asked(jitter, datasets_root):
+    from dk_detectron.data import datasets
+
+    cfg = load_config(CONFIG)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.INPUT.COLOR_JITTER = jitter
+    replace_registered(datasets, datasets_root)
+    try:
+        loader = iter(Trainer.build_train_loader(cfg))
+    finally:
+        replace_registered(datasets, datasets.datasets_root())
+    means = defaultdict(list)
+    for _ in range(8):
+        for record in next(loader):
+            means[record["file_name"]].append(record["image"].float().mean().item())
+    spread = max(max(values) - min(values) for values in means.values())
+    assert spread > 5 if jitter else spread < 1e-3
 
 
 def arguments(**changes) -> Namespace:

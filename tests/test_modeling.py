@@ -195,7 +195,7 @@ def test_stride_placement():
 def test_a_plain_detectron2_config_is_unchanged():
     plain, extended = get_cfg(), get_cfg()
     add_dk_config(extended)
-    for node in extended.MODEL, extended.SOLVER:
+    for node in extended.MODEL, extended.SOLVER, extended.INPUT:
         for key in (
             "DEFORM_KERNEL",
             "MOBILENETV2",
@@ -203,6 +203,7 @@ def test_a_plain_detectron2_config_is_unchanged():
             "CLASSIFIER",
             "OFFSET_LR_FACTOR",
             "OPTIMIZER",
+            "COLOR_JITTER",
         ):
             node.pop(key, None)
     assert extended == plain

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 from torchvision.ops import deform_conv2d
@@ -93,7 +94,7 @@ def passes(model: nn.Module, batch: list[dict], device: str, dtype: torch.dtype)
     def train() -> None:
         model.train()
         model.zero_grad(set_to_none=True)
-        with autocast:
+        with autocast, EventStorage():
             losses = model(batch)
         sum(losses.values()).backward()
 

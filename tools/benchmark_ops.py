@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's complaint that there is no GPU
 
@@ -97,7 +98,9 @@ def draw_offsets(kind: str, shape: list[int], scope: int) -> Tensor:
         return torch.randn(shape) * float(kind.split()[1])
     if kind == "uniform":
         return (torch.rand(shape) - 0.5) * 2 * scope
-    return torch.full(shape, 0.0 if kind == "zero" else -scope)  # all clipped into the first cell
+    return torch.full(
+        shape, 0.0 if kind == "zero" else -float(scope)
+    )  # all clipped into the first cell
 
 
 def draw_inputs(w: Workload, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -215,14 +218,12 @@ def traced(call: Callable, device: str) -> tuple[tuple[Tensor, ...], int]:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True) as profile:
             result = call()
-        events = [e for e in profile.events() if e.name == "[memory]"]
-        total = peak = 0
-        for event in sorted(events, key=lambda e: e.time_range.start):
-            total += event.cpu_memory_usage
-            peak = max(peak, total)
+        # Of the raw events; profile.events() folds them into the operators that allocate.
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        peak = max(accumulate((e.nbytes() for e in events), initial=0))
     results = result if isinstance(result, tuple) else (result,)
     return results, max(0, peak - sum(r.numel() * r.element_size() for r in results))
 

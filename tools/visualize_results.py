@@ -19,7 +19,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from matplotlib import colormaps
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ from dk_detectron.analysis import load_config
 from dk_detectron.engine import EVALUATION_FILE
 
 SHORT_SIDE = 480
+MODE = ColorMode.SEGMENTATION  # one colour per class
 
 
 def to_instances(predictions: list[dict], size: tuple[int, int], metadata: Metadata) -> Instances:
@@ -48,8 +50,12 @@ def draw_pair(record: dict, predictions: list[dict], metadata: Metadata) -> np.n
     image = read_image(record["file_name"], "RGB")
     scale = SHORT_SIDE / min(image.shape[:2])
     instances = to_instances(predictions, image.shape[:2], metadata)
-    left = Visualizer(image, metadata, scale).draw_dataset_dict(record).get_image()
-    right = Visualizer(image, metadata, scale).draw_instance_predictions(instances).get_image()
+    # Boxes alone, as on the right: a mask would recolour the objects.
+    keys = "bbox", "bbox_mode", "category_id"
+    boxes = record | {"annotations": [{k: a[k] for k in keys} for a in record["annotations"]]}
+    left = Visualizer(image, metadata, scale, MODE).draw_dataset_dict(boxes).get_image()
+    right = Visualizer(image, metadata, scale, MODE).draw_instance_predictions(instances)
+    right = right.get_image()
     gap = np.full((left.shape[0], 8, 3), 255, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=1)
 
@@ -67,6 +73,10 @@ def draw(cfg: CfgNode, dataset: str, count: int, threshold: float) -> Path:
             predictions[prediction["image_id"]].append(prediction)
     records = DatasetCatalog.get(dataset)
     metadata = MetadataCatalog.get(dataset)
+    if not metadata.get("thing_colors"):
+        palette = colormaps["Set1"].colors
+        colours = (palette[i % len(palette)] for i in range(len(metadata.thing_classes)))
+        metadata.thing_colors = [tuple(int(255 * c) for c in colour) for colour in colours]
     folder = Path(cfg.OUTPUT_DIR, "pictures")
     folder.mkdir(parents=True, exist_ok=True)
     chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)

@@ -1,0 +1,113 @@
+"""The benchmark tools on tiny sizes: what they report, not how fast anything is."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def benchmark_ops():
+    return load_tool("benchmark_ops")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"stride": 2}, {"data_offset": True}, {"channels_last": False}, {"offsets": "one cell"}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_contender_is_measured(benchmark_ops, dtype, change):
+    workload = benchmark_ops.Workload("tiny", 1, 8, 6, 7, **change)
+    contenders = ["rigid", "ours", "composed", "torchvision DCN"]
+    rows = benchmark_ops.measure(workload, contenders, "cpu", dtype, rounds=2)
+    names = contenders if dtype == torch.float32 else contenders[:3]
+    assert [(r["contender"], r["pass"]) for r in rows] == [
+        (name, direction) for name in names for direction in ("forward", "backward")
+    ]
+    for row in rows:
+        assert row["accurate"], row
+        assert row["milliseconds"] > 0 and row["over_rigid"] > 0 and row["over_copy"] > 0
+    assert all(r["repeatable"] for r in rows if r["contender"] == "ours")
+    composed, ours = (
+        next(r["extra_bytes"] for r in rows if r["contender"] == name)
+        for name in ("composed", "ours")
+    )
+    assert composed > ours
+
+
+def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys):
+    def wrong(w, t):
+        output, by = benchmark_ops.ours(w, t)
+        return output * 1.01, by
+
+    monkeypatch.setitem(benchmark_ops.CONTENDERS, "wrong", wrong)
+    workload = benchmark_ops.Workload("tiny", 1, 8, 6, 7)
+    rows = benchmark_ops.measure(workload, ["rigid", "ours", "wrong"], "cpu", torch.float32, 1)
+    assert [r["accurate"] for r in rows] == [True, True, True, True, False, False]
+    benchmark_ops.print_tables(rows, [])
+    assert "wrong (inaccurate: not ranked)" in capsys.readouterr().out
+
+
+def test_tables_json_and_plot(benchmark_ops, monkeypatch, capsys, tmp_path):
+    tiny = [benchmark_ops.Workload("tiny", 1, 8, 6, 7)]
+    monkeypatch.setattr(benchmark_ops, "workloads", lambda quick, device: tiny)
+    report, picture = tmp_path / "report.json", tmp_path / "plot.png"
+    arguments = ["--quick", "--rounds", "1", "--json", report, "--plot", picture]
+    monkeypatch.setattr(sys, "argv", ["benchmark_ops.py", *map(str, arguments)])
+    benchmark_ops.main()
+    assert "times faster than" in capsys.readouterr().out
+    assert {r["contender"] for r in json.loads(report.read_text())["rows"]} == {
+        "rigid", "ours", "composed",
+    }  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_are_measured_against_the_rigid_one(monkeypatch, capsys, tmp_path):
+    tool = load_tool("benchmark_model")
+    report = tmp_path / "models.json"
+    arguments = "--family MNV2 --only dk_l3 dcn --size 64 96 --rounds 1 --json".split()
+    monkeypatch.setattr(sys, "argv", ["benchmark_model.py", *arguments, str(report)])
+    tool.main()
+    rows = {(r["network"], r["pass"]): r for r in json.loads(report.read_text())["rows"]}
+    networks = "rigid", "dcn", "dcn, torchvision", "dk_l3"
+    assert {name for name, _ in rows} == set(networks)
+    assert all(row["milliseconds"] > 0 for row in rows.values())
+    table = capsys.readouterr().out
+    assert all(f"| MNV2 | {name} " in " ".join(table.split()) for name in networks)
+    assert rows["rigid", "inference"]["over_rigid"] == 1
+
+
+def test_every_row_of_the_tables_is_a_network():
+    tool = load_tool("benchmark_model")
+    names = [name for family in tool.FAMILIES for name in tool.networks(family)]
+    assert len(names) == 18
+    assert names.count("rigid") == 2
+
+
+def test_torchvision_stands_in_with_equal_results():
+    tool = load_tool("benchmark_model")
+    config = tool.networks("MNV2")["dcn"]
+    ours, theirs = tool.build(config, "cpu"), tool.use_torchvision(tool.build(config, "cpu"))
+    for model in ours, theirs:
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "offset_generator" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    assert any(type(m) is tool.TorchvisionDeformConv2d for m in theirs.modules())
+    x = torch.randn(1, 3, 64, 64)
+    ours, theirs = (m.backbone.bottom_up(x)["res5"] for m in (ours.eval(), theirs.eval()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * ours.abs().max().item())
