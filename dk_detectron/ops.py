@@ -408,8 +408,7 @@ def composed_deform_kernel_conv2d(
         G[n,ci,l,p] = sum_t B[n,t,l,p] * I[n, ci, p + k_t (+ data_offset)]
         O[n,co,p]   = sum_ci sum_l W[co,ci,l] * G[n,ci,l,p]
 
-    Differentiable any number of times. Needs memory for G: S times the
-    input.
+    Differentiable any number of times. Needs memory for G, S times the input.
     """
     kernel_offset, data_offset = _at_least_float(kernel_offset), _at_least_float(data_offset)
     if kernel_offset is None:

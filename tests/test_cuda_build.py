@@ -1,4 +1,5 @@
-"""What ptxas says of the kernels that matter most: K = 3, S = 4 in float and bfloat16.
+"""What the compiler says of the kernels that matter most, K = 3, S = 4 in float and bfloat16, and
+whether the extension has them.
 
 Compiling takes a minute or more, so it is on request: DK_TEST_CUDA_BUILD=1.
 """
@@ -11,7 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.cpp_extension import include_paths
+
+import dk_detectron.ops  # noqa: F401  (registers the operators)
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -55,3 +59,10 @@ def test_kernels_of_scope_4_do_not_spill(architecture):
                 seen += 1
                 assert use["spilled"] == 0, f"sm_{architecture}: {name} spills: {use}"
     assert seen == 2 * (3 + 2)  # with and without data_offset, and NCHW; backward likewise
+
+
+@pytest.mark.parametrize("name", ["deform_kernel_conv2d", "deform_kernel_conv2d_backward"])
+def test_every_operator_with_a_cpu_kernel_has_one_for_cuda(name):
+    operator = f"dk_detectron::{name}"
+    for key in "CPU", "CUDA":
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, key), key

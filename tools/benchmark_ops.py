@@ -98,9 +98,8 @@ def draw_offsets(kind: str, shape: list[int], scope: int) -> Tensor:
         return torch.randn(shape) * float(kind.split()[1])
     if kind == "uniform":
         return (torch.rand(shape) - 0.5) * 2 * scope
-    return torch.full(
-        shape, 0.0 if kind == "zero" else -float(scope)
-    )  # all clipped into the first cell
+    # "one cell": all clipped into the first.
+    return torch.full(shape, 0.0 if kind == "zero" else -float(scope))
 
 
 def draw_inputs(w: Workload, device: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def main() -> None:
     )
     parser.add_argument("--config-file", required=True, help="the run's OUTPUT_DIR/config.yaml")
     parser.add_argument("--count", type=int, default=12, help="number of pictures (default: 12)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score (default: 0.5)")
+    parser.add_argument("--threshold", type=float, default=0.6, help="least score (default: 0.6)")
     args = parser.parse_args()
     cfg = load_config(args.config_file)
     for dataset in cfg.DATASETS.TEST:

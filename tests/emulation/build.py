@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 
 _SANITIZERS = {
     None: [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
 
