@@ -9,9 +9,10 @@
 //   d value / d(h.x) = sum_ij h.grad[i] * w.coef[j] * grid[h.cell[i], w.cell[j]]
 //
 // A NaN location makes coefficients NaN (the output shows it) but reads cell 0.
+//
+// T is a floating point number or, on the CPU, a vector of them: every condition is a choice of
+// values, and both are always computed.
 #pragma once
-
-#include <cmath>
 
 #if defined(__CUDACC__)
 #define DK_INLINE __host__ __device__ __forceinline__
@@ -21,35 +22,48 @@
 
 namespace dk {
 
+// Numbers<T>: the type of one element of T, of a cell's index, and the conversions between them.
+template <typename T>
+struct Numbers {
+  using element = T;
+  using integer = int;
+  static DK_INLINE int truncate(T x) { return static_cast<int>(x); }
+  static DK_INLINE T convert(int i) { return static_cast<T>(i); }
+};
+
 template <typename T>
 struct AxisSample {
-  int cell[2];
+  typename Numbers<T>::integer cell[2];
   T coef[2];
   T grad[2];
 };
 
-// `cell` is the lower of the two cells, `slope` is d(location clipped) / d(location).
+// `lower` is the lower of the two cells, `slope` is d(location clipped) / d(location).
 template <typename T>
-DK_INLINE AxisSample<T> sample_cells(T x, int lower, int size, T slope) {
-  const bool low = lower >= 0 && lower < size;
-  const bool high = lower + 1 >= 0 && lower + 1 < size;
-  const T fraction = x - T(lower);
+DK_INLINE AxisSample<T> sample_cells(T x, typename Numbers<T>::integer lower, int size, T slope) {
+  const T zero{};
+  const auto low = (lower >= 0) & (lower < size);
+  const auto high = (lower >= -1) & (lower < size - 1);
+  const T fraction = x - Numbers<T>::convert(lower);
   AxisSample<T> s;
   s.cell[0] = low ? lower : 0;
   s.cell[1] = high ? lower + 1 : 0;
-  s.coef[0] = low ? T(1) - fraction : T(0);
-  s.coef[1] = high ? fraction : T(0);
-  s.grad[0] = low ? -slope : T(0);
-  s.grad[1] = high ? slope : T(0);
+  s.coef[0] = low ? 1 - fraction : zero;
+  s.coef[1] = high ? fraction : zero;
+  s.grad[0] = low ? -slope : zero;
+  s.grad[1] = high ? slope : zero;
   return s;
 }
 
 // floor(x) for x in [-1, size], a cell outside for anything further away, 0 for NaN.
 template <typename T>
-DK_INLINE int floor_cell(T x, int size) {
-  const T low = x > T(-2) ? x : T(-2);
-  const T bounded = low < T(size) ? low : T(size);
-  return x == x ? static_cast<int>(std::floor(bounded)) : 0;
+DK_INLINE typename Numbers<T>::integer floor_cell(T x, int size) {
+  const T zero{}, least = zero - 2, most = zero + typename Numbers<T>::element(size);
+  x = x == x ? x : zero;
+  x = x > least ? x : least;
+  x = x < most ? x : most;
+  const auto cell = Numbers<T>::truncate(x);
+  return x < Numbers<T>::convert(cell) ? cell - 1 : cell;
 }
 
 // A location in the scope of a kernel (eq. 7). `clip` keeps it inside [0, size - 1], with the
@@ -58,22 +72,24 @@ DK_INLINE int floor_cell(T x, int size) {
 // equal.
 template <typename T>
 DK_INLINE AxisSample<T> sample_scope(T x, int size, bool clip) {
-  const T last = T(size - 1);
-  T slope = T(1);
+  const T zero{}, one = zero + 1, last = zero + typename Numbers<T>::element(size - 1);
+  T slope = one;
   if (clip) {
     // A scope of one cell is constant along the axis.
-    slope = x >= T(0) && x <= last && size > 1 ? T(1) : T(0);
-    x = x < T(0) ? T(0) : x;
+    slope = size > 1 ? one : zero;
+    slope = (x >= zero) & (x <= last) ? slope : zero;
+    x = x < zero ? zero : x;
     x = x > last ? last : x;
   }
-  const int lower = floor_cell(x, size);
-  return sample_cells(x, x == last && size > 1 ? size - 2 : lower, size, slope);
+  auto lower = floor_cell(x, size);
+  if (size > 1) lower = x == last ? lower - 1 : lower;
+  return sample_cells(x, lower, size, slope);
 }
 
 // A location in the image (eq. 9): zero outside, as in torchvision.ops.deform_conv2d.
 template <typename T>
 DK_INLINE AxisSample<T> sample_image(T x, int size) {
-  return sample_cells(x, floor_cell(x, size), size, T(1));
+  return sample_cells(x, floor_cell(x, size), size, T{} + 1);
 }
 
 }  // namespace dk

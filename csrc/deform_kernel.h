@@ -9,11 +9,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 namespace dk {
 
@@ -150,6 +153,44 @@ inline DepthwiseParams checked_params(const at::Tensor& input, const at::Tensor&
   check_offset(kernel_offset, "kernel_offset");
   check_offset(data_offset, "data_offset");
   return p;
+}
+
+// The same for backward.
+inline DepthwiseParams checked_backward_params(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, bool clip, const std::array<bool, 4>& output_mask) {
+  const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
+                                           kernel_size, stride, padding, dilation, groups, clip);
+  TORCH_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
+              "output_mask: expected no gradient of an absent offset");
+  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
+                  grad_output.device() == input.device() &&
+                  grad_output.sizes() == at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
+              "grad_output: expected the output's type and size, on its device, got ",
+              grad_output.scalar_type(), " ", grad_output.device(), " ", grad_output.sizes());
+  return p;
+}
+
+// Of input, weight, kernel_offset and data_offset; undefined where there is none.
+using Gradients = std::array<at::Tensor, 4>;
+
+inline Gradients zero_gradients(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& kernel_offset,
+                                const std::optional<at::Tensor>& data_offset) {
+  return {at::zeros_like(input), at::zeros_like(weight),
+          kernel_offset ? at::zeros_like(*kernel_offset) : at::Tensor(),
+          data_offset ? at::zeros_like(*data_offset) : at::Tensor()};
+}
+
+inline std::vector<at::Tensor> needed_gradients(const Gradients& gradients,
+                                                const std::array<bool, 4>& output_mask) {
+  std::vector<at::Tensor> needed;
+  for (int i = 0; i < 4; ++i) {
+    if (output_mask[i]) needed.push_back(gradients[i]);
+  }
+  return needed;
 }
 
 }  // namespace dk

@@ -36,16 +36,28 @@ Isa current_isa() {
 #define DK_CALL(function, ...) baseline::function(__VA_ARGS__)
 #endif
 
-// [C, 1, S_h, S_w] -> [S_h*S_w, C] in the arithmetic type.
+int64_t channel_blocks(const DepthwiseParams& p) {
+  return (p.channels + kChannelBlock - 1) / kChannelBlock;
+}
+
+// [C, 1, S_h, S_w] -> [blocks of C, S_h*S_w, kChannelBlock] in the arithmetic type.
 template <typename T>
-at::Tensor scope_rows(const at::Tensor& weight) {
-  return weight.flatten(1).t().to(c10::CppTypeToScalarType<T>::value).contiguous();
+at::Tensor to_blocks(const DepthwiseParams& p, const at::Tensor& weight) {
+  const at::Tensor from = weight.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  const at::Tensor to = at::empty({channel_blocks(p), p.cells(), kChannelBlock}, from.options());
+  const T* x = from.const_data_ptr<T>();
+  T* y = to.mutable_data_ptr<T>();
+  for (int64_t c = 0; c < p.channels; ++c) {
+    T* first = y + c / kChannelBlock * p.cells() * kChannelBlock + c % kChannelBlock;
+    for (int64_t cell = 0; cell < p.cells(); ++cell) first[cell * kChannelBlock] = *x++;
+  }
+  return to;
 }
 
 template <typename T>
-Offset<T> gradient_view(const std::optional<at::Tensor>& offset) {
-  if (!offset) return {};
-  return {offset->mutable_data_ptr<T>(), offset_strides(*offset)};
+Offset<T> gradient_view(const at::Tensor& offset) {
+  if (!offset.defined()) return {};
+  return {offset.mutable_data_ptr<T>(), offset_strides(offset)};
 }
 
 at::Tensor deform_kernel_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight,
@@ -68,13 +80,13 @@ at::Tensor deform_kernel_conv2d_cpu(const at::Tensor& input, const at::Tensor& w
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d", [&] {
         using T = opmath_t<scalar_t>;
-        const at::Tensor rows = scope_rows<T>(weight);
+        const at::Tensor scope = to_blocks<T>(p, weight);
         const auto b = to_arithmetic<T>(bias);
         const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
         const at::Tensor b_rows = b ? b->contiguous() : at::Tensor();
         const DepthwiseForward<scalar_t> a{p,
                                            x.const_data_ptr<scalar_t>(),
-                                           rows.const_data_ptr<T>(),
+                                           scope.const_data_ptr<T>(),
                                            b ? b_rows.const_data_ptr<T>() : nullptr,
                                            offset_view<T>(kernel),
                                            offset_view<T>(data),
@@ -94,19 +106,29 @@ int64_t count_weight_blocks(const DepthwiseParams& p, int64_t rows) {
   return std::min(rows, std::clamp<int64_t>(affordable, 4, 64));
 }
 
-// Runs body(begin, end, partial weight gradient) over blocks of rows; returns [blocks, S_h*S_w, C].
+// Runs body(begin, end, partial gradient, which starts at zero) over blocks of rows, and returns
+// the sum of the partial gradients, which are like the scope.
 template <typename T, typename Body>
-at::Tensor sum_weight_blocks(const DepthwiseParams& p, const at::Tensor& rows_of_scope,
-                             int64_t rows, const Body& body) {
-  const int64_t blocks = count_weight_blocks(p, rows);
-  const at::Tensor partial = at::zeros({blocks, p.cells(), p.channels}, rows_of_scope.options());
-  T* data = partial.mutable_data_ptr<T>();
+at::Tensor sum_weight_blocks(const DepthwiseParams& p, const at::Tensor& scope, int64_t rows,
+                             const Body& body) {
+  const int64_t blocks = count_weight_blocks(p, rows), size = scope.numel();
+  const at::Tensor partials = at::empty({blocks, size}, scope.options());
+  T* data = partials.mutable_data_ptr<T>();
   at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      body(i * rows / blocks, (i + 1) * rows / blocks, data + i * p.cells() * p.channels);
+      T* partial = data + i * size;
+      std::fill(partial, partial + size, T(0));
+      body(i * rows / blocks, (i + 1) * rows / blocks, partial);
     }
   });
-  return partial.sum(0);
+  return partials.sum(0).view(scope.sizes());
+}
+
+// The counterpart of to_blocks.
+at::Tensor from_blocks(const DepthwiseParams& p, const at::Tensor& blocks,
+                       const at::Tensor& weight) {
+  const at::Tensor rows = blocks.transpose(1, 2).flatten(0, 1).narrow(0, 0, p.channels);
+  return rows.reshape(weight.sizes()).to(weight.scalar_type()).contiguous();
 }
 
 std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
@@ -114,30 +136,19 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
     const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
     at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
-  const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
-                                           kernel_size, stride, padding, dilation, groups, clip);
-  TORCH_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
-              "output_mask: expected no gradient of an absent offset");
-  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
-                  grad_output.sizes() == at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
-              "grad_output: expected the output's type and size, got ", grad_output.scalar_type(),
-              " ", grad_output.sizes());
+  const DepthwiseParams p =
+      checked_backward_params(grad_output, input, weight, kernel_offset, data_offset, kernel_size,
+                              stride, padding, dilation, groups, clip, output_mask);
+  if (input.numel() == 0) {
+    return needed_gradients(zero_gradients(input, weight, kernel_offset, data_offset), output_mask);
+  }
   const auto format = at::MemoryFormat::ChannelsLast;
   const at::Tensor x = input.contiguous(format), grad = grad_output.contiguous(format);
-  std::array<std::optional<at::Tensor>, 4> gradients;
-  std::vector<at::Tensor> needed;
-  if (input.numel() == 0) {
-    const std::array<std::optional<at::Tensor>, 4> inputs{input, weight, kernel_offset,
-                                                          data_offset};
-    for (int i = 0; i < 4; ++i) {
-      if (output_mask[i]) needed.push_back(at::zeros_like(*inputs[i]));
-    }
-    return needed;
-  }
+  Gradients gradients;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d_backward", [&] {
         using T = opmath_t<scalar_t>;
-        const at::Tensor scope = scope_rows<T>(weight);
+        const at::Tensor scope = to_blocks<T>(p, weight);
         const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
         // Taps that lie in the padding for every input pixel are never visited: their gradient is
         // 0.
@@ -153,7 +164,7 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
                                             gradient_view<T>(gradients[3])};
         if (!data) {
           gradients[0] = at::empty_like(x);
-          scalar_t* grad_input = gradients[0]->mutable_data_ptr<scalar_t>();
+          scalar_t* grad_input = gradients[0].mutable_data_ptr<scalar_t>();
           gradients[1] = sum_weight_blocks<T>(
               p, scope, p.batch * p.in_h, [&](int64_t begin, int64_t end, T* grad_weight) {
                 DK_CALL(backward, a, grad_input, grad_weight, begin, end)
@@ -167,30 +178,24 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
           }
           if (output_mask[0]) {
             gradients[0] = at::zeros_like(x, x.options().dtype(c10::CppTypeToScalarType<T>::value));
-            T* grad_input = gradients[0]->mutable_data_ptr<T>();
+            T* grad_input = gradients[0].mutable_data_ptr<T>();
             // Channels are independent: splitting them changes no sum.
-            const int64_t step = 64, blocks = (p.channels + step - 1) / step;
+            const int64_t blocks = channel_blocks(p);
             at::parallel_for(0, p.batch * blocks, 1, [&](int64_t first, int64_t last) {
               for (int64_t i = first; i < last; ++i) {
-                const int64_t c = i % blocks * step;
-                DK_CALL(backward_data, a, grad_input, i / blocks, c, std::min(c + step, p.channels))
+                DK_CALL(backward_data, a, grad_input, i / blocks, i % blocks)
               }
             });
           }
         }
       });
-  if (gradients[0]) {
-    gradients[0] = gradients[0]->to(input.scalar_type()).contiguous(output_format(input));
+  if (gradients[0].defined()) {
+    gradients[0] = gradients[0].to(input.scalar_type()).contiguous(output_format(input));
   }
-  if (gradients[1]) {
-    gradients[1] = gradients[1]->t().reshape(weight.sizes()).to(weight.scalar_type()).contiguous();
-  }
-  if (kernel_offset) gradients[2] = gradients[2]->to(kernel_offset->scalar_type());
-  if (data_offset) gradients[3] = gradients[3]->to(data_offset->scalar_type());
-  for (int i = 0; i < 4; ++i) {
-    if (output_mask[i]) needed.push_back(*gradients[i]);
-  }
-  return needed;
+  if (gradients[1].defined()) gradients[1] = from_blocks(p, gradients[1], weight);
+  if (kernel_offset) gradients[2] = gradients[2].to(kernel_offset->scalar_type());
+  if (data_offset) gradients[3] = gradients[3].to(data_offset->scalar_type());
+  return needed_gradients(gradients, output_mask);
 }
 
 }  // namespace

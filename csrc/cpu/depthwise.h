@@ -10,7 +10,11 @@
 
 namespace dk {
 
-// Activations are channels_last: [N, H, W, C]. The scope is [S_h*S_w, C], in the arithmetic type.
+// Channels in a block of the scope.
+constexpr int64_t kChannelBlock = 128;
+
+// Activations are channels_last: [N, H, W, C]. The scope is in the arithmetic type and in blocks of
+// channels: [ceil(C / kChannelBlock), S_h*S_w, kChannelBlock].
 template <typename scalar_t>
 struct DepthwiseForward {
   using T = opmath_t<scalar_t>;
@@ -47,11 +51,11 @@ struct DepthwiseBackward {
   template <typename scalar_t>                                                                     \
   void backward_data_offset(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_weight, \
                             int64_t begin, int64_t end);                                           \
-  /* With data_offset. The gradient of the input, scattered, for image n, channels [begin, end);   \
+  /* With data_offset. The gradient of the input, scattered, for image n and a block of channels;  \
      grad_input is in the arithmetic type and starts at zero. */                                   \
   template <typename scalar_t>                                                                     \
   void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,         \
-                     int64_t n, int64_t begin, int64_t end);                                       \
+                     int64_t n, int64_t block);                                                    \
   }
 
 DK_DECLARE_KERNELS(baseline)

@@ -3,7 +3,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "../bilinear.h"
 #include "depthwise.h"
 
 #if defined(__clang__)

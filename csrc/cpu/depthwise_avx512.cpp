@@ -5,7 +5,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "../bilinear.h"
 #include "depthwise.h"
 
 #if defined(__clang__)

@@ -220,21 +220,13 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
     const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
     at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
-  const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
-                                           kernel_size, stride, padding, dilation, groups, clip);
-  TORCH_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
-              "output_mask: expected no gradient of an absent offset");
-  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
-                  grad_output.device() == input.device() &&
-                  grad_output.sizes() == at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
-              "grad_output: expected the output's type and size, on its device, got ",
-              grad_output.scalar_type(), " ", grad_output.device(), " ", grad_output.sizes());
+  const DepthwiseParams p =
+      checked_backward_params(grad_output, input, weight, kernel_offset, data_offset, kernel_size,
+                              stride, padding, dilation, groups, clip, output_mask);
   const c10::cuda::CUDAGuard guard(input.device());
-  std::array<at::Tensor, 4> gradients;
+  Gradients gradients;
   if (grad_output.numel() == 0 || input.numel() == 0) {
-    gradients = {at::zeros_like(input), at::zeros_like(weight),
-                 kernel_offset ? at::zeros_like(*kernel_offset) : at::Tensor(),
-                 data_offset ? at::zeros_like(*data_offset) : at::Tensor()};
+    gradients = zero_gradients(input, weight, kernel_offset, data_offset);
   } else {
     check_sizes(p);
     // The weight's gradient sums over pixels: only with channels next to each other can every
@@ -291,11 +283,7 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
         });
     if (gradients[0].defined()) gradients[0] = gradients[0].contiguous(output_format(input));
   }
-  std::vector<at::Tensor> needed;
-  for (int i = 0; i < 4; ++i) {
-    if (output_mask[i]) needed.push_back(gradients[i]);
-  }
-  return needed;
+  return needed_gradients(gradients, output_mask);
 }
 
 }  // namespace dk
