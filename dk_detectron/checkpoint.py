@@ -350,7 +350,9 @@ def convert(
     return converted, report
 
 
-def convert_file(source: str, target: str, model: nn.Module, allow_partial: bool = False) -> Report:
+def convert_file(
+    source: str | Path, target: str | Path, model: nn.Module, allow_partial: bool = False
+) -> Report:
     """Writes the checkpoint ``target`` of what the file ``source`` gives ``model``.
 
     Args:
@@ -361,6 +363,7 @@ def convert_file(source: str, target: str, model: nn.Module, allow_partial: bool
     Raises:
         FileNotFoundError, CheckpointError: nothing has been written.
     """
+    source = str(source)
     refuse_pickle(source)
     if Path(target).suffix != ".pth":
         raise CheckpointError(f"{target}: expected a name that ends in .pth to write to")
