@@ -254,10 +254,13 @@ def _part(name: str) -> str:
 
 
 def _resampled(layer: AdaptiveConv2d, rigid: Tensor) -> Tensor:
-    """The weight with which ``layer`` is, at the start, the rigid convolution; in float64."""
-    layer = deepcopy(layer).to("cpu", torch.float64)
-    layer.set_rigid_weight(rigid.double())
-    return layer.weight.detach()
+    """The weight with which ``layer`` is, at the start, the rigid convolution."""
+    dtype = layer.weight.dtype
+    # Perturbations cancel to the last digit of the type in which they are drawn.
+    exact = torch.promote_types(dtype, torch.float32)
+    layer = deepcopy(layer).to("cpu", exact)
+    layer.set_rigid_weight(rigid.to(exact))
+    return layer.weight.detach().to(dtype)
 
 
 def convert(
@@ -315,7 +318,7 @@ def convert(
                 converted[name] = new.to(old.dtype)
                 report.matched.append(name)
             elif name in layers and list(new.shape) == layers[name].rigid_shape:
-                converted[name] = _resampled(layers[name], new).to(old.dtype)
+                converted[name] = _resampled(layers[name], new)
                 report.resampled.append(name)
             else:
                 misfits.add(name)
