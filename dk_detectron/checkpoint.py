@@ -91,7 +91,7 @@ def read_checkpoint(path: str) -> dict:
                     "by unpickling, and that can run any code. If you trust the file, load it "
                     "yourself with weights_only=False and save its state dict with torch.save"
                 ) from None
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise UnreadableCheckpointError(
                 f"{path}: expected a checkpoint, got a file that is truncated, corrupt or of "
                 f"another format ({reason}); fetch or write it again"
@@ -178,10 +178,11 @@ FOREIGN = {
 }
 
 
-def _model_names(state: dict[str, Tensor], prefix: str) -> tuple[str, dict[str, str]] | None:
+def _model_names(state: dict[str, Tensor], prefix: str, source: str) -> tuple[str, dict[str, str]]:
     """What ``state`` is of, and its names in a model whose backbone's names start with ``prefix``.
 
-    None if it is of no known kind.
+    Raises:
+        CheckpointError: it is of no known kind.
     """
     for kind, (first_weight, convs, classifier) in FOREIGN.items():
         if first_weight in state:
@@ -198,7 +199,20 @@ def _model_names(state: dict[str, Tensor], prefix: str) -> tuple[str, dict[str, 
             return "this project's own", {
                 name: prefix + name[len(old) :] if name.startswith(old) else name for name in state
             }
-    return None
+    raise CheckpointError(
+        f"{source}: expected a MobileNet-V2 of torchvision (features.0.0.weight, ...) or timm "
+        f"(conv_stem.weight, ...), or a checkpoint of this project (backbone.{FIRST_WEIGHT}, ...), "
+        f"got another network: {', '.join(list(state)[:4])}, ..."
+    )
+
+
+def _may_be_unused(name: str, target: dict[str, Tensor], prefix: str) -> bool:
+    """Whether a fitting source may have what ``target`` lacks; ``name`` as the model would say."""
+    if name.startswith(prefix + FINAL_CONV):
+        return not any(other.startswith(prefix + FINAL_CONV) for other in target)
+    if f"{CLASSIFIER}weight" in target:
+        return name.startswith(DETECTION_PARTS)
+    return name.startswith(CLASSIFIER)
 
 
 @dataclass
@@ -241,9 +255,9 @@ class Report:
         if self.unexpected:
             raise CheckpointError(
                 f"{self.source}: expected a checkpoint of the configured network, got one with "
-                f"{len(self.unexpected)} tensors that do not fit\n\n{self}\n\nIf it is not "
-                "another network's: tools/convert_weights.py --allow-partial makes a checkpoint "
-                "of what fits"
+                f"unexpected tensors ({len(self.unexpected)})\n\n{self}\n\nIf it is not another "
+                "network's: tools/convert_weights.py --allow-partial makes a checkpoint of what "
+                "fits"
             )
 
 
@@ -291,15 +305,7 @@ def convert(
             f"model: expected one with a backbone of this project (backbone.{FIRST_WEIGHT}, ...), "
             f"got {', '.join(list(target)[:4])}, ..."
         )
-    recognised = _model_names(state, prefix)
-    if recognised is None:
-        raise CheckpointError(
-            f"{source}: expected a MobileNet-V2 of torchvision (features.0.0.weight, ...) or timm "
-            "(conv_stem.weight, ...), or a checkpoint of this project "
-            f"(backbone.{FIRST_WEIGHT}, ...), got another network: {', '.join(list(state)[:4])}, "
-            "..."
-        )
-    kind, names = recognised
+    kind, names = _model_names(state, prefix, source)
     origins = {name: origin for origin, name in names.items()}
     layers = {
         f"{name}.weight": layer
@@ -329,17 +335,6 @@ def convert(
     report.unused = [origin for origin, name in names.items() if name not in converted]
     for list_ in report.matched, report.initialised, report.unused:
         list_[:] = [name for name in list_ if not name.endswith(COUNTER)]
-
-    is_classifier = f"{CLASSIFIER}weight" in target
-    ends_before = not any(name.startswith(prefix + FINAL_CONV) for name in target)
-
-    def expected_unused(name: str) -> bool:
-        return (
-            (name.startswith(CLASSIFIER) and not is_classifier)
-            or (name.startswith(DETECTION_PARTS) and is_classifier)
-            or (name.startswith(prefix + FINAL_CONV) and ends_before)
-        )
-
     report.unexpected += [
         f"{name}: not in the checkpoint"
         for name in report.initialised
@@ -348,7 +343,7 @@ def convert(
     report.unexpected += [
         f"{origin}: not in the model"
         for origin in report.unused
-        if names[origin] not in misfits and not expected_unused(names[origin])
+        if names[origin] not in misfits and not _may_be_unused(names[origin], target, prefix)
     ]
     return converted, report
 
@@ -416,7 +411,9 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict) -> None:
         # Over the whole of the model's own, so that torch sees a complete and current state dict.
-        self.model.load_state_dict({**self.model.state_dict(), **checkpoint.pop("model")})
+        state = self.model.state_dict()
+        state.update(checkpoint.pop("model"))
+        self.model.load_state_dict(state)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """As in the base class; a last checkpoint that cannot be read gives way to those before.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes a checkpoint for a configuration's network out of another network's, with equal outputs.
+r"""Makes a checkpoint for a configuration's network out of another network's, with equal outputs.
 
     tools/convert_weights.py mobilenet_v2-b0353104.pth mnv2_dk_l3.pth \
         --config-file configs/COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml
@@ -10,6 +10,7 @@ it in passing. Prints what became of every tensor; if one does not fit, nothing 
 """
 
 import argparse
+import os
 import sys
 
 from detectron2.modeling import build_model
@@ -28,6 +29,8 @@ def main() -> None:
     parser.add_argument("--allow-partial", action="store_true", help="write what fits, if not all")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs over the configuration")
     args = parser.parse_intermixed_args()
+    if not os.path.isfile(args.config_file):
+        parser.error(f"--config-file: expected a YAML file, got {args.config_file!r}")
     try:
         model = build_model(load_config(args.config_file, args.opts))
         print(convert_file(args.source, args.target, model, args.allow_partial))
