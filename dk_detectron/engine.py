@@ -11,7 +11,6 @@ from collections import OrderedDict
 from functools import partial
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import (
     DatasetCatalog,
@@ -35,6 +34,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from .checkpoint import Checkpointer, refuse_pickle
 from .config import add_dk_config
 
 EVALUATION_FILE = "evaluation.json"
@@ -92,6 +92,7 @@ def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
         return
     weights = cfg.MODEL.WEIGHTS
     if weights:
+        refuse_pickle(weights)
         if "://" not in weights and not os.path.isfile(weights):
             raise FileNotFoundError(
                 f"MODEL.WEIGHTS: expected a checkpoint, got {weights!r}: no such file"
@@ -131,9 +132,7 @@ class Trainer(DefaultTrainer):
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg

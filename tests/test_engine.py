@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 from detectron2.modeling import build_model
 
 from dk_detectron.analysis import load_config
@@ -123,6 +124,31 @@ def test_resume_goes_on_where_it_stopped(run, datasets_root, tmp_path):
     assert "Starting training from iteration 2" in result.stdout
 
 
+def test_pretrained_weights_start_a_run_that_survives_a_truncated_checkpoint(
+    datasets_root, tmp_path
+):
+    """torchvision's MobileNet-V2 straight into a frozen deformable backbone."""
+    torch.manual_seed(0)
+    weights = torchvision.models.mobilenet_v2().state_dict()
+    torch.save(weights, tmp_path / "mobilenet_v2.pth")
+    options = "MODEL.WEIGHTS", tmp_path / "mobilenet_v2.pth", "MODEL.MOBILENETV2.NORM", "FrozenBN"
+    result = train(
+        datasets_root, tmp_path, *options, "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "| resampled                    |        17 | backbone.bottom_up 17" in result.stdout
+    trained = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    name = "backbone.bottom_up.res5.3.conv1.norm.running_var"
+    assert torch.equal(trained[name], weights["features.17.conv.0.1.running_var"])
+
+    last = tmp_path / "model_final.pth"
+    last.write_bytes(last.read_bytes()[:10000])
+    result = train(datasets_root, tmp_path, "--resume", *options, "SOLVER.MAX_ITER", 3)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Trying the checkpoint before, since: " in result.stdout
+    assert "Starting training from iteration 2" in result.stdout
+
+
 def test_eval_only_gives_the_same_metrics(run, datasets_root, tmp_path):
     args = "--eval-only", "MODEL.WEIGHTS", run / "model_final.pth"
     result = train(datasets_root, tmp_path, *args)
@@ -223,6 +249,7 @@ def arguments(**changes) -> Namespace:
             FileNotFoundError,
             "MODEL.WEIGHTS: .* 'none.pth'",
         ),
+        ({"opts": ["MODEL.WEIGHTS", "detectron2://a.pkl"]}, ValueError, "got a pickle file"),
         ({"opts": ["SOLVER.OPTIMIZER", "Adam"]}, ValueError, "one of SGD, AdamW, got 'Adam'"),
         ({"opts": ["DATASETS.TRAIN", "('cats',)"]}, ValueError, "registered data set.* got 'cats'"),
         ({"opts": ["DATASETS.TEST", "('trees_val',)"]}, FileNotFoundError, "prepare_trees.py"),
