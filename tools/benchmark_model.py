@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from dk_detectron.analysis import CONFIGS, load_config, paper_rows
 from dk_detectron.layers import DeformConv2d
+from dk_detectron.modeling import to_channels_last
 
 FAMILIES = "R_50_DW", "MNV2"
 PASSES = "training step", "inference"
@@ -68,8 +69,7 @@ def build(config: str, device: str) -> nn.Module:
     cfg.MODEL.DEVICE = device
     # Untrained, the number of proposals would depend on chance.
     cfg.MODEL.RPN.NMS_THRESH = 1.0
-    model = build_model(cfg)
-    return model.to(memory_format=torch.channels_last)
+    return to_channels_last(build_model(cfg))
 
 
 def draw_batch(count: int, size: list[int]) -> list[dict]:

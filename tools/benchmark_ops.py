@@ -391,10 +391,17 @@ def plot(rows: list[dict], path: str) -> None:
             at = [j + i / (len(contenders) + 1) for j in range(len(names))]
             heights = [mine[name]["over_rigid"] for name in names]
             axis.bar(at, heights, 1 / (len(contenders) + 1), label=contender, align="edge")
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        middle = len(contenders) / (len(contenders) + 1) / 2
+        axis.set_xticks(
+            [j + middle for j in range(len(names))],
+            names,
+            rotation=45,
+            ha="right",
+            rotation_mode="anchor",
+        )
         axis.set(title=direction, yscale="log", ylabel="time over rigid depthwise")
         axis.axhline(1, color="black", linewidth=0.5)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     figure.savefig(path, dpi=120)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from math import gcd
 from typing import NamedTuple
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d
 from detectron2.modeling import FPN, Backbone
@@ -106,3 +107,14 @@ def check_out_features(key: str, out_features: list[str]) -> None:
     known = ("stem", *STAGES)
     if not out_features or not set(out_features) <= set(known):
         raise ValueError(f"{key}: expected some of {', '.join(known)}, got {out_features}")
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """As ``model.to(memory_format=torch.channels_last)``, which refuses weights of experts.
+
+    Convolutions hand on the layout of their weights.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model

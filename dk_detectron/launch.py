@@ -1,0 +1,62 @@
+"""The processes of a job: started here on each machine, as by detectron2, or by torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import detectron2.engine
+import torch
+from detectron2.utils import comm
+from torch import distributed
+from torch.multiprocessing.spawn import ProcessExitedException
+
+
+def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Runs ``main(args)`` in every process: with NCCL on GPUs, with gloo on CPUs.
+
+    Under torchrun its environment says which processes there are, on this machine and others. Else
+    ``args`` does, which is of ``detectron2.engine.default_argument_parser``: --num-gpus processes
+    on each of --num-machines.
+
+    Raises:
+        ValueError: both say it.
+        SystemExit: a process was killed; its number and the signal are named.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _join(main, args)
+        return
+    try:
+        detectron2.engine.launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessExitedException as error:
+        sys.exit(
+            f"The job has stopped: {error}. A system that is short of memory kills processes like "
+            "this; the same command with --resume goes on from the last checkpoint"
+        )
+
+
+def _join(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Runs ``main`` in this process, one of torchrun's."""
+    if (args.num_gpus, args.num_machines) != (1, 1):
+        raise ValueError(
+            "--num-gpus, --num-machines: expected none under torchrun, whose --nproc-per-node and "
+            f"--nnodes say how many processes there are, got {args.num_gpus} and "
+            f"{args.num_machines}"
+        )
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if has_gpu else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()
+    main(args)
+    distributed.destroy_process_group()
