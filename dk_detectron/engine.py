@@ -39,13 +39,14 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from .config import add_dk_config
+from .data.datasets import check_on_disk
 from .data.stream import build_stream_loader, seed_from, seeded
 
 EVALUATION_FILE = "evaluation.json"
@@ -103,6 +104,9 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
         )
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
         raise ValueError(f"SOLVER.EMA_DECAY: expected 0 <= decay < 1, got {cfg.SOLVER.EMA_DECAY}")
+    needed = "TEST" if args.eval_only else "TRAIN"
+    if not cfg.DATASETS[needed]:
+        raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
     (trainer_class or Trainer).check_datasets(
         cfg, cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
     )
@@ -110,16 +114,6 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
-
-
-def check_on_disk(name: str) -> None:
-    """Raises ``FileNotFoundError`` unless the files of a registered data set are there."""
-    metadata = MetadataCatalog.get(name)
-    for key in "json_file", "image_root":
-        path = metadata.get(key)
-        if path is not None and not PathManager.exists(path):
-            cure = metadata.get("how_to_get", "set DETECTRON2_DATASETS to the folder that holds it")
-            raise FileNotFoundError(f"DATASETS: {name!r} expects its {key} at {path}; {cure}")
 
 
 def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
@@ -296,6 +290,21 @@ class BaseTrainer(DefaultTrainer):
         if cfg.SOLVER.OPTIMIZER == "AdamW":
             return optimizer()
         return optimizer(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """detectron2's.
+
+        Raises:
+            ValueError: warm-up takes all iterations.
+        """
+        if cfg.SOLVER.RESCALE_INTERVAL and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+            raise ValueError(
+                f"SOLVER: expected fewer iterations of warm-up than the {cfg.SOLVER.MAX_ITER} of "
+                f"training, got {cfg.SOLVER.WARMUP_ITERS}; set SOLVER.WARMUP_EPOCHS or "
+                "SOLVER.WARMUP_ITERS"
+            )
+        return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:

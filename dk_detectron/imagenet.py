@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,15 +22,15 @@ from .data.image_folder import (
     load_pictures,
     training_transform,
 )
-from .data.stream import build_stream_loader, local_batch_size
-from .engine import BaseTrainer, check_on_disk
+from .data.stream import SampleStream, build_stream_loader, local_batch_size
+from .engine import BaseTrainer
 
 
 class PictureLoader(DataLoader):
     """Names and counts the pictures that its batches leave out.
 
     Attributes:
-        skipped: how many they were; in training also the scalar ``skipped_pictures``.
+        skipped: how many they were; in training also the trainer's scalar ``skipped_pictures``.
     """
 
     skipped = 0
@@ -40,7 +40,7 @@ class PictureLoader(DataLoader):
             for message in batch.pop("skipped"):
                 self.skipped += 1
                 logging.getLogger(__name__).warning("%s; left out (%d)", message, self.skipped)
-            if self.skipped and has_event_storage():
+            if self.skipped and isinstance(self.batch_sampler, SampleStream):
                 get_event_storage().put_scalar("skipped_pictures", self.skipped)
             if batch["image"] is not None:
                 yield batch
@@ -97,8 +97,6 @@ class ClassificationTrainer(BaseTrainer):
                 "MODEL.META_ARCHITECTURE: expected ImageClassifier, as in configs/ImageNet, got "
                 f"{cfg.MODEL.META_ARCHITECTURE!r}"
             )
-        for name in names:
-            check_on_disk(name)
         check_classes(names, cfg.MODEL.CLASSIFIER.NUM_CLASSES)
 
     @staticmethod

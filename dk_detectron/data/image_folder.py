@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from .datasets import datasets_root
+from .datasets import check_on_disk, datasets_root
 
 HOW_TO_GET = {
     "imagenet": "put the class folders n01440764 ... n15075141 there, for val too",
@@ -88,9 +88,11 @@ def load_pictures(name: str) -> Pictures:
 
     Raises:
         ValueError: it is neither, or another kind of data set.
+        FileNotFoundError: it is not on disk, or without class folders.
     """
     if name in DatasetCatalog.list():
         if MetadataCatalog.get(name).get("evaluator_type") == "classification":
+            check_on_disk(name)
             return DatasetCatalog.get(name)
     elif os.path.isdir(name):
         return read_image_folder(name)
@@ -102,8 +104,6 @@ def load_pictures(name: str) -> Pictures:
 
 def check_classes(names: list[str], num_classes: int) -> None:
     """Raises ``ValueError`` unless all data sets have the same classes, and that many."""
-    if not names:
-        raise ValueError("DATASETS: expected a data set, got none")
     found = {name: load_pictures(name).classes for name in names}
     (first, expected), *others = found.items()
     for name, classes in others:
