@@ -48,3 +48,17 @@ def add_dk_config(cfg: CN) -> None:
 
     # Brightness, contrast and saturation of training images vary by up to this, as a share.
     cfg.INPUT.COLOR_JITTER = 0.0
+
+    # The weights' exponential moving average, kept and evaluated beside them: this much of it stays
+    # in an iteration, such as 0.9999. 0 for none.
+    cfg.SOLVER.EMA_DECAY = 0.0
+
+    # Of classifiers only. If not 0, SOLVER.MAX_ITER and SOLVER.WARMUP_ITERS follow from these, the
+    # number of training images and SOLVER.IMS_PER_BATCH.
+    cfg.SOLVER.EPOCHS = 0
+    cfg.SOLVER.WARMUP_EPOCHS = 0
+    # The side of a classifier's images. In training they are random parts of a picture; in
+    # evaluation the centre, after its shorter side became INPUT.MIN_SIZE_TEST.
+    cfg.INPUT.CROP_SIZE = 224
+    # A picture that cannot be read: named, counted and left out, instead of an error.
+    cfg.DATALOADER.SKIP_CORRUPT = False

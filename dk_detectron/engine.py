@@ -1,4 +1,4 @@
-"""detectron2's default trainer, on GPUs or CPU processes, with this project's parameter groups."""
+"""detectron2's default trainer, on GPUs or CPU processes, that resumes exactly; command lines."""
 
 from __future__ import annotations
 
@@ -14,35 +14,70 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import (
     DatasetCatalog,
+    DatasetFromList,
     DatasetMapper,
+    MapDataset,
     MetadataCatalog,
     build_detection_train_loader,
 )
 from detectron2.data import transforms as T
+from detectron2.data.build import trivial_batch_collator
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
+    HookBase,
     SimpleTrainer,
     TrainerBase,
     create_ddp_model,
+    default_argument_parser,
     default_setup,
 )
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
-from .checkpoint import Checkpointer, refuse_pickle
+from .checkpoint import Checkpointer, refuse_pickle, replacing, write_checkpoint
 from .config import add_dk_config
+from .data.datasets import check_on_disk
+from .data.stream import build_stream_loader, seed_from, seeded
+from .launch import launch
+from .modeling import to_channels_last
 
 EVALUATION_FILE = "evaluation.json"
 OPTIMIZERS = ("SGD", "AdamW")
 
 
-def setup(args) -> CfgNode:
+def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
+    """detectron2's standard command line, over one or more processes."""
+    args = default_argument_parser(epilog=epilog).parse_args()
+    launch(partial(main, trainer_class=trainer), args)
+
+
+def main(args, trainer_class: type[BaseTrainer]):
+    """Trains, or evaluates if ``args.eval_only``, in one process."""
+    cfg = setup(args, trainer_class)
+    if args.eval_only:
+        model = trainer_class.build_model(cfg)
+        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return trainer_class.test(cfg, model)
+    trainer = trainer_class(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     """From the command line to a checked, frozen configuration, with logging and random seeds set.
+
+    Args:
+        trainer_class: whose data sets are meant; a detector's by default.
 
     Raises:
         ValueError, FileNotFoundError: the configuration cannot work; nothing has been written yet.
@@ -61,29 +96,18 @@ def setup(args) -> CfgNode:
             f"SOLVER.OPTIMIZER: expected one of {', '.join(OPTIMIZERS)}, "
             f"got {cfg.SOLVER.OPTIMIZER!r}"
         )
-    check_datasets(cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
+    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
+        raise ValueError(f"SOLVER.EMA_DECAY: expected 0 <= decay < 1, got {cfg.SOLVER.EMA_DECAY}")
+    needed = "TEST" if args.eval_only else "TRAIN"
+    if not cfg.DATASETS[needed]:
+        raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
+    (trainer_class or Trainer).check_datasets(
+        cfg, cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
+    )
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
-
-
-def check_datasets(names) -> None:
-    """Raises if a data set is unknown or not on disk: before training, not after it."""
-    for name in names:
-        if name not in DatasetCatalog.list():
-            raise ValueError(
-                "DATASETS: expected a registered data set, such as shapes_train or "
-                f"coco_2017_train, got {name!r}"
-            )
-        metadata = MetadataCatalog.get(name)
-        for key in "json_file", "image_root":
-            path = metadata.get(key)
-            if path is not None and not PathManager.exists(path):
-                cure = metadata.get(
-                    "how_to_get", "set DETECTRON2_DATASETS to the folder that holds it"
-                )
-                raise FileNotFoundError(f"DATASETS: {name!r} expects its {key} at {path}; {cure}")
 
 
 def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
@@ -112,8 +136,39 @@ def _norms(cfg: CfgNode) -> list[str]:
     return [cfg.MODEL.MOBILENETV2.NORM if mobilenet else cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM]
 
 
-class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` that also runs distributed on CPUs, and evaluates on COCO-format data.
+class WeightAverage(HookBase):
+    """Keeps the exponential moving average of a model's weights and buffers.
+
+    It is part of the checkpoints. After the last iteration it is also written for itself, as
+    ``model_final_ema.pth``, a checkpoint like ``model_final.pth``.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, output_dir: str):
+        self.averaged = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        )
+        self.path = os.path.join(output_dir, "model_final_ema.pth")
+
+    def after_step(self):
+        self.averaged.update_parameters(self.trainer.model)
+
+    def after_train(self):
+        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
+            write_checkpoint({"model": self.averaged.module.state_dict()}, self.path)
+
+    def state_dict(self):
+        return self.averaged.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.averaged.load_state_dict(state_dict)
+
+
+class BaseTrainer(DefaultTrainer):
+    """``DefaultTrainer`` that also runs distributed on CPUs, and resumes exactly.
+
+    Whatever is random in an iteration depends on ``SEED``, the iteration and the process only: the
+    samples and their augmentation (``data/stream.py``) and what the model draws. So the iterations
+    after a resumption are those that would have come without the interruption.
 
     ``OUTPUT_DIR/evaluation.json`` holds the metrics of the last evaluation.
     """
@@ -124,6 +179,8 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.SEED < 0:
+            cfg = _with_seed(cfg, comm.shared_random_seed())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -136,24 +193,54 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.ema = None
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """detectron2's, and the weights' average if ``SOLVER.EMA_DECAY`` asks for it."""
+        hooks = [
+            EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate) if isinstance(h, EvalHook) else h
+            for h in super().build_hooks()
+        ]
+        if self.cfg.SOLVER.EMA_DECAY:
+            self.ema = WeightAverage(
+                self.checkpointer.model, self.cfg.SOLVER.EMA_DECAY, self.cfg.OUTPUT_DIR
+            )
+            hooks.insert(0, self.ema)
+        return hooks
+
+    def run_step(self) -> None:
+        seed_all_rng(seed_from(self.cfg.SEED, comm.get_rank(), self.iter))
+        super().run_step()
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "seed": self.cfg.SEED}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        seed = state_dict.get("seed", self.cfg.SEED)
+        if seed != self.cfg.SEED:
+            self.cfg = _with_seed(self.cfg, seed)
+            self._trainer.reset_data_loader(partial(self.build_train_loader, self.cfg))
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume=resume)
+        self.data_loader.batch_sampler.start = self.start_iter
+
+    def evaluate(self) -> OrderedDict:
+        """Evaluates the weights and, under names that end in ``_ema``, their moving average."""
+        results = self.test(self.cfg, self.model)
+        if self.ema:
+            averaged = self.test(self.cfg, self.ema.averaged.module)
+            results.update({f"{name}_ema": metrics for name, metrics in averaged.items()})
+            write_evaluation(self.cfg, results)
+        self._last_eval_results = results
+        return results
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
-        # Convolutions hand on the layout of their weights.
-        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        """detectron2's, with the colours varied by ``INPUT.COLOR_JITTER``."""
-        arguments = DatasetMapper.from_config(cfg, is_train=True)
-        if jitter := cfg.INPUT.COLOR_JITTER:
-            arguments["augmentations"] += [
-                kind(1 - jitter, 1 + jitter)
-                for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
-            ]
-        return build_detection_train_loader(cfg, mapper=DatasetMapper(**arguments))
+        return to_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -193,6 +280,70 @@ class Trainer(DefaultTrainer):
         return optimizer(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """detectron2's.
+
+        Raises:
+            ValueError: warm-up takes all iterations.
+        """
+        if cfg.SOLVER.RESCALE_INTERVAL and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+            raise ValueError(
+                f"SOLVER: expected fewer iterations of warm-up than the {cfg.SOLVER.MAX_ITER} of "
+                f"training, got {cfg.SOLVER.WARMUP_ITERS}; set SOLVER.WARMUP_EPOCHS or "
+                "SOLVER.WARMUP_ITERS"
+            )
+        return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
+        if comm.get_world_size() > 1:
+            # Every process has normalisation statistics of its own; the first one's are saved.
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        results = super().test(cfg, model, evaluators)
+        write_evaluation(cfg, results)
+        return results
+
+
+class Trainer(BaseTrainer):
+    """Trains a detector, and evaluates it on data sets in COCO format."""
+
+    @classmethod
+    def check_datasets(cls, cfg: CfgNode, names) -> None:
+        """Raises if a data set is unknown or not on disk: before training, not after it."""
+        for name in names:
+            if name not in DatasetCatalog.list():
+                raise ValueError(
+                    "DATASETS: expected a registered data set, such as shapes_train or "
+                    f"coco_2017_train, got {name!r}"
+                )
+            check_on_disk(name)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+        """detectron2's data, with the colours varied by ``INPUT.COLOR_JITTER``, as a stream."""
+        mapper = DatasetMapper.from_config(cfg, is_train=True)
+        if jitter := cfg.INPUT.COLOR_JITTER:
+            mapper["augmentations"] += [
+                kind(1 - jitter, 1 + jitter)
+                for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
+            ]
+        # detectron2's samplers draw their seed from numpy.
+        with seeded(cfg.SEED):
+            parts = build_detection_train_loader.from_config(cfg, mapper=DatasetMapper(**mapper))
+        records = parts["dataset"]
+        grouping = parts["aspect_ratio_grouping"]
+        return build_stream_loader(
+            MapDataset(DatasetFromList(records, copy=False), parts["mapper"]),
+            parts["sampler"],
+            total_batch_size=parts["total_batch_size"],
+            seed=cfg.SEED,
+            groups=[r["width"] > r["height"] for r in records] if grouping else None,
+            num_workers=parts["num_workers"],
+            collate_fn=trivial_batch_collator,
+        )
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         if evaluator_type != "coco":
@@ -204,15 +355,20 @@ class Trainer(DefaultTrainer):
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
 
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
-        results = super().test(cfg, model, evaluators)
-        if comm.is_main_process():
-            path = os.path.join(cfg.OUTPUT_DIR, EVALUATION_FILE)
-            with open(path + ".tmp", "w") as f:
-                json.dump(_without_nan(results), f, indent=2)
-            os.replace(path + ".tmp", path)
-        return results
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    cfg.freeze()
+    return cfg
+
+
+def write_evaluation(cfg: CfgNode, results: dict) -> None:
+    """Writes ``OUTPUT_DIR/evaluation.json``, in the main process."""
+    if comm.is_main_process():
+        with replacing(os.path.join(cfg.OUTPUT_DIR, EVALUATION_FILE)) as path, open(path, "w") as f:
+            json.dump(_without_nan(results), f, indent=2)
 
 
 def _without_nan(results):

@@ -1,16 +1,27 @@
 #!/usr/bin/env python
-"""Makes the shapes data set under $DETECTRON2_DATASETS (default: datasets/)."""
+"""Makes the shapes data set under $DETECTRON2_DATASETS (default: datasets/).
+
+tools/prepare_shapes.py                 # shapes: detection, COCO format
+tools/prepare_shapes.py --classes       # shapes_classes: classification, class folders
+"""
 
 import argparse
 
 from dk_detectron.data.datasets import datasets_root
-from dk_detectron.data.shapes import write_split
+from dk_detectron.data.shapes import OUTLINES, write_class_split, write_split
 from dk_detectron.data.writing import make_folder
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is, and defaults."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument(
+        "--classes",
+        action="store_true",
+        help="one object an image, in folders train/CLASS and val/CLASS, without --test",
     )
     parser.add_argument("--train", type=int, default=2000, help="number of training images")
     parser.add_argument("--val", type=int, default=200, help="number of validation images")
@@ -21,15 +32,20 @@ def main() -> None:
         "--force", action="store_true", help="replace a set made with other arguments"
     )
     args = vars(parser.parse_args())
-    force = args.pop("force")
-    if min(args["train"], args["val"], args["test"]) < 1 or args["side"] < 64:
-        parser.error("expected at least one image in every split and a side of at least 64")
+    force, classes = args.pop("force"), args.pop("classes")
+    if classes:
+        del args["test"]
+    splits = [split for split in ("train", "val", "test") if split in args]
+    least = len(OUTLINES) if classes else 1
+    if min(args[split] for split in splits) < least or args["side"] < 64:
+        parser.error(f"expected at least {least} images in every split and a side of at least 64")
+    write = write_class_split if classes else write_split
 
     def build(folder):
-        for split in "train", "val", "test":
-            write_split(folder, split, args[split], seed=args["seed"], side=args["side"])
+        for split in splits:
+            write(folder, split, args[split], seed=args["seed"], side=args["side"])
 
-    target = datasets_root() / "shapes"
+    target = datasets_root() / ("shapes_classes" if classes else "shapes")
     made = make_folder(target, args, build, force=force)
     print(f"{target}: {'made' if made else 'already there'}")
 

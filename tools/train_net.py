@@ -8,31 +8,7 @@
 Without a GPU it runs on the CPU; there --num-gpus is the number of processes.
 """
 
-from detectron2.engine import default_argument_parser, launch
-
-from dk_detectron.checkpoint import Checkpointer
-from dk_detectron.engine import Trainer, setup
-
-
-def main(args):
-    cfg = setup(args)
-    if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return Trainer.test(cfg, model)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
+from dk_detectron.engine import Trainer, command_line
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    command_line(Trainer, __doc__)

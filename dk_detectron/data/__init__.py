@@ -1,5 +1,5 @@
 """Data sets, registered with detectron2 on import."""
 
-from . import datasets
+from . import datasets, image_folder
 
-__all__ = ["datasets"]
+__all__ = ["datasets", "image_folder"]

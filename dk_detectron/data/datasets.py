@@ -12,6 +12,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
 
 SPLITS = {
     "shapes_train": "instances_train.json",
@@ -40,6 +41,16 @@ def register_all(root: Path) -> None:
             evaluator_type="coco",
             how_to_get=f"make it with `python tools/prepare_{dataset}.py`",
         )
+
+
+def check_on_disk(name: str) -> None:
+    """Raises ``FileNotFoundError`` unless the files of a registered data set are there."""
+    metadata = MetadataCatalog.get(name)
+    for key in "json_file", "image_root":
+        path = metadata.get(key)
+        if path is not None and not PathManager.exists(path):
+            cure = metadata.get("how_to_get", "set DETECTRON2_DATASETS to the folder that holds it")
+            raise FileNotFoundError(f"DATASETS: {name!r} expects its {key} at {path}; {cure}")
 
 
 def load(json_file: str, image_root: str, name: str) -> list[dict]:

@@ -31,6 +31,7 @@ SPLITS = ("train", "val", "test")
 
 SIDES = (7 / 8, 5 / 4)  # image sides, in units of the side argument
 OBJECT_SIZES = (3 / 32, 25 / 32)  # geometric mean of box width and height, in the same unit
+CLASS_OBJECT_SIZES = (10 / 32, 25 / 32)  # where the object is what the picture shows
 MAX_STRETCH = 1.8  # ratio of lengths along and across
 MAX_BEND = 0.5  # see Deformation: at 1 the inner side would fold
 MIN_VISIBLE = 0.75  # of an object's pixels, once all others are drawn
@@ -148,9 +149,11 @@ class Deformation(NamedTuple):
     size: float
 
 
-def random_deformation(side: int, rng: np.random.Generator) -> Deformation:
+def random_deformation(
+    side: int, rng: np.random.Generator, sizes: tuple[float, float] = OBJECT_SIZES
+) -> Deformation:
     """A deformation for an image of that nominal side; sizes are log-uniform."""
-    smallest, largest = OBJECT_SIZES
+    smallest, largest = sizes
     return Deformation(
         bend=rng.uniform(-MAX_BEND, MAX_BEND),
         stretch=MAX_STRETCH ** rng.uniform(),
@@ -304,8 +307,17 @@ def _draw_names(rng):
     return rng.permutation([*names, *rng.choice([*DISTRACTORS], rng.integers(3))]).tolist()
 
 
-def draw_image(side: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
+def draw_image(
+    side: int,
+    rng: np.random.Generator,
+    names: list[str] | None = None,
+    sizes: tuple[float, float] = OBJECT_SIZES,
+) -> tuple[np.ndarray, list]:
     """Draws one image of about `side` pixels squared; all chance comes from `rng`.
+
+    Args:
+        names: what it holds, in drawing order; by default a random choice.
+        sizes: as OBJECT_SIZES.
 
     Returns:
         The image, `(H, W, 3)`, BGR, uint8; and of each object its name and the `alpha` of what
@@ -315,8 +327,8 @@ def draw_image(side: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
     height, width = rng.integers(low, high + 1, size=2).tolist()
     canvas = background(height, width, rng)
     drawn = []  # (name, alpha, visible alpha)
-    for name in _draw_names(rng):
-        points = deform((OUTLINES | DISTRACTORS)[name](), random_deformation(side, rng))
+    for name in names or _draw_names(rng):
+        points = deform((OUTLINES | DISTRACTORS)[name](), random_deformation(side, rng, sizes))
         for _ in range(8):  # without a place after that, the image is full
             alpha = place(points, height, width, rng)
             covered = [(n, a, visible * (1 - alpha)) for n, a, visible in drawn]
@@ -365,17 +377,33 @@ def annotate(name: str, visible: np.ndarray) -> dict | None:
     }
 
 
-def _write_image(index, folder, seed, side):
-    """Draws and writes image `index` of the split that `folder` is named after."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(SPLITS.index(folder.name), index))
-    image, objects = draw_image(side, np.random.default_rng(sequence))
-    path = folder / f"{index:06d}.jpg"
+def _generator(seed, split, index, *more):
+    sequence = np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index, *more))
+    return np.random.default_rng(sequence)
+
+
+def _write_jpeg(path, image):
     # Not imwrite, which keeps silent about a full disk.
     path.write_bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1])
+
+
+def _write_image(index, folder, seed, side):
+    """Draws and writes image `index` of the split that `folder` is named after."""
+    image, objects = draw_image(side, _generator(seed, folder.name, index))
+    path = folder / f"{index:06d}.jpg"
+    _write_jpeg(path, image)
     height, width = image.shape[:2]
     record = {"id": index + 1, "file_name": path.name, "width": width, "height": height}
     annotations = [annotate(name, visible) for name, visible in objects]
     return record, [annotation for annotation in annotations if annotation]
+
+
+def _write_class_image(index, folder, seed, side):
+    """The same for an image of one object, in the folder of its class."""
+    rng = _generator(seed, folder.name, index, 1)
+    name = [*OUTLINES][index % len(OUTLINES)]
+    image, _ = draw_image(side, rng, [name], CLASS_OBJECT_SIZES)
+    _write_jpeg(folder / name / f"{index:06d}.jpg", image)
 
 
 def _start_worker():
@@ -383,13 +411,26 @@ def _start_worker():
     cv2.setNumThreads(1)
 
 
+def _draw_all(write_image, split, count):
+    """The results of `write_image` for the indices of a split, in order, drawn in parallel."""
+    with ProcessPoolExecutor(os.cpu_count(), initializer=_start_worker) as pool:
+        results = pool.map(write_image, range(count), chunksize=8)
+        return list(tqdm(results, total=count, desc=split, unit="image"))
+
+
+def write_class_split(folder: Path, split: str, count: int, *, seed: int, side: int) -> None:
+    """Writes images of one object each, the classes in turn, as torchvision's ImageFolder."""
+    for name in OUTLINES:
+        (folder / split / name).mkdir(parents=True)
+    write_image = partial(_write_class_image, folder=folder / split, seed=seed, side=side)
+    _draw_all(write_image, split, count)
+
+
 def write_split(folder: Path, split: str, count: int, *, seed: int, side: int) -> None:
     """Writes the images and the annotation file of one split; "test" comes without annotations."""
     (folder / split).mkdir(parents=True)
     write_image = partial(_write_image, folder=folder / split, seed=seed, side=side)
-    with ProcessPoolExecutor(os.cpu_count(), initializer=_start_worker) as pool:
-        results = pool.map(write_image, range(count), chunksize=8)
-        records = list(tqdm(results, total=count, desc=split, unit="image"))
+    records = _draw_all(write_image, split, count)
     images = [image for image, _ in records]
     if split == "test":
         write_coco(folder / "annotations/image_info_test.json", images, CATEGORIES, None)

@@ -1,0 +1,225 @@
+"""Classification data: pictures in one folder for each class, as torchvision's ImageFolder reads.
+
+imagenet_train, imagenet_val                    $DETECTRON2_DATASETS/imagenet/{train,val}
+shapes_classes_train, shapes_classes_val        tools/prepare_shapes.py --classes
+
+Where a configuration names a data set, the path of any other such folder does as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import v2
+
+from .datasets import check_on_disk, datasets_root
+
+HOW_TO_GET = {
+    "imagenet": "put the class folders n01440764 ... n15075141 there, for val too",
+    "shapes_classes": "make it with `python tools/prepare_shapes.py --classes`",
+}
+
+
+# INPUT.RANDOM_FLIP, which may also be "none".
+FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip}
+
+
+class Pictures(NamedTuple):
+    """A data set.
+
+    Attributes:
+        classes: names of the class folders, sorted: the labels in their order.
+        samples: (path, label) of every picture.
+    """
+
+    classes: list[str]
+    samples: list[tuple[str, int]]
+
+
+def register_image_folder(name: str, root: str | Path, how_to_get: str | None = None) -> None:
+    """Gives a folder of class folders a name for configurations; it is read when it is used.
+
+    Args:
+        how_to_get: the cure that the error names when it is missing.
+    """
+    DatasetCatalog.register(name, partial(read_image_folder, str(root)))
+    MetadataCatalog.get(name).set(image_root=str(root), evaluator_type="classification")
+    if how_to_get:
+        MetadataCatalog.get(name).set(how_to_get=how_to_get)
+
+
+def register_all(root: Path) -> None:
+    """Registers the data sets of the table above."""
+    for dataset, how_to_get in HOW_TO_GET.items():
+        for split in "train", "val":
+            register_image_folder(f"{dataset}_{split}", root / dataset / split, how_to_get)
+
+
+@lru_cache
+def read_image_folder(root: str) -> Pictures:
+    """Lists a folder, once.
+
+    Raises:
+        FileNotFoundError: there is no class folder, or one holds no pictures.
+    """
+    try:
+        folder = ImageFolder(root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{root}: expected one folder of pictures for each class: {error}"
+        ) from None
+    return Pictures(folder.classes, folder.samples)
+
+
+def load_pictures(name: str) -> Pictures:
+    """The data set of a registered name, or of the path of a folder.
+
+    Raises:
+        ValueError: it is neither, or another kind of data set.
+        FileNotFoundError: it is not on disk, or without class folders.
+    """
+    if name in DatasetCatalog.list():
+        if MetadataCatalog.get(name).get("evaluator_type") == "classification":
+            check_on_disk(name)
+            return DatasetCatalog.get(name)
+    elif os.path.isdir(name):
+        return read_image_folder(name)
+    raise ValueError(
+        "DATASETS: expected a registered set of labelled pictures, such as imagenet_train, or the "
+        f"path of a folder of class folders, got {name!r}"
+    )
+
+
+def check_classes(names: list[str], num_classes: int) -> None:
+    """Raises ``ValueError`` unless all data sets have the same classes, and that many."""
+    found = {name: load_pictures(name).classes for name in names}
+    (first, expected), *others = found.items()
+    for name, classes in others:
+        if missing := set(expected) ^ set(classes):
+            some = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(
+                f"DATASETS: expected the same class folders in {first!r} ({len(expected)}) and "
+                f"{name!r} ({len(classes)}), only one of them has: {some}"
+            )
+    if len(expected) != num_classes:
+        raise ValueError(
+            f"MODEL.CLASSIFIER.NUM_CLASSES: expected {len(expected)}, the number of class folders "
+            f"in {first!r}, got {num_classes}"
+        )
+
+
+def training_transform(cfg: CfgNode) -> v2.Compose:
+    """Scale, aspect ratio, side and colour varied (appendix D); to uint8 [3, size, size]."""
+    # fmt: off
+    size   = cfg.INPUT.CROP_SIZE
+    flip   = cfg.INPUT.RANDOM_FLIP
+    jitter = cfg.INPUT.COLOR_JITTER
+    # fmt: on
+    steps: list[Any] = [v2.RandomResizedCrop(size)]
+    if flip != "none":
+        steps.append(FLIPS[flip]())
+    if jitter:
+        steps.append(v2.ColorJitter(jitter, jitter, jitter))
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def evaluation_transform(cfg: CfgNode) -> v2.Compose:
+    """The shorter side resized, the centre cut out; to uint8 [3, size, size]."""
+    return v2.Compose(
+        [
+            v2.Resize(cfg.INPUT.MIN_SIZE_TEST),
+            v2.CenterCrop(cfg.INPUT.CROP_SIZE),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+class PictureDataset(Dataset):
+    """What a model takes, for every picture.
+
+    An item has "image" (uint8 [3, H, W]) and "label", unless the picture is left out, and
+    "skipped", the messages about what was.
+    """
+
+    def __init__(
+        self,
+        samples: list[tuple[str, int]],
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        bgr: bool = False,
+        skip: bool = False,
+        replace: bool = False,
+    ):
+        """
+        Args:
+            samples: of one or more :class:`Pictures`.
+            bgr: whether the model wants blue first.
+            skip: whether a picture that cannot be read is left out; else it is an error.
+            replace: whether the next that can be read takes the place of one that is left out.
+        """
+        # Serialised: else every worker comes to copy the whole list (detectron2 explains why).
+        self.samples = DatasetFromList(samples, copy=False)
+        self.transform = transform
+        self.bgr = bgr
+        self.skip = skip
+        self.replace = replace
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        """
+        Raises:
+            ValueError: the picture cannot be read; the file is named.
+        """
+        skipped = []
+        for attempt in range(len(self) if self.replace else 1):
+            path, label = self.samples[(index + attempt) % len(self)]
+            try:
+                picture = default_loader(path)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                skipped.append(f"{path}: expected a picture, got what cannot be read: {error}")
+                if not self.skip:
+                    raise ValueError(
+                        f"{skipped[0]}; repair it, or set DATALOADER.SKIP_CORRUPT True to leave "
+                        "such pictures out"
+                    ) from error
+                continue
+            image = self.transform(picture)
+            return {
+                "image": image.flip(0) if self.bgr else image,
+                "label": label,
+                "skipped": skipped,
+            }
+        if self.replace:
+            raise ValueError(f"expected pictures, none of {len(self)} can be read: {skipped[0]}")
+        return {"skipped": skipped}
+
+
+def collate(samples: list[dict]) -> dict[str, Tensor | list[str]]:
+    """A batch of those samples that have an image.
+
+    Returns:
+        "image" [N, 3, H, W] (None if N is 0), "label" [N], "skipped".
+    """
+    read = [sample for sample in samples if "image" in sample]
+    return {
+        "image": torch.stack([sample["image"] for sample in read]) if read else None,
+        "label": torch.tensor([sample["label"] for sample in read]),
+        "skipped": [message for sample in samples for message in sample["skipped"]],
+    }
+
+
+register_all(datasets_root())
