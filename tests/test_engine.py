@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -57,22 +61,36 @@ def datasets_root(tmp_path_factory) -> Path:
     return root
 
 
-def run_tool(tool: str, datasets: Path, *args) -> subprocess.CompletedProcess:
+def start_tool(tool: str, datasets: Path, *args, python: Sequence[str] = ()) -> subprocess.Popen:
     env = {
         **os.environ,
         "DETECTRON2_DATASETS": str(datasets),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, *python, str(ROOT / "tools" / tool), *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, **pipes)
+
+
+def start_training(
+    datasets: Path, output: Path, *args, python: Sequence[str] = ()
+) -> subprocess.Popen:
+    arguments = "--config-file", CONFIG, *args, "OUTPUT_DIR", output, *OPTIONS
+    return start_tool("train_net.py", datasets, *arguments, python=python)
+
+
+def finish(job: subprocess.Popen) -> subprocess.CompletedProcess:
+    output, errors = job.communicate()
+    return subprocess.CompletedProcess(job.args, job.returncode, output, errors)
+
+
+def run_tool(tool: str, datasets: Path, *args) -> subprocess.CompletedProcess:
+    return finish(start_tool(tool, datasets, *args))
 
 
 def train(datasets: Path, output: Path, *args) -> subprocess.CompletedProcess:
-    result = run_tool(
-        "train_net.py", datasets, "--config-file", CONFIG, *args, "OUTPUT_DIR", output, *OPTIONS
-    )
-    return result
+    return finish(start_training(datasets, output, *args))
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -156,11 +174,103 @@ def test_eval_only_gives_the_same_metrics(run, datasets_root, tmp_path):
     assert (tmp_path / "evaluation.json").read_text() == (run / "evaluation.json").read_text()
 
 
-def test_two_processes_train_on_cpus(datasets_root, tmp_path):
-    result = train(datasets_root, tmp_path, "--num-gpus", 2, "SOLVER.MAX_ITER", 2)
+# Distributed training. Every proposal and every anchor is a sample, the same number in each image,
+# so that no chance enters that another division among processes would change; norms are frozen.
+ALL_SAMPLES = """
+    MODEL.MOBILENETV2.NORM FrozenBN MODEL.FPN.NORM FrozenBN SOLVER.OPTIMIZER SGD
+    MODEL.RPN.BATCH_SIZE_PER_IMAGE 100000 MODEL.RPN.POSITIVE_FRACTION 1.0
+    MODEL.RPN.POST_NMS_TOPK_TRAIN 50 MODEL.RPN.NMS_THRESH 1.0
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 50 MODEL.ROI_HEADS.POSITIVE_FRACTION 1.0
+    MODEL.ROI_HEADS.PROPOSAL_APPEND_GT False SOLVER.MAX_ITER 3 DATASETS.TEST ()
+""".split()
+
+
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(run, datasets_root, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("two_processes")
+    options = "--num-gpus", 2, "MODEL.WEIGHTS", run / "model_final.pth", *ALL_SAMPLES
+    result = train(datasets_root, output, *options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "World size: 2" in result.stdout
-    assert (tmp_path / "evaluation.json").is_file()
+    return output
+
+
+def test_two_processes_learn_what_one_does(run, two_processes, datasets_root, tmp_path):
+    options = "MODEL.WEIGHTS", run / "model_final.pth", *ALL_SAMPLES
+    result = train(datasets_root, tmp_path, *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    # The sums over images are taken in another order; three steps add the errors up.
+    assert losses(two_processes) == pytest.approx(losses(tmp_path), rel=1e-5)
+    start, one, two = weights_of(run), weights_of(tmp_path), weights_of(two_processes)
+    moved = [name for name in one if not torch.equal(one[name], start[name])]
+    assert len(moved) > 100
+    for name in moved:
+        step = (one[name] - start[name]).abs().max().item()
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-3 * step, msg=name)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("launcher", ["detectron2", "torchrun"])
+def test_two_machines_train_as_one_with_two_processes(
+    launcher, run, two_processes, datasets_root, tmp_path
+):
+    options = "MODEL.WEIGHTS", run / "model_final.pth", *ALL_SAMPLES
+    port, jobs = free_port(), []
+    for rank in range(2):
+        if launcher == "torchrun":
+            python = (
+                "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 "
+                f"--master-port {port} --node-rank {rank}"
+            ).split()
+            machines = []
+        else:
+            python = []
+            machines = f"--num-machines 2 --machine-rank {rank} --dist-url tcp://127.0.0.1:{port}"
+            machines = machines.split()
+        args = *machines, *options
+        jobs.append(start_training(datasets_root, tmp_path / str(rank), *args, python=python))
+    for result in map(finish, jobs):
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert losses(tmp_path / "0") == losses(two_processes)
+    assert not (tmp_path / "1" / "model_final.pth").exists()
+
+
+def test_torchrun_and_num_gpus_exclude_each_other(datasets_root, tmp_path):
+    python = "-m torch.distributed.run --standalone --nproc-per-node 1".split()
+    job = start_training(datasets_root, tmp_path, "--num-gpus", 2, python=python)
+    errors = finish(job).stderr
+    assert job.returncode != 0
+    assert "--num-gpus, --num-machines: expected none under torchrun" in errors
+
+
+def test_a_killed_process_stops_the_job_and_resume_goes_on(datasets_root, tmp_path):
+    args = "--num-gpus", 2, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()"
+    job = start_training(datasets_root, tmp_path, *args, "SOLVER.MAX_ITER", 10000)
+    while not (tmp_path / "last_checkpoint").exists():
+        assert job.poll() is None, finish(job).stderr[-3000:]
+        time.sleep(0.1)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    workers = [p for p in children if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
+    os.kill(int(workers[1]), signal.SIGKILL)
+    errors = finish(job).stderr
+    assert job.returncode != 0
+    assert "process 1 terminated with signal SIGKILL" in errors
+    assert "the same command with --resume goes on from the last checkpoint" in errors
+
+    last = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
+    steps = last["iteration"] + 1
+    result = train(datasets_root, tmp_path, *args, "--resume", "SOLVER.MAX_ITER", steps + 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"Starting training from iteration {steps}" in result.stdout
 
 
 def test_results_become_pictures(run, datasets_root):

@@ -626,3 +626,31 @@ def test_evaluation_only(uninterrupted, pictures, tmp_path):
     expected = json.loads((output / "evaluation.json").read_text())["classification"]
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found == {"classification": expected}
+
+
+def test_pretrained_backbone_arrives_in_a_detector_that_trains_and_resumes(
+    uninterrupted, detection_set, tmp_path
+):
+    """Pretrain, load, train, resume: no tensor of the backbone is lost on the way."""
+    pretrained = model_of(uninterrupted[0] / "model_final.pth")
+    opts = f"""
+        DATASETS.TRAIN ('{detection_set}',) DATASETS.TEST () SOLVER.IMS_PER_BATCH 2
+        INPUT.MIN_SIZE_TRAIN (48,64) MODEL.FPN.OUT_CHANNELS 16 MODEL.ROI_BOX_HEAD.FC_DIM 16
+        SOLVER.MAX_ITER 4 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 2
+        DATALOADER.NUM_WORKERS 0 MODEL.MOBILENETV2.RES5_CHANNELS 1280 OUTPUT_DIR {tmp_path}
+        MODEL.WEIGHTS {uninterrupted[0] / "model_final.pth"}
+    """.split()
+    cfg = load_config(CONFIGS / "demo" / "shapes_MNV2_FPN_dk_l3.yaml", opts)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    detector = trainer.model.state_dict()
+    backbone = {name for name in pretrained if name.startswith("backbone.")}
+    arrived = {name for name in detector if name.startswith("backbone.bottom_up.")}
+    assert {name.replace("bottom_up.", "") for name in arrived} == backbone
+    for name in backbone:
+        there = detector[name.replace("backbone.", "backbone.bottom_up.")]
+        assert torch.equal(there, pretrained[name]), name
+
+    _, before = train(Trainer, cfg, stop_after=2)
+    _, after = train(Trainer, cfg, resume=True)
+    assert list(after) == [2, 3] and after[2] == before[2]
