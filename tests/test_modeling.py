@@ -195,7 +195,7 @@ def test_stride_placement():
 def test_a_plain_detectron2_config_is_unchanged():
     plain, extended = get_cfg(), get_cfg()
     add_dk_config(extended)
-    for node in extended.MODEL, extended.SOLVER, extended.INPUT:
+    for node in extended.MODEL, extended.SOLVER, extended.INPUT, extended.DATALOADER:
         for key in (
             "DEFORM_KERNEL",
             "MOBILENETV2",
@@ -204,6 +204,11 @@ def test_a_plain_detectron2_config_is_unchanged():
             "OFFSET_LR_FACTOR",
             "OPTIMIZER",
             "COLOR_JITTER",
+            "EMA_DECAY",
+            "EPOCHS",
+            "WARMUP_EPOCHS",
+            "CROP_SIZE",
+            "SKIP_CORRUPT",
         ):
             node.pop(key, None)
     assert extended == plain
