@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from .faults import Findings, box_fault, overhang
 
 # Opening files waits for the disk, or the network behind it, far longer than for the processor.
 THREADS = 32
+BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,14 @@ def _check_files(image_root: str, images: list[dict], progress: Callable | None)
         path = os.path.join(image_root, image["file_name"])
         return image_fault(path, (image["width"], image["height"]))
 
+    def check() -> Iterator[tuple[dict, str | None]]:
+        # In batches: a queue of everything would hold the progress back.
+        for start in range(0, len(images), BATCH):
+            batch = images[start : start + BATCH]
+            yield from zip(batch, pool.map(fault, batch), strict=True)
+
     with ThreadPoolExecutor(THREADS) as pool:
-        found = zip(images, pool.map(fault, images), strict=True)
-        for image, kind in progress(found, total=len(images)) if progress else found:
+        for image, kind in progress(check(), total=len(images)) if progress else check():
             if kind:
                 faults.add(kind, image["file_name"])
     return faults
