@@ -32,6 +32,11 @@ class _JsonReader:
         self.dropped = 0  # characters that have left the buffer
         self.decoder = json.JSONDecoder()
 
+    @property
+    def place(self) -> int:
+        """Characters before the next one, in the file."""
+        return self.dropped + self.position
+
     def fill(self) -> bool:
         text = self.file.read(CHUNK)
         self.buffer = self.buffer[self.position :] + text
@@ -41,10 +46,10 @@ class _JsonReader:
             self.progress(len(text))
         return bool(text)
 
-    def error(self, expected: str, got: str, position: int) -> ValueError:
+    def error(self, expected: str, got: str, place: int) -> ValueError:
         return ValueError(
             f"{self.file.name}: expected an array of results with {expected} at character "
-            f"{self.dropped + position:,}, got {got}"
+            f"{place:,}, got {got}"
         )
 
     def peek(self) -> str:
@@ -58,7 +63,7 @@ class _JsonReader:
         found = self.peek()
         if found not in characters:
             got = repr(found) if found else "the end of the file, which is not whole"
-            raise self.error(" or ".join(map(repr, characters)), got, self.position)
+            raise self.error(" or ".join(map(repr, characters)), got, self.place)
         self.position += 1
         return found
 
@@ -68,9 +73,10 @@ class _JsonReader:
                 value, self.position = self.decoder.raw_decode(self.buffer, self.position)
                 return value
             except json.JSONDecodeError as error:
+                place = self.dropped + error.pos
                 # It may continue after the end of the buffer.
                 if len(self.buffer) - self.position > CHUNK or not self.fill():
-                    raise self.error("JSON", error.msg, error.pos) from error
+                    raise self.error("JSON", error.msg, place) from error
 
 
 def read_results(file: TextIO, progress: Callable[[int], object] | None = None) -> Iterator[dict]:
@@ -94,7 +100,7 @@ def read_results(file: TextIO, progress: Callable[[int], object] | None = None) 
             yield reader.value()
             separator = reader.expect(",", "]")
     if found := reader.peek():
-        raise reader.error("its end", repr(found), reader.position)
+        raise reader.error("its end", repr(found), reader.place)
 
 
 @dataclass
