@@ -1,0 +1,218 @@
+"""tools/check_dataset.py on data sets that are whole, and on every kind of damage."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+
+from dk_detectron.data import checking
+from dk_detectron.data.checking import Release, check_dataset
+
+ROOT = Path(__file__).parent.parent
+WIDTH, HEIGHT = 40, 30
+
+
+def write_dataset(root: Path, split: str = "val", suffix: str = "jpg") -> Path:
+    """Three images with an object each, in the folders of the shapes."""
+    (root / "shapes" / split).mkdir(parents=True)
+    images, annotations = [], []
+    rng = np.random.default_rng(0)
+    for i in 1, 2, 3:
+        name = f"{i:06d}.{suffix}"
+        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "shapes" / split / name)
+        images.append({"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT})
+        annotations.append(
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [1, 2, 30.5, 20], "area": 600.0,
+             "iscrowd": 0}
+        )  # fmt: skip
+    categories = [{"id": 1, "name": "square"}]
+    path = root / "shapes" / "annotations" / f"instances_{split}.json"
+    path.parent.mkdir(exist_ok=True)
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Name, JSON file and image folder of a sound data set."""
+    json_file = write_dataset(tmp_path)
+    folder = tmp_path / "shapes" / "val"
+    register_coco_instances("sound", {}, str(json_file), str(folder))
+    yield "sound", json_file, folder
+    DatasetCatalog.remove("sound")
+    MetadataCatalog.remove("sound")
+
+
+def edit(json_file: Path, change) -> None:
+    content = json.loads(json_file.read_text())
+    change(content)
+    json_file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_sound_one(tmp_path, suffix):
+    json_file = write_dataset(tmp_path, suffix=suffix)
+    register_coco_instances("sound", {}, str(json_file), str(tmp_path / "shapes" / "val"))
+    try:
+        report = check_dataset("sound")
+    finally:
+        DatasetCatalog.remove("sound")
+        MetadataCatalog.remove("sound")
+    assert (report.images, report.annotations, report.categories) == (3, 3, 1)
+    assert report.problems == [] and report.notes == []
+
+
+def test_a_test_set_has_no_annotations(dataset):
+    edit(dataset[1], lambda content: content.pop("annotations"))
+    report = check_dataset("sound")
+    assert report.problems == [] and report.annotations == 0
+
+
+def first(key):
+    """Changes the first entry of a list of the JSON."""
+    return lambda **values: lambda content: content[key][0].update(values)
+
+
+image, annotation, category = first("images"), first("annotations"), first("categories")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (image(width="40"), "image without a proper width: 1 "),
+        (image(id=2), "image whose id is taken: 1 .*2"),
+        (category(name=None), "category without a proper name: 1"),
+        (annotation(area=None), "annotation without a proper area: 1"),
+        (annotation(id=3), "annotation whose id is taken: 1 .*3"),
+        (annotation(image_id=7), "annotation of an unknown image: 1 .*id 1"),
+        (annotation(category_id=7), "annotation of an unknown category: 1 .*id 1"),
+        (annotation(bbox=[1, 2, 3]), "bbox is not four finite numbers: 1 .*id 1"),
+        (annotation(bbox=[1, 2, 3, float("nan")]), "bbox is not four finite numbers: 1"),
+        (annotation(bbox=[1, 2, -3, 4]), "bbox of negative size: 1"),
+        (annotation(bbox=[50, 2, 3, 4]), "bbox outside its image: 1"),
+        (lambda c: c["annotations"].append("cat"), "annotation without a proper id, image_id"),
+        (lambda c: c.update(images=[]), "expected images and categories, found an empty list"),
+        (lambda c: c.pop("images"), "found no list of images"),
+    ],
+)
+def test_faults_of_the_json(dataset, change, message):
+    edit(dataset[1], change)
+    problems = check_dataset("sound").problems
+    texts = [text for text, _ in problems]
+    assert any(re.search(message, text) for text in texts), texts
+    assert all(str(dataset[1]) in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("box", "note"),
+    [([30, 2, 20, 4], "sticks out of its image"), ([3, 2, 20, 0], "without area"),
+     ([-0.5, 0, 40.9, 30.6], None)],
+)  # fmt: skip
+def test_what_detectron2_copes_with_is_only_noted(dataset, box, note):
+    edit(dataset[1], annotation(bbox=box))
+    report = check_dataset("sound")
+    assert report.problems == []
+    assert note in report.notes[0] if note else report.notes == []
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def turn(path):
+    """The same picture stored on its side, with the note that says so."""
+    with Image.open(path) as picture:
+        turned = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(path, exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (Path.unlink, "missing image"),
+        (truncate, "unreadable image"),
+        (lambda path: path.write_bytes(b""), "unreadable image"),
+        (lambda path: path.write_text("<html>not found</html>"), "unreadable image"),
+        (lambda path: Image.new("RGB", (30, 40)).save(path), "image of another size"),
+        (turn, None),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), None),
+    ],
+)
+def test_faults_of_images(dataset, damage, kind):
+    _, _, folder = dataset
+    damage(folder / "000002.jpg")
+    problems = check_dataset("sound").problems
+    if kind is None:
+        assert problems == []
+    else:
+        ((text, cure),) = problems
+        assert text.startswith(f"{folder}: {kind}") and "1 (such as 000002.jpg)" in text
+        assert "image_root" in cure
+
+
+def test_examples_are_few(dataset):
+    edit(dataset[1], lambda c: [c["annotations"].append({"id": i}) for i in range(2000)])
+    ((text, _),) = check_dataset("sound").problems
+    assert "2,000 (such as {'id': 0}, {'id': 1}, {'id': 2}, ...)" in text
+
+
+def test_counts_and_archives_of_coco(dataset, monkeypatch):
+    release = Release(4, "zips/val2017.zip", "annotations/annotations_trainval2017.zip", 1)
+    monkeypatch.setitem(checking.COCO, "sound", release)
+    ((text, cure),) = check_dataset("sound").problems
+    assert "expected 4 images, got 3" in text
+    assert cure == (
+        "wget -c http://images.cocodataset.org/annotations/annotations_trainval2017.zip && "
+        f"unzip -qo annotations_trainval2017.zip -d {dataset[1].parent.parent}"
+    )
+
+
+@pytest.mark.parametrize("name", ["cats", "voc_2007_val"])
+def test_names_that_cannot_be_checked(name):
+    with pytest.raises(ValueError, match=f"{name}: expected a"):
+        check_dataset(name)
+
+
+def run(root: Path, *names) -> subprocess.CompletedProcess:
+    env = {**os.environ, "DETECTRON2_DATASETS": str(root), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools" / "check_dataset.py"), *names]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_the_tool(tmp_path):
+    write_dataset(tmp_path)
+    result = run(tmp_path, "shapes_val")
+    assert result.returncode == 0, result.stderr
+    assert "shapes_val: complete; 3 images, 3 annotations, 1 categories" in result.stdout
+
+    result = run(tmp_path, "shapes_val", "shapes_train", "coco_2017_test-dev")
+    assert result.returncode == 1
+    assert "shapes_val: complete" in result.stdout
+    assert "do: make it with `python tools/prepare_shapes.py`" in result.stdout
+    for archive in "annotations/image_info_test2017.zip", "zips/test2017.zip":
+        name = archive.rsplit("/", 1)[-1]
+        assert (
+            f"do: wget -c http://images.cocodataset.org/{archive} && "
+            f"unzip -qo {name} -d {tmp_path}/coco"
+        ) in result.stdout
+
+
+def test_coco_is_what_detectron2_registers():
+    assert {name: release.images for name, release in checking.COCO.items()} == {
+        "coco_2017_train": 118287, "coco_2017_val": 5000, "coco_2017_test-dev": 20288,
+    }  # fmt: skip
+    for name, release in checking.COCO.items():
+        image_root = MetadataCatalog.get(name).image_root
+        assert Path(release.image_archive).stem == Path(image_root).name
