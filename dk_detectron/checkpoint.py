@@ -32,7 +32,14 @@ BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "")
 # The first convolution of every backbone of this project, and of detectron2's ResNet.
 FIRST_WEIGHT = "stem.conv1.weight"
 CLASSIFIER = "linear."
-DETECTION_PARTS = ("backbone.fpn_", "proposal_generator.", "roi_heads.")
+# Of any detector: pyramids, RPN and heads, RetinaNet's P6 and P7, and its head.
+DETECTION_PARTS = (
+    "backbone.fpn_",
+    "backbone.top_block.",
+    "proposal_generator.",
+    "roi_heads.",
+    "head.",
+)
 GENERATOR = re.compile(r"(kernel_offset|data_offset|gate)_generator(?=\.)")
 # How many batches a norm has seen: only training goes by it, and FrozenBN does not have it.
 COUNTER = ".num_batches_tracked"
@@ -264,7 +271,11 @@ class Report:
 def _part(name: str) -> str:
     """The part of a network that a tensor belongs to, for summaries."""
     generator = GENERATOR.search(name)
-    return generator[0] if generator else re.match(r"backbone\.(bottom_up|fpn)|[^.]+", name)[0]
+    return (
+        generator[0]
+        if generator
+        else re.match(r"backbone\.(bottom_up|fpn|top_block)|[^.]+", name)[0]
+    )
 
 
 def _resampled(layer: AdaptiveConv2d, rigid: Tensor) -> Tensor:

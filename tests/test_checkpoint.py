@@ -21,6 +21,7 @@ from dk_detectron.checkpoint import (
     Checkpointer,
     CheckpointError,
     UnreadableCheckpointError,
+    _part,
     convert,
     convert_file,
 )
@@ -246,6 +247,39 @@ def test_a_detector_passes_on_its_heads_and_a_classifier_takes_its_backbone():
     # A backbone saved alone.
     bare = source.backbone.bottom_up.state_dict()
     assert convert(bare, classifier)[0].keys() == converted.keys()
+
+
+@pytest.mark.parametrize("family", ["MNV2", "R_50_DW"])
+@pytest.mark.parametrize(
+    ("config", "own_parts"),
+    [
+        ("COCO-Detection/retinanet_{}_FPN_dk_l3_1x.yaml", {"backbone.top_block", "head"}),
+        (
+            "COCO-InstanceSegmentation/mask_rcnn_{}_FPN_dk_l3_1x.yaml",
+            {"proposal_generator", "roi_heads"},
+        ),
+    ],
+    ids=["retinanet", "mask_rcnn"],
+)
+def test_other_detectors_take_a_rigid_backbone_and_pass_theirs_on(config, own_parts, family, rigid):
+    source = rigid[family]
+    model = build(config.format(family))
+    converted, report = convert(source.state_dict(), model)
+    report.check()
+    parts = {_part(name) for name in report.initialised}
+    assert parts == own_parts | {"backbone.fpn", "kernel_offset_generator"}
+    assert len(report.resampled) == (17 if family == "MNV2" else 16)
+    model.load_state_dict(converted, strict=False)
+    x = images()
+    with torch.no_grad():
+        expected = source.backbone(x)["res5"]
+        assert relative_error(model.backbone.bottom_up(x)["res5"], expected) < 1e-5
+
+    classifier = build(MNV2 if family == "MNV2" else R_50_DW)
+    rigid_detector = build(config.format(family), "MODEL.DEFORM_KERNEL.CONV_3X3", "rigid")
+    _, report = convert(rigid_detector.state_dict(), classifier)
+    report.check()
+    assert {_part(name) for name in report.unused} == own_parts | {"backbone.fpn"}
 
 
 def test_detectron2_itself_loads_what_is_written(torchvision_net, tmp_path):

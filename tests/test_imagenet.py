@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from PIL import Image
+from torchvision.datasets import ImageFolder
 from torchvision.transforms._presets import ImageClassification
 
 from dk_detectron.analysis import CONFIGS, load_config, paper_rows
@@ -654,3 +656,27 @@ def test_pretrained_backbone_arrives_in_a_detector_that_trains_and_resumes(
     _, before = train(Trainer, cfg, stop_after=2)
     _, after = train(Trainer, cfg, resume=True)
     assert list(after) == [2, 3] and after[2] == before[2]
+
+
+def test_torchvisions_own_checkpoint_is_evaluated(pictures, tmp_path):
+    """By --eval-only, its classifier included; every picture gets torchvision's own logits."""
+    torch.manual_seed(0)
+    network = torchvision.models.mobilenet_v2(num_classes=6)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # else all pictures look alike
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.1, 0.3)
+    torch.save(network.state_dict(), tmp_path / "mobilenet_v2.pth")
+    more = "MODEL.MOBILENETV2.RES5_CHANNELS", "1280", "MODEL.WEIGHTS", tmp_path / "mobilenet_v2.pth"
+    args = arguments(pictures, tmp_path / "output", *map(str, more), eval_only=True)
+    accuracy = main(args, ClassificationTrainer)["classification"]
+
+    preset = ImageClassification(crop_size=32, resize_size=32)
+    hits = {1: 0, 5: 0}
+    data = ImageFolder(pictures / "val")
+    for picture, label in data:
+        order = network.eval()(preset(picture)[None])[0].argsort(descending=True).tolist()
+        for k in hits:
+            hits[k] += label in order[:k]
+    assert accuracy == {"top1": 100 * hits[1] / 12, "top5": 100 * hits[5] / 12, "images": 12}
+    assert 0 < hits[1] < 12

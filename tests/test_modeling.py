@@ -3,12 +3,14 @@
 import csv
 from pathlib import Path
 
+import detectron2
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from dk_detectron import add_dk_config
@@ -27,8 +29,10 @@ from dk_detectron.layers import (
     GlobalDeformKernel2d,
     LocalDeformKernel2d,
 )
+from dk_detectron.modeling import to_channels_last
 
 CLASSIFIERS = [pytest.param(row, id=Path(row["config"]).stem) for row in paper_rows(1, 2)]
+MODEL_ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 DETECTORS = [pytest.param(row, id=Path(row["config"]).stem) for row in paper_rows(3, 4)]
 
 
@@ -73,30 +77,106 @@ def test_detector_backbone_has_its_classifiers_parameters(row):
     assert strides == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 
 
-@pytest.mark.parametrize("row", DETECTORS)
-def test_every_detector_steps_and_detects(row):
-    """One training step gives every trainable parameter a finite gradient."""
-    cfg = load_config(CONFIGS / row["config"])
-    norm = "MOBILENETV2.NORM" if "MNV2" in row["config"] else "RESNETS.NORM"
-    cfg.merge_from_list([f"MODEL.{norm}", "BN", "MODEL.BACKBONE.FREEZE_AT", 0])
-    # The paper's backbone under heads small enough for a test.
+def small_detector(config, *opts):
+    """The configured backbone, with live norms, under heads small enough for a test."""
+    norm = "MOBILENETV2.NORM" if "MNV2" in str(config) else "RESNETS.NORM"
+    cfg = load_config(CONFIGS / config, [f"MODEL.{norm}", "BN", "MODEL.BACKBONE.FREEZE_AT", 0])
     cfg.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32])
     cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 50])
+    cfg.merge_from_list(["MODEL.ROI_MASK_HEAD.CONV_DIM", 32, *opts])
     torch.manual_seed(0)
-    model = build_model(cfg)
+    return build_model(cfg)
+
+
+def draw_sample():
+    """An image of noise with one object, as detectron2's mapper would give it."""
     instances = Instances((64, 96))
     instances.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 60.0, 50.0]]))
     instances.gt_classes = torch.tensor([3])
+    instances.gt_masks = PolygonMasks([[np.array([10.0, 10.0, 60.0, 10.0, 35.0, 50.0])]])
     image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    return {"image": image, "instances": instances}
+
+
+def training_step(model, batch):
+    """Losses of a step, and gradients by name. Sampling of anchors and proposals is seeded."""
+    torch.manual_seed(1)
+    model.train()
+    model.zero_grad()
     with EventStorage():
-        losses = model([{"image": image, "instances": instances}] * 2)
+        losses = model(batch)
     sum(losses.values()).backward()
-    for name, parameter in model.backbone.bottom_up.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_steps_and_detects(model):
+    """One training step gives every parameter of the backbone a finite gradient."""
+    sample = draw_sample()
+    losses, gradients = training_step(model, [sample] * 2)
+    for name, gradient in gradients.items():
+        if name.startswith("backbone.bottom_up."):
+            assert gradient is not None and gradient.isfinite().all(), name
     model.eval()
     with torch.no_grad():
-        (result,) = model([{"image": image}])
+        (result,) = model([{"image": sample["image"]}])
     assert result["instances"].pred_boxes.tensor.shape[1] == 4
+    return losses, result["instances"]
+
+
+@pytest.mark.parametrize("row", DETECTORS)
+def test_every_detector_steps_and_detects(row):
+    assert_steps_and_detects(small_detector(row["config"]))
+
+
+@pytest.mark.parametrize("family", ["MNV2", "R_50_DW"])
+def test_mask_rcnn_steps_and_segments(family):
+    config = f"COCO-InstanceSegmentation/mask_rcnn_{family}_FPN_dk_l3_1x.yaml"
+    model = small_detector(config, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    losses, detections = assert_steps_and_detects(model)
+    assert "loss_mask" in losses
+    assert len(detections) > 0 and detections.pred_masks.shape[1:] == (64, 96)
+    assert sum(type(m) is LocalDeformKernel2d for m in model.modules()) in (16, 17)
+
+
+@pytest.mark.parametrize(("family", "channels"), [("MNV2", 1280), ("R_50_DW", 2048)])
+def test_retinanet_steps_and_detects(family, channels):
+    model = small_detector(f"COCO-Detection/retinanet_{family}_FPN_dk_l3_1x.yaml")
+    losses, _ = assert_steps_and_detects(model)
+    assert set(losses) == {"loss_cls", "loss_box_reg"}
+    strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}
+    assert strides == {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
+    assert model.backbone.top_block.p6.in_channels == channels
+    assert sum(type(m) is LocalDeformKernel2d for m in model.modules()) in (16, 17)
+
+
+def test_the_new_families_have_detectron2s_own_settings():
+    """All that detectron2's Base configurations set for them and ours do not set otherwise."""
+    for zoo, config in (
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_{}"),
+        (
+            "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+            "COCO-InstanceSegmentation/mask_rcnn_{}",
+        ),
+    ):
+        theirs = get_cfg()
+        theirs.merge_from_file(str(MODEL_ZOO / zoo), allow_unsafe=True)
+        for family in "MNV2", "R_50_DW":
+            ours = load_config(CONFIGS / f"{config.format(family)}_FPN_dk_l3_1x.yaml")
+            for key in "RETINANET", "FPN", "ROI_MASK_HEAD", "MASK_ON":
+                assert ours.MODEL[key] == theirs.MODEL[key], key
+            assert ours.SOLVER.BASE_LR == theirs.SOLVER.BASE_LR
+            for mine, sizes in zip(
+                ours.MODEL.ANCHOR_GENERATOR.SIZES, theirs.MODEL.ANCHOR_GENERATOR.SIZES, strict=True
+            ):
+                assert mine == pytest.approx(sizes, rel=1e-5)
+
+
+def test_detectron2s_cascade_works_over_these_backbones():
+    """The keys of its Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml."""
+    keys = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"]
+    config = "COCO-InstanceSegmentation/mask_rcnn_MNV2_FPN_dk_l3_1x.yaml"
+    losses, _ = assert_steps_and_detects(small_detector(config, *keys, True))
+    assert {f"loss_box_reg_stage{i}" for i in range(3)} | {"loss_mask"} <= set(losses)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +337,12 @@ def test_paper_tables_keep_the_papers_numbers():
     assert rows["ImageNet/MNV2_dk_l3.yaml"]["top1"] == "74.1"
 
 
-def test_channels_last_goes_through():
-    backbone = backbone_with("MNV2_dk_l3").to(memory_format=torch.channels_last)
-    x = torch.randn(1, 3, 64, 64).to(memory_format=torch.channels_last)
-    assert backbone(x)["res5"].is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("config", ["MNV2_dk_l3", "MNV2_scc_dk_l3", "MNV2_dcn_dk_l3"])
+def test_channels_last_goes_through(config):
+    backbone = backbone_with(config).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = backbone(x)["res5"]
+    found = to_channels_last(backbone)(x.to(memory_format=torch.channels_last))["res5"]
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    # The same sums in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

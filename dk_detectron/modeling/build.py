@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d
 from detectron2.modeling import FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from ..layers import (
@@ -90,16 +90,22 @@ def norm_layer(name: str) -> str | Callable[[int], nn.Module]:
     return (lambda channels: nn.GroupNorm(gcd(32, channels), channels)) if name == "GN" else name
 
 
-def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """detectron2's feature pyramid, with P6 by max pooling, over ``bottom_up``."""
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = None) -> FPN:
+    """detectron2's feature pyramid over ``bottom_up``, with P6 by max pooling or ``top_block``."""
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block or LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def build_retinanet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """RetinaNet's feature pyramid: P6 and P7 by convolutions of ``bottom_up``'s res5."""
+    res5 = bottom_up.output_shape()["res5"]
+    return build_fpn(cfg, bottom_up, LastLevelP6P7(res5.channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
 
 def check_out_features(key: str, out_features: list[str]) -> None:

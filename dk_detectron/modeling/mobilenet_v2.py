@@ -12,7 +12,14 @@ from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
 from ..layers import msra_fill
-from .build import BlockConvs, block_convs, build_fpn, check_out_features, norm_layer
+from .build import (
+    BlockConvs,
+    block_convs,
+    build_fpn,
+    build_retinanet_fpn,
+    check_out_features,
+    norm_layer,
+)
 
 
 class Group(NamedTuple):
@@ -190,3 +197,9 @@ def build_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Feature pyramid over :func:`build_mobilenetv2_backbone`."""
     return build_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """RetinaNet's feature pyramid over :func:`build_mobilenetv2_backbone`."""
+    return build_retinanet_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))

@@ -10,7 +10,15 @@ from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from torch import Tensor, nn
 
 from ..layers import msra_fill
-from .build import STAGES, BlockConvs, block_convs, build_fpn, check_out_features, norm_layer
+from .build import (
+    STAGES,
+    BlockConvs,
+    block_convs,
+    build_fpn,
+    build_retinanet_fpn,
+    check_out_features,
+    norm_layer,
+)
 
 BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -138,3 +146,9 @@ def build_resnet_dw_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 def build_resnet_dw_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Feature pyramid over :func:`build_resnet_dw_backbone`."""
     return build_fpn(cfg, build_resnet_dw_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_resnet_dw_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """RetinaNet's feature pyramid over :func:`build_resnet_dw_backbone`."""
+    return build_retinanet_fpn(cfg, build_resnet_dw_backbone(cfg, input_shape))
