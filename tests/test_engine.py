@@ -19,7 +19,7 @@ import torch
 import torchvision
 from detectron2.modeling import build_model
 
-from dk_detectron.analysis import load_config
+from dk_detectron.analysis import CONFIGS, load_config
 from dk_detectron.engine import Trainer, setup
 
 ROOT = Path(__file__).parent.parent
@@ -325,6 +325,20 @@ def test_optimizer_takes_its_settings(name):
     assert {g["lr"] for g in optimizer.param_groups} == {0.003, 0.003 * cfg.SOLVER.OFFSET_LR_FACTOR}
     assert {g["weight_decay"] for g in optimizer.param_groups} == {4e-5}
     assert optimizer.defaults.get("momentum") == (0.9 if name == "SGD" else None)
+
+
+@pytest.mark.parametrize("processes", [1, 4, 16])
+def test_batch_rate_and_schedule_scale_with_the_processes(processes):
+    """Goyal et al.'s linear rule, from the 8 GPUs that the paper's schedule is for."""
+    cfg = load_config(CONFIGS / "COCO-Detection" / "faster_rcnn_MNV2_FPN_dk_l3_1x.yaml")
+    cfg.freeze()
+    solver, share = Trainer.auto_scale_workers(cfg, processes).SOLVER, processes / 8
+    assert solver.IMS_PER_BATCH == 16 * share
+    assert solver.BASE_LR == pytest.approx(0.02 * share)
+    assert solver.MAX_ITER == 90000 / share
+    assert solver.STEPS == (60000 / share, 80000 / share)
+    assert solver.WARMUP_ITERS == 1000 / share
+    assert Trainer.auto_scale_workers(cfg, 8).SOLVER == cfg.SOLVER
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.5])
