@@ -165,13 +165,12 @@ def collect(
         if overhang(result["bbox"], size) > ROUNDING:
             submission.violations.add("bbox that sticks out of its image (clipped)", result)
         counts[image] = counts.get(image, 0) + 1
-        # Results of equal scores stay in their order, as in pycocotools.
-        entry = (result["score"], -order, _text(result, size))
         heap = submission.best.setdefault(image, [])
+        score = result["score"]
         if len(heap) < DETECTIONS_PER_IMAGE:
-            heapq.heappush(heap, entry)
-        else:
-            heapq.heappushpop(heap, entry)
+            heapq.heappush(heap, (score, -order, _text(result, size)))
+        elif score > heap[0][0]:  # of equal scores the earlier stay, as in pycocotools
+            heapq.heapreplace(heap, (score, -order, _text(result, size)))
     for image, count in counts.items():
         if count > DETECTIONS_PER_IMAGE:
             submission.violations.add(

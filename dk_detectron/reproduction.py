@@ -1,0 +1,318 @@
+"""Training the detectors of the paper's Tables 3 and 4, and what came out beside its numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from tabulate import tabulate
+
+from .analysis import CONFIGS, count_parameters, load_config, paper_rows
+from .checkpoint import replacing
+from .engine import EVALUATION_FILE, Trainer, check_weights
+from .submission import file_name
+
+TOOLS = CONFIGS.parent / "tools"
+TABLES = 3, 4
+SCALES = "coco", "shapes"
+TEST_DEV = "coco_2017_test-dev"
+# Metrics of COCO, and the paper's columns.
+METRICS = {"AP": "map", "APs": "map_s", "APm": "map_m", "APl": "map_l"}
+RESULT_FILE, SETTINGS_FILE, LOG_FILE = "result.json", "settings.json", "reproduce.log"
+
+
+def row_name(row: dict[str, str]) -> str:
+    """The name of a row of `paper_rows`: that of its classifier in configs/ImageNet."""
+    stem = Path(row["config"]).stem
+    return stem.removeprefix("faster_rcnn_").removesuffix("_1x").replace("_FPN", "")
+
+
+def family(name: str) -> str:
+    """The name of the rigid network of a row."""
+    return "MNV2" if name.startswith("MNV2") else "R_50_DW"
+
+
+def select_rows(tables: Iterable[int], names: Iterable[str] = ()) -> dict[str, dict[str, str]]:
+    """The paper's rows by name, in its order; without names, all of the tables.
+
+    Raises:
+        ValueError: a name that is not in the tables.
+    """
+    rows = {row_name(row): row for row in paper_rows(*tables)}
+    if unknown := set(names) - rows.keys():
+        raise ValueError(f"--rows: expected some of {', '.join(rows)}, got {', '.join(unknown)}")
+    return {name: row for name, row in rows.items() if not names or name in names}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a folder have in common, so that their results compare."""
+
+    scale: str
+    num_gpus: int = 1
+    weights: str = ""
+    opts: list[str] = field(default_factory=list)
+
+    def save(self, output: Path) -> None:
+        """Records the settings of a folder.
+
+        Raises:
+            FileExistsError: it has runs with other settings.
+        """
+        path = output / SETTINGS_FILE
+        settings = vars(self)
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found != settings:
+                raise FileExistsError(
+                    f"{output}: expected runs with {settings}, found some with {found}: "
+                    "give another --output"
+                )
+        else:
+            _write(path, json.dumps(settings, indent=2))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one row.
+
+    Attributes:
+        config: what `train` trains.
+        train: the command that trains and evaluates, or goes on where it was stopped.
+        test_dev: the commands from the trained model to `archive`, the file for COCO's server.
+    """
+
+    row: str
+    seed: int
+    folder: Path
+    config: CfgNode
+    train: list[str]
+    test_dev: list[list[str]]
+    archive: Path
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """Those that are still to run."""
+        train = [] if (self.folder / RESULT_FILE).exists() else [self.train]
+        return train + ([] if self.archive.exists() else self.test_dev)
+
+
+def plan(
+    rows: dict[str, dict[str, str]],
+    settings: Settings,
+    output: Path,
+    seeds: Iterable[int],
+    *,
+    test_dev: bool = False,
+) -> list[Run]:
+    """The runs, all seeds of a row after another; nothing is written."""
+    return [
+        _plan_run(name, row, settings, output / name / f"seed_{seed}", seed, test_dev)
+        for seed in seeds
+        for name, row in rows.items()
+    ]
+
+
+def _plan_run(
+    name: str, row: dict[str, str], settings: Settings, folder: Path, seed: int, test_dev: bool
+) -> Run:
+    config_file, opts = CONFIGS / row["config"], []
+    if settings.scale == "shapes":
+        # The demo's small detector, with the kernels of the row.
+        for key, value in load_config(config_file).MODEL.DEFORM_KERNEL.items():
+            opts += [f"MODEL.DEFORM_KERNEL.{key}", str(value)]
+        config_file = CONFIGS / "demo" / f"shapes_{family(name)}_FPN_dk_l3.yaml"
+    if settings.weights:
+        opts += ["MODEL.WEIGHTS", settings.weights.replace("{row}", name)]
+    opts += [*settings.opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+    train_net = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", str(config_file)]
+    train_net += ["--num-gpus", str(settings.num_gpus)]
+    algorithm, evaluation = f"{name}_seed{seed}", folder / "test-dev"
+    return Run(
+        row=name,
+        seed=seed,
+        folder=folder,
+        config=load_config(config_file, opts),
+        # Without a checkpoint, --resume starts from the beginning.
+        train=[*train_net, "--resume", *opts],
+        test_dev=_test_dev(train_net, opts, folder, evaluation, algorithm) if test_dev else [],
+        archive=(evaluation / file_name(algorithm)).with_suffix(".zip"),
+    )
+
+
+def _test_dev(
+    train_net: list[str], opts: list[str], folder: Path, evaluation: Path, algorithm: str
+) -> list[list[str]]:
+    later = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+    later += ["DATASETS.TEST", f"('{TEST_DEV}',)", "OUTPUT_DIR", str(evaluation)]
+    results = evaluation / "inference" / TEST_DEV / "coco_instances_results.json"
+    submit = [sys.executable, str(TOOLS / "make_testdev_submission.py"), str(results)]
+    submit += [MetadataCatalog.get(TEST_DEV).json_file, str(evaluation), "--name", algorithm]
+    return [[*train_net, "--eval-only", *opts, *later], submit]
+
+
+def check(runs: Iterable[Run]) -> None:
+    """Raises ``ValueError`` or ``FileNotFoundError`` if a run cannot work: before the first one."""
+    for run in runs:
+        cfg = run.config
+        if len(cfg.DATASETS.TEST) != 1:
+            raise ValueError(f"DATASETS.TEST: expected one data set, got {cfg.DATASETS.TEST}")
+        extra = (TEST_DEV,) if run.test_dev else ()
+        Trainer.check_datasets(cfg, cfg.DATASETS.TRAIN + cfg.DATASETS.TEST + extra)
+        check_weights(cfg, needed=False, resume=True)
+
+
+def execute(run: Run) -> None:
+    """Runs what is still to run, and records the results.
+
+    Raises:
+        RuntimeError: a command failed.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = run.folder / LOG_FILE
+    for command in run.commands:
+        with open(log, "a") as file:
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        if status:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
+            raise RuntimeError(f"{run}: exit status {status}; the end of {log}:\n{tail}")
+        if command is run.train:
+            _write(run.folder / RESULT_FILE, json.dumps(read_result(run), indent=2))
+
+
+def read_result(run: Run) -> dict:
+    """What a finished training left behind: metrics in percent, seconds, parameters."""
+    metrics = json.loads((run.folder / EVALUATION_FILE).read_text())["bbox"]
+    return {
+        "row": run.row,
+        "seed": run.seed,
+        "dataset": run.config.DATASETS.TEST[0],
+        **{metric: metrics[metric] for metric in METRICS},
+        "parameters": count_parameters(build_model(run.config)),
+        "train_seconds": _train_seconds(run.folder / "metrics.json"),
+        "inference_seconds": _inference_seconds(run.folder / "log.txt"),
+    }
+
+
+def _train_seconds(path: Path) -> float | None:
+    """The median time of an iteration; None of a run of three, which detectron2 does not time."""
+    lines = map(json.loads, path.read_text().splitlines())
+    times = [line["time"] for line in lines if "time" in line]
+    return statistics.median(times) if times else None
+
+
+def _inference_seconds(path: Path) -> float | None:
+    """The time of an image in the network, in the last evaluation."""
+    pattern = r"Total inference pure compute time: .*\(([\d.]+) s / iter"
+    found = re.findall(pattern, path.read_text(errors="replace"))
+    return float(found[-1]) if found else None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text)
+
+
+def _read_results(output: Path, name: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(output.glob(f"{name}/*/{RESULT_FILE}"))]
+
+
+def _mean(results: list[dict], key: str) -> float | None:
+    values = [result[key] for result in results if result[key] is not None]
+    return statistics.mean(values) if values else None
+
+
+def _spread(results: list[dict], key: str) -> float | None:
+    values = [result[key] for result in results if result[key] is not None]
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def collect(rows: dict[str, dict[str, str]], output: Path) -> list[dict]:
+    """A line per row: our mean and standard deviation over the finished runs, and the paper's.
+
+    ``difference`` is ours less the paper's; ``gain`` is over the rigid network of the same family.
+    What does not exist is None.
+    """
+    rigid = select_rows(TABLES, ["MNV2", "R_50_DW"])
+    lines = []
+    for name, row in rows.items():
+        results, base = _read_results(output, name), _read_results(output, family(name))
+        line = {"row": name, "table": int(row["table"]), "runs": len(results)}
+        for metric, column in METRICS.items():
+            ours, paper = _mean(results, metric), float(row[column])
+            line[metric] = ours
+            line[f"{metric}_std"] = _spread(results, metric)
+            line[f"{metric}_paper"] = paper
+            line[f"{metric}_difference"] = _minus(ours, paper)
+            line[f"{metric}_gain"] = _minus(ours, _mean(base, metric))
+            line[f"{metric}_gain_paper"] = paper - float(rigid[family(name)][column])
+        for key in "parameters", "train_seconds", "inference_seconds":
+            line[key] = _mean(results, key)
+        lines.append(line)
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _render_line(line: dict, comparison: tuple[str, str]) -> list[str]:
+    cells = [line["row"], str(line["runs"])]
+    for metric in METRICS:
+        spread = line[f"{metric}_std"]
+        cells.append(_number(line[metric], ".1f") + ("" if spread is None else f" ± {spread:.1f}"))
+        for column in comparison:
+            form = ".1f" if column == "paper" else "+.1f"
+            cells.append(_number(line[f"{metric}_{column}"], form))
+    millions = None if line["parameters"] is None else line["parameters"] / 1e6
+    cells.append(_number(millions, ".1f"))
+    return cells + [_number(line[f"{key}_seconds"], ".3f") for key in ("train", "inference")]
+
+
+def render(lines: list[dict], scale: str) -> str:
+    """Markdown: COCO beside the paper's numbers, shapes beside its gains over the rigid network."""
+    comparison = {
+        "coco": {"paper": "paper", "difference": "difference"},
+        "shapes": {"gain": "over rigid", "gain_paper": "paper's"},
+    }[scale]
+    header = ["row", "runs", *(h for m in METRICS for h in (m, *comparison.values()))]
+    header += ["#P (M)", "train (s/iter)", "inference (s/image)"]
+    parts = []
+    for table in TABLES:
+        rendered = [_render_line(x, tuple(comparison)) for x in lines if x["table"] == table]
+        if rendered:
+            text = tabulate(rendered, header, tablefmt="github", disable_numparse=True)
+            parts.append(f"Table {table}\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def write_tables(rows: dict[str, dict[str, str]], output: Path, scale: str) -> str:
+    """Writes ``tables.md`` and ``tables.csv`` of what is finished; returns the Markdown."""
+    lines = collect(rows, output)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    _write(output / "tables.csv", text.getvalue())
+    markdown = render(lines, scale)
+    _write(output / "tables.md", markdown)
+    return markdown

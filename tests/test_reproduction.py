@@ -1,0 +1,240 @@
+"""tools/reproduce_tables.py: plans for every row, real runs of two, and the tables."""
+
+import csv
+import io
+import json
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from test_engine import OPTIONS, datasets_root, replace_registered  # noqa: F401  (a fixture)
+
+from dk_detectron import reproduction
+from dk_detectron.analysis import CONFIGS, load_config, paper_rows
+from dk_detectron.data import datasets
+from dk_detectron.reproduction import (
+    Settings,
+    collect,
+    execute,
+    family,
+    plan,
+    render,
+    row_name,
+    select_rows,
+)
+
+ROOT = Path(__file__).parent.parent
+ROWS = "MNV2", "MNV2_dk_l3"
+TINY = [*OPTIONS, "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"]
+
+
+def run_tool(*args) -> tuple[str, str]:
+    """The error, empty if there is none, and the output."""
+    tool = runpy.run_path(str(ROOT / "tools" / "reproduce_tables.py"))
+    output = io.StringIO()
+    with patch.object(sys, "argv", ["tool", *map(str, args)]), redirect_stdout(output):
+        try:
+            tool["main"]()
+        except SystemExit as error:
+            return str(error.code), output.getvalue()
+    return "", output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def environment(datasets_root):  # noqa: F811
+    """The small data set in place of the shapes, here and in the runs; val serves as test too."""
+    annotations = datasets_root / "shapes" / "annotations"
+    content = json.loads((annotations / "instances_val.json").read_text())
+    del content["annotations"]
+    (annotations / "image_info_test.json").write_text(json.dumps(content))
+    (datasets_root / "shapes" / "test").symlink_to("val")
+    replace_registered(datasets, datasets_root)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DETECTRON2_DATASETS", str(datasets_root))
+        patched.setenv("PYTHONPATH", str(ROOT))
+        patched.setenv("OMP_NUM_THREADS", "1")
+        yield
+    replace_registered(datasets, datasets.datasets_root())
+
+
+@pytest.fixture(scope="module")
+def finished(environment, tmp_path_factory):
+    """The tool's arguments, and where its two runs are."""
+    output = tmp_path_factory.mktemp("tables")
+    arguments = ["--scale", "shapes", "--rows", *ROWS, "--seeds", 0, "--output", output]
+    error, printed = run_tool(*arguments, "--opts", *TINY)
+    assert not error, error + printed
+    return arguments, output, printed
+
+
+def test_two_rows_are_trained_and_tabulated(finished):
+    _, output, printed = finished
+    assert "[1/2] MNV2, seed 0" in printed and "[2/2] MNV2_dk_l3, seed 0" in printed
+    for name in ROWS:
+        result = json.loads((output / name / "seed_0" / "result.json").read_text())
+        metrics = json.loads((output / name / "seed_0" / "evaluation.json").read_text())["bbox"]
+        assert (result["row"], result["seed"], result["dataset"]) == (name, 0, "shapes_val")
+        assert result["AP"] == metrics["AP"] and result["APl"] is None
+        assert result["train_seconds"] > 0 and result["inference_seconds"] > 0
+        weights = torch.load(output / name / "seed_0" / "model_final.pth", weights_only=True)
+        fixed = re.compile("running_|num_batches_tracked|pixel_|cell_anchors")
+        learnt = {k: v for k, v in weights["model"].items() if not fixed.search(k)}
+        assert result["parameters"] == sum(v.numel() for v in learnt.values())
+        assert ("offset_generator" in " ".join(learnt)) == (name == "MNV2_dk_l3")
+    assert printed.endswith((output / "tables.md").read_text() + "\n")
+    lines = list(csv.DictReader(io.StringIO((output / "tables.csv").read_text())))
+    assert [(line["row"], line["runs"]) for line in lines] == [(name, "1") for name in ROWS]
+    assert lines[1]["AP_paper"] == "32.9" and lines[1]["APl"] == ""
+
+
+def test_what_is_finished_is_not_repeated(finished):
+    arguments, output, printed = finished
+    with patch.object(subprocess, "run", side_effect=AssertionError("a command ran")):
+        error, again = run_tool(*arguments, "--opts", *TINY)
+        assert not error and again == printed
+        error, tables = run_tool(*arguments, "--collect-only")
+        assert not error and tables == (output / "tables.md").read_text() + "\n"
+        assert run_tool(*arguments, "--dry-run", "--opts", *TINY) == ("", "")
+
+
+def test_other_settings_do_not_mix(finished):
+    arguments, output, _ = finished
+    error, _ = run_tool(*arguments, "--opts", *TINY, "SOLVER.MAX_ITER", 7)
+    assert error.startswith(f"error: {output}: expected runs with") and "another --output" in error
+
+
+def test_an_interrupted_run_goes_on_to_the_submission(finished, monkeypatch):
+    _, output, _ = finished
+    monkeypatch.setattr(reproduction, "TEST_DEV", "shapes_test")
+    (run,) = plan(
+        select_rows([3], ["MNV2"]), Settings("shapes", opts=TINY), output, [0], test_dev=True
+    )
+    # As a run leaves it that is killed after its fourth step.
+    for name in "result.json", "evaluation.json", "model_final.pth", "model_0000005.pth":
+        (run.folder / name).unlink()
+    (run.folder / "last_checkpoint").write_text("model_0000003.pth")
+    assert len(run.commands) == 3
+    execute(run)
+    assert "Starting training from iteration 4" in (run.folder / "reproduce.log").read_text()
+    assert (run.folder / "result.json").exists() and run.archive.exists()
+    assert run.archive.name == "detections_test-dev2017_MNV2_seed0_results.zip"
+    assert run.commands == []
+
+
+def test_failures_are_told_and_the_others_still_run(environment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduction, "TOOLS", tmp_path)
+    (tmp_path / "train_net.py").write_text("import sys; sys.exit('no memory')")
+    output = tmp_path / "tables"
+    error, printed = run_tool(
+        "--scale", "shapes", "--rows", *ROWS, "--seeds", 3, "--output", output
+    )
+    assert error == "error: 2 of 2 runs failed; the same command tries them again"
+    told = capsys.readouterr().err
+    assert f"error: MNV2, seed 3: exit status 1; the end of {output}/MNV2/seed_3/rep" in told
+    assert told.count("no memory") == 2
+    assert "| MNV2_dk_l3 | 0 " in printed
+
+
+def test_every_row_has_a_plan_on_coco():
+    rows = select_rows([3, 4])
+    assert len(rows) == 18 and list(select_rows([4])) == [*rows][10:]
+    runs = plan(rows, Settings("coco", 8, "imagenet/{row}.pth"), Path("out"), [42], test_dev=True)
+    for run, row in zip(runs, paper_rows(3, 4), strict=True):
+        assert (CONFIGS / "ImageNet" / f"{run.row}.yaml").is_file()
+        assert run.config.MODEL.WEIGHTS == f"imagenet/{run.row}.pth"
+        assert run.config.DATASETS.TRAIN == ("coco_2017_train",) and run.config.SEED == 42
+        train, evaluate, submit = run.commands
+        assert train[3] == str(CONFIGS / row["config"]) and train[4:7] == [
+            "--num-gpus", "8", "--resume",
+        ]  # fmt: skip
+        results = f"out/{run.row}/seed_42/test-dev/inference/coco_2017_test-dev"
+        assert "--eval-only" in evaluate and "('coco_2017_test-dev',)" in evaluate
+        assert evaluate[-1] == f"out/{run.row}/seed_42/test-dev"
+        assert submit[2] == f"{results}/coco_instances_results.json"
+        assert submit[3] == MetadataCatalog.get("coco_2017_test-dev").json_file
+
+
+def test_every_row_has_a_plan_on_shapes():
+    rows = select_rows([3, 4])
+    runs = plan(rows, Settings("shapes"), Path("out"), [0, 1])
+    assert len({run.folder for run in runs}) == 36
+    for run in runs[:18]:
+        row = load_config(CONFIGS / rows[run.row]["config"])
+        assert run.config.MODEL.DEFORM_KERNEL == row.MODEL.DEFORM_KERNEL
+        assert run.config.MODEL.BACKBONE.NAME == row.MODEL.BACKBONE.NAME
+        assert run.config.SOLVER.OFFSET_LR_FACTOR == row.SOLVER.OFFSET_LR_FACTOR
+        assert (run.config.MODEL.MOBILENETV2.NORM, run.config.MODEL.ROI_HEADS.NUM_CLASSES) == (
+            "BN", 6,
+        )  # fmt: skip
+        assert family(run.row) != "R_50_DW" or run.config.MODEL.RESNETS.NORM == "BN"
+
+
+def write_result(output: Path, row: str, seed: int, ap: float, **changes) -> None:
+    folder = output / row / f"seed_{seed}"
+    folder.mkdir(parents=True)
+    result = {
+        "row": row, "seed": seed, "AP": ap, "APs": ap - 10, "APm": ap, "APl": None,
+        "parameters": 5_250_000, "train_seconds": 0.25, "inference_seconds": None,
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result | changes))
+
+
+def test_tables_by_hand(tmp_path):
+    for seed, (rigid, ours) in enumerate([(30, 34), (31, 33), (32, 38)]):
+        write_result(tmp_path, "MNV2", seed, rigid)
+        write_result(tmp_path, "MNV2_dk_l3", seed, ours)
+    write_result(tmp_path, "MNV2_dcn", 0, 36)
+    rows = select_rows([3, 4], ["MNV2_dk_l3", "MNV2_dcn", "R_50_DW"])
+    r50, dk, dcn = collect(rows, tmp_path)
+    assert dk["runs"] == 3 and dk["AP"] == 35 and dk["AP_std"] == pytest.approx(7**0.5)
+    assert dk["AP_paper"] == 32.9 and dk["AP_difference"] == pytest.approx(2.1)
+    assert dk["AP_gain"] == 4 and dk["AP_gain_paper"] == pytest.approx(32.9 - 31.3)
+    assert dcn["AP_std"] is None and dcn["AP_gain"] == 5
+    assert (r50["runs"], r50["AP"], r50["AP_gain"], r50["AP_paper"]) == (0, None, None, 36.6)
+
+    def cells(text, row):
+        line = next(x for x in text.splitlines() if x.startswith(f"| {row} "))
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    coco = render([r50, dk, dcn], "coco")
+    assert coco.index("Table 3") < coco.index("| MNV2_dk_l3") < coco.index("Table 4")
+    assert cells(coco, "MNV2_dk_l3") == [
+        "MNV2_dk_l3", "3", "35.0 ± 2.6", "32.9", "+2.1", "25.0 ± 2.6", "19.5", "+5.5",
+        "35.0 ± 2.6", "36.0", "-1.0", "–", "42.5", "–", "5.2", "0.250", "–",
+    ]  # fmt: skip
+    shapes = render([r50, dk, dcn], "shapes")
+    assert cells(shapes, "MNV2_dcn")[:5] == ["MNV2_dcn", "1", "36.0", "+5.0", "+3.1"]
+    assert cells(shapes, "R_50_DW")[:5] == ["R_50_DW", "0", "–", "–", "+0.0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "cats"], "--rows: expected some of R_50_DW, .*, got cats"),
+        (["--table", "3", "--rows", "MNV2_dcn"], "--rows: expected some of .*, got MNV2_dcn"),
+        (["--weights", "no/{row}.pth"], "(json_file|image_root) at|no/R_50_DW.pth"),
+        (["--scale", "shapes", "--opts", "SOLVER.STEP", "3"], "Non-existent key: SOLVER.STEP"),
+        (
+            ["--scale", "shapes", "--opts", "DATASETS.TEST", "('shapes_val', 'trees_val')"],
+            "expected one data set, got .*trees_val",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(arguments, message, environment, tmp_path):
+    output = tmp_path / "tables"
+    error, _ = run_tool("--output", output, *arguments)
+    assert error.startswith("error: ") and re.search(message, error)
+    assert not output.exists()
+
+
+def test_names_are_those_of_the_classifiers():
+    assert [row_name(row) for row in paper_rows(3)][:3] == [
+        "R_50_DW", "R_50_DW_dk_g3", "R_50_DW_dk_g1_g3",
+    ]  # fmt: skip
