@@ -20,9 +20,7 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
     default_setup,
@@ -34,6 +32,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from .amp import build_loop, check_amp
 from .checkpoint import Checkpointer, refuse_pickle
 from .config import add_dk_config
 
@@ -61,6 +60,7 @@ def setup(args) -> CfgNode:
             f"SOLVER.OPTIMIZER: expected one of {', '.join(OPTIMIZERS)}, "
             f"got {cfg.SOLVER.OPTIMIZER!r}"
         )
+    check_amp(cfg)
     check_datasets(cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
     cfg.freeze()
@@ -129,8 +129,7 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         device_ids = None if cfg.MODEL.DEVICE == "cpu" else [comm.get_local_rank()]
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        self._trainer = build_loop(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -141,6 +140,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
+        if cfg.MODEL.BACKBONE.COMPILE:
+            model.backbone.compile(dynamic=True)  # in place, so that names stay as they are
         # Convolutions hand on the layout of their weights.
         return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
 
