@@ -23,10 +23,8 @@ from detectron2.data import (
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
     HookBase,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
     default_argument_parser,
@@ -43,6 +41,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from .amp import build_loop, check_amp
 from .checkpoint import Checkpointer, refuse_pickle, replacing, write_checkpoint
 from .config import add_dk_config
 from .data.datasets import check_on_disk
@@ -96,6 +95,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
             f"SOLVER.OPTIMIZER: expected one of {', '.join(OPTIMIZERS)}, "
             f"got {cfg.SOLVER.OPTIMIZER!r}"
         )
+    check_amp(cfg)
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
         raise ValueError(f"SOLVER.EMA_DECAY: expected 0 <= decay < 1, got {cfg.SOLVER.EMA_DECAY}")
     needed = "TEST" if args.eval_only else "TRAIN"
@@ -186,8 +186,7 @@ class BaseTrainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         device_ids = None if cfg.MODEL.DEVICE == "cpu" else [comm.get_local_rank()]
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        self._trainer = build_loop(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -240,6 +239,8 @@ class BaseTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
+        if cfg.MODEL.BACKBONE.COMPILE:
+            model.backbone.compile(dynamic=True)  # in place, so that names stay as they are
         return to_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
 
     @classmethod

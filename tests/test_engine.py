@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import cv2
@@ -18,9 +19,12 @@ import pytest
 import torch
 import torchvision
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
+from dk_detectron.amp import build_loop
 from dk_detectron.analysis import CONFIGS, load_config
 from dk_detectron.engine import Trainer, setup
+from dk_detectron.layers import LocalDeformKernel2d
 
 ROOT = Path(__file__).parent.parent
 # The demo's network, smaller still, on a data set in the place of "shapes".
@@ -361,6 +365,81 @@ def test_colours_vary_if_asked(jitter, datasets_root):
     assert spread > 5 if jitter else spread < 1e-3
 
 
+class Probe(torch.nn.Module):
+    """A detector's contract, a loss by name, around one layer; it notes the type of its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = LocalDeformKernel2d(8, 8, 3, padding=1, groups=8)
+        self.dtypes = []
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.dtypes.append(y.dtype)
+        return {"loss": y.float().square().mean()}
+
+
+def amp_config(enabled=True, precision="float16"):
+    cfg = load_config(CONFIG)
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = enabled, precision
+    return cfg
+
+
+def run_loop(cfg, batches):
+    """Steps of SGD: the model, its loop and the losses."""
+    torch.manual_seed(0)
+    model = Probe()
+    loop = build_loop(cfg, model, batches, torch.optim.SGD(model.parameters(), lr=0.1))
+    with EventStorage() as storage:
+        for loop.iter in range(len(batches)):
+            loop.run_step()
+            storage.step()
+        losses = [value for value, _ in storage.history("total_loss").values()]
+    return model, loop, losses
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_mixed_precision_trains_as_float32_does(precision):
+    batches = [torch.randn(2, 8, 9, 10) for _ in range(3)]
+    model, loop, losses = run_loop(amp_config(precision=precision), batches)
+    expected, _, expected_losses = run_loop(amp_config(enabled=False), batches)
+    dtype = getattr(torch, precision)
+    assert model.dtypes == [dtype] * 3 and expected.dtypes == [torch.float32] * 3
+    # Inputs, weights and outputs are each rounded by at most half of eps; the loss has the square.
+    tolerance = 2 * 1.5 * torch.finfo(dtype).eps
+    assert losses == pytest.approx(expected_losses, rel=tolerance)
+    assert losses != expected_losses
+    # Only activations are of low precision.
+    for (name, actual), target in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert actual.dtype == torch.float32
+        scale = target.abs().max().item()
+        torch.testing.assert_close(actual, target, rtol=0, atol=tolerance * scale + 1e-3, msg=name)
+    assert loop.grad_scaler.is_enabled() == (precision == "float16")
+
+
+def test_float16_skips_a_step_that_overflows_and_scales_less():
+    batches = [torch.randn(2, 8, 9, 10), torch.full((2, 8, 9, 10), 6e4), torch.randn(2, 8, 9, 10)]
+    model, loop, _ = run_loop(amp_config(), batches[:1])
+    before, scale = deepcopy(model.state_dict()), loop.grad_scaler.get_scale()
+    loop._data_loader_iter_obj = iter(batches[1:])
+    loop._write_metrics = lambda *args: None  # which stops at an infinite loss
+    loop.run_step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert loop.grad_scaler.get_scale() == scale / 2
+    loop.run_step()
+    assert not all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_detector_trains_and_resumes_in_bfloat16_on_a_cpu(datasets_root, tmp_path):
+    options = "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"
+    result = train(datasets_root, tmp_path, *options, "SOLVER.MAX_ITER", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = train(datasets_root, tmp_path, "--resume", *options, "SOLVER.MAX_ITER", 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    assert all(t.dtype == torch.float32 for t in weights.values() if t.is_floating_point())
+
+
 def arguments(**changes) -> Namespace:
     defaults = {"config_file": str(CONFIG), "opts": [], "eval_only": False, "resume": False}
     return Namespace(**(defaults | changes))
@@ -382,6 +461,11 @@ def arguments(**changes) -> Namespace:
         ),
         ({"opts": ["MODEL.WEIGHTS", "detectron2://a.pkl"]}, ValueError, "got a pickle file"),
         ({"opts": ["SOLVER.OPTIMIZER", "Adam"]}, ValueError, "one of SGD, AdamW, got 'Adam'"),
+        (
+            {"opts": ["SOLVER.AMP.PRECISION", "fp16"]},
+            ValueError,
+            "SOLVER.AMP.PRECISION: expected one of float16, bfloat16, got 'fp16'",
+        ),
         ({"opts": ["DATASETS.TRAIN", "('cats',)"]}, ValueError, "registered data set.* got 'cats'"),
         ({"opts": ["DATASETS.TEST", "('trees_val',)"]}, FileNotFoundError, "prepare_trees.py"),
         ({"eval_only": True}, ValueError, "MODEL.WEIGHTS: expected a checkpoint to evaluate"),

@@ -1,6 +1,8 @@
 """The networks are the paper's: every row of its tables builds, with exactly its parameters."""
 
 import csv
+from copy import deepcopy
+from functools import partialmethod
 from pathlib import Path
 
 import detectron2
@@ -21,6 +23,7 @@ from dk_detectron.analysis import (
     load_config,
     paper_rows,
 )
+from dk_detectron.engine import Trainer
 from dk_detectron.layers import (
     AdaptiveConv2d,
     CondConv2d,
@@ -275,7 +278,15 @@ def test_stride_placement():
 def test_a_plain_detectron2_config_is_unchanged():
     plain, extended = get_cfg(), get_cfg()
     add_dk_config(extended)
-    for node in extended.MODEL, extended.SOLVER, extended.INPUT, extended.DATALOADER:
+    nodes = (
+        extended.MODEL,
+        extended.MODEL.BACKBONE,
+        extended.SOLVER,
+        extended.SOLVER.AMP,
+        extended.INPUT,
+        extended.DATALOADER,
+    )
+    for node in nodes:
         for key in (
             "DEFORM_KERNEL",
             "MOBILENETV2",
@@ -289,9 +300,93 @@ def test_a_plain_detectron2_config_is_unchanged():
             "WARMUP_EPOCHS",
             "CROP_SIZE",
             "SKIP_CORRUPT",
+            "COMPILE",
+            "GRADIENT_CHECKPOINTING",
+            "PRECISION",
         ):
             node.pop(key, None)
     assert extended == plain
+
+
+# A detector of each family and kind of norm; frozen norms have statistics, too.
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
+@pytest.mark.parametrize("config", ["MNV2_FPN_dcn_dk_l3", "R_50_DW_FPN_scc_dk_l3"])
+def test_gradient_checkpointing_gives_the_same_bits_with_less_memory(config, norm):
+    key = "MOBILENETV2.NORM" if "MNV2" in config else "RESNETS.NORM"
+    results = {}
+    for on in False, True:
+        opts = f"MODEL.{key}", norm, "MODEL.BACKBONE.GRADIENT_CHECKPOINTING", on
+        model = small_detector(f"COCO-Detection/faster_rcnn_{config}_1x.yaml", *opts)
+        sample = draw_sample()
+        results[on] = [*training_step(model, [sample] * 2), deepcopy(model.state_dict())]
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = model.backbone.bottom_up(torch.randn(1, 3, 64, 96))
+        parameters = {p.data_ptr() for p in model.parameters()}
+        results[on].append(sum(size for data, size in saved.items() if data not in parameters))
+        del features
+    (*expected, much), (*actual, little) = results[False], results[True]
+    for theirs, ours in zip(expected, actual, strict=True):
+        assert theirs.keys() == ours.keys()
+        for name, tensor in theirs.items():
+            assert (tensor is None and ours[name] is None) or torch.equal(tensor, ours[name]), name
+    if norm == "BN":  # one step, counted once
+        assert actual[2]["backbone.bottom_up.res4.0.conv2.norm.num_batches_tracked"] == 1
+    assert little < much / 3, (little, much)
+
+
+def test_gradient_checkpointing_does_nothing_outside_training(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("checkpointed")
+
+    monkeypatch.setattr("dk_detectron.modeling.block.checkpoint", refuse)
+    backbone = backbone_with("MNV2_dk_l3", **{"BACKBONE.GRADIENT_CHECKPOINTING": True})
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        backbone(x)
+    backbone.eval()(x)
+    with pytest.raises(AssertionError, match="checkpointed"):
+        backbone.train()(x)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_a_compiled_backbone_learns_the_same_from_images_of_any_size(checkpointing, monkeypatch):
+    """Without the generation of code, which takes minutes: its graphs are run as they are."""
+    compile_ = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    torch._dynamo.reset()
+    opts = ["MODEL.MOBILENETV2.OUT_FEATURES", ["res2"], "MODEL.CLASSIFIER.NUM_CLASSES", 4]
+    opts += ["MODEL.BACKBONE.GRADIENT_CHECKPOINTING", checkpointing]
+    models = {}
+    for on in False, True:
+        torch.manual_seed(0)
+        switch = "MODEL.BACKBONE.COMPILE", on
+        models[on] = Trainer.build_model(
+            load_config(CONFIGS / "ImageNet" / "MNV2_dk_l3.yaml", [*opts, *switch])
+        )
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    for size in (2, 3, 64, 96), (2, 3, 96, 64), (3, 3, 160, 128):
+        images, losses = torch.randn(size), []
+        for model in models.values():
+            model.zero_grad()
+            losses.append(model(images).logsumexp(1).mean())
+            losses[-1].backward()
+        # The same operators on the same numbers, but for what decomposition may reorder.
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            scale = p.grad.abs().max().item()
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-4 * scale, msg=name)
+    assert graphs["unique_graphs"] == 1
+    expected, actual = (model.state_dict() for model in models.values())
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
 from ..layers import msra_fill
+from .block import Block, checkpoint_blocks
 from .build import (
     BlockConvs,
     block_convs,
@@ -44,7 +45,7 @@ GROUPS = (
 )
 
 
-class InvertedResidualBlock(CNNBlockBase):
+class InvertedResidualBlock(Block):
     """1x1 expansion, depthwise 3x3, linear 1x1 projection, and the identity where shapes allow."""
 
     def __init__(
@@ -97,7 +98,7 @@ class InvertedResidualBlock(CNNBlockBase):
             if conv is not None:
                 msra_fill(conv)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
         out = x if self.conv1 is None else self.conv1(x)
         out = self.conv3(self.conv2(out))
         return x + out if self.stride == 1 and self.in_channels == self.out_channels else out
@@ -131,7 +132,7 @@ class MobileNetV2Stem(CNNBlockBase):
         return self.block(self.conv1(x))
 
 
-class FinalConvBlock(CNNBlockBase):
+class FinalConvBlock(Block):
     """The last 1x1 convolution, to the features that the classifier sees."""
 
     def __init__(self, in_channels: int, out_channels: int, *, convs: BlockConvs, norm: str = "BN"):
@@ -146,7 +147,7 @@ class FinalConvBlock(CNNBlockBase):
         )
         msra_fill(self.conv1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
         return self.conv1(x)
 
 
@@ -164,6 +165,7 @@ def build_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     out_features  = cfg.MODEL.MOBILENETV2.OUT_FEATURES
     res5_channels = cfg.MODEL.MOBILENETV2.RES5_CHANNELS
     freeze_at     = cfg.MODEL.BACKBONE.FREEZE_AT
+    checkpointing = cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING
     # fmt: on
     last = GROUPS[-1].out_channels
     if res5_channels not in (last, 1280):
@@ -190,7 +192,10 @@ def build_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     if res5_channels != last:
         convs = block_convs(cfg, "res5")
         stages["res5"].append(FinalConvBlock(last, res5_channels, convs=convs, norm=norm))
-    return ResNet(stem, list(stages.values()), out_features=out_features, freeze_at=freeze_at)
+    backbone = ResNet(stem, list(stages.values()), out_features=out_features, freeze_at=freeze_at)
+    if checkpointing:
+        checkpoint_blocks(backbone)
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()

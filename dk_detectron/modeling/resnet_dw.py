@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from torch import Tensor, nn
 
 from ..layers import msra_fill
+from .block import Block, checkpoint_blocks
 from .build import (
     STAGES,
     BlockConvs,
@@ -23,7 +24,7 @@ from .build import (
 BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
-class DepthwiseBottleneckBlock(CNNBlockBase):
+class DepthwiseBottleneckBlock(Block):
     """1x1, depthwise 3x3, 1x1, and a projection shortcut where the shape changes."""
 
     def __init__(
@@ -84,7 +85,7 @@ class DepthwiseBottleneckBlock(CNNBlockBase):
         for conv in (self.conv1, self.conv2, self.conv3):
             msra_fill(conv)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
         out = F.relu_(self.conv1(x))
         out = F.relu_(self.conv2(out))
         out = self.conv3(out) + self.shortcut(x)
@@ -107,6 +108,7 @@ def build_resnet_dw_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     norm          = norm_layer(cfg.MODEL.RESNETS.NORM)
     out_features  = cfg.MODEL.RESNETS.OUT_FEATURES
     freeze_at     = cfg.MODEL.BACKBONE.FREEZE_AT
+    checkpointing = cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING
     # fmt: on
     if depth not in BLOCKS_PER_STAGE:
         raise ValueError(
@@ -139,7 +141,10 @@ def build_resnet_dw_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             )
         )
         in_channels = out_channels
-    return ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    backbone = ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
+    if checkpointing:
+        checkpoint_blocks(backbone)
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()
