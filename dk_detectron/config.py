@@ -36,8 +36,8 @@ def add_dk_config(cfg: CN) -> None:
     # Keep activations in channels_last, the layout in which the operators are fastest.
     cfg.MODEL.CHANNELS_LAST = False
 
-    # Compile the backbone with torch.compile, with dynamic shapes. The first steps take minutes; on a
-    # CPU, torch's compiler nevertheless starts again for every new image size.
+    # Compile the backbone with torch.compile, with dynamic shapes. The first steps take minutes;
+    # on a CPU, torch's compiler nevertheless starts again for every new image size.
     cfg.MODEL.BACKBONE.COMPILE = False
     # Gradient checkpointing: the residual blocks keep their inputs alone and compute the rest again
     # in the backward pass. The same gradients with less memory, in about a third more time.

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from dk_detectron.data import datasets
+from dk_detectron.data.shapes import write_split
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
@@ -111,3 +115,49 @@ def test_torchvision_stands_in_with_equal_results():
     x = torch.randn(1, 3, 64, 64)
     ours, theirs = (m.backbone.bottom_up(x)["res5"] for m in (ours.eval(), theirs.eval()))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * ours.abs().max().item())
+
+
+@pytest.fixture
+def benchmark_data(tmp_path, monkeypatch):
+    """The tool, with twelve drawn shapes in the place of the data set."""
+    write_split(tmp_path / "shapes", "train", 12, seed=0, side=64)
+    splits = {name: file for name, file in datasets.SPLITS.items() if name == "shapes_train"}
+    monkeypatch.setattr(datasets, "SPLITS", splits)
+
+    def register(root):
+        DatasetCatalog.remove("shapes_train")
+        MetadataCatalog.remove("shapes_train")
+        datasets.register_all(root)
+
+    register(tmp_path)
+    yield load_tool("benchmark_data")
+    register(datasets.datasets_root())
+
+
+def test_data_loading_is_measured_against_training(benchmark_data, monkeypatch, capsys):
+    config = TOOLS.parent / "configs" / "demo" / "shapes_MNV2_FPN_dk_l3.yaml"
+    arguments = f"--config-file {config} --workers 0 2 --images 8 --steps 1"
+    small = "INPUT.MIN_SIZE_TRAIN (64,) SOLVER.IMS_PER_BATCH 2"
+    monkeypatch.setattr(sys, "argv", f"benchmark_data.py {arguments} {small}".split())
+    benchmark_data.main()
+    report = capsys.readouterr().out
+    first, second, _ = report.split("\n\n")
+    stages = [line.split("|")[1:-1] for line in first.splitlines()[2:]]
+    assert [name.strip() for name, _, _ in stages] == ["decode", "augment", "collate"]
+    assert sum(float(share) for _, _, share in stages) == pytest.approx(100, abs=2)
+    rows = [[float(x) for x in line.split("|")[1:-1]] for line in second.splitlines()[2:]]
+    assert [row[0] for row in rows] == [0, 2]
+    assert all(rate > 0 and over > 0 for _, rate, over in rows)
+    assert "Recommended: DATALOADER.NUM_WORKERS" in report
+
+
+@pytest.mark.parametrize(
+    ("need", "workers", "starves"),
+    [(None, 4, False), (10.0, 0, False), (30.0, 2, False), (500.0, 4, True)],
+)
+def test_the_recommendation_is_the_fewest_workers_that_suffice(need, workers, starves):
+    tool = load_tool("benchmark_data")
+    rates = {0: 20.0, 2: 38.0, 4: 60.0, 8: 61.0}
+    text = tool.advice(rates, need, {"decode": 9.0, "augment": 4.0, "collate": 0.1})
+    assert text.startswith(f"DATALOADER.NUM_WORKERS {workers}")
+    assert ("the model waits" in text and "decode" in text) == starves
