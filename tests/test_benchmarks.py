@@ -153,7 +153,7 @@ def test_data_loading_is_measured_against_training(benchmark_data, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("need", "workers", "starves"),
-    [(None, 4, False), (10.0, 0, False), (30.0, 2, False), (500.0, 4, True)],
+    [(None, 4, False), (10.0, 2, False), (30.0, 2, False), (500.0, 4, True)],
 )
 def test_the_recommendation_is_the_fewest_workers_that_suffice(need, workers, starves):
     tool = load_tool("benchmark_data")

@@ -111,8 +111,11 @@ def step_rate(cfg: CfgNode, steps: int) -> float:
 
 
 def recommend(rates: dict[int, float], need: float | None) -> int:
-    """The fewest workers that feed ``need`` images a second, else those that still bring more."""
-    ordered = sorted(rates)
+    """The fewest workers that feed ``need`` images a second, else those that still bring more.
+
+    Without workers, training stands still while images load: only if nothing else was measured.
+    """
+    ordered = sorted(filter(None, rates)) or [0]
     if need is not None:
         for workers in ordered:
             if rates[workers] >= MARGIN * need:
