@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 from dk_detectron.amp import PRECISIONS
 from dk_detectron.analysis import load_config
-from dk_detectron.engine import Trainer, check_datasets
+from dk_detectron.engine import Trainer
 
 # Fed means this much faster than the model, since the time of an image varies.
 MARGIN = 1.2
@@ -154,7 +154,7 @@ def main() -> None:
         parser.error("--workers, --steps: expected no negative number; --images: at least 1")
     cfg = load_config(args.config_file)
     cfg.merge_from_list(args.opts)  # after load_config has chosen the CPU
-    check_datasets(cfg.DATASETS.TRAIN)
+    Trainer.check_datasets(cfg, cfg.DATASETS.TRAIN)
     cfg = Trainer.auto_scale_workers(cfg, 1)  # the batch of one process
 
     costs = stages(cfg, args.images)
