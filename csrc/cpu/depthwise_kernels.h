@@ -332,6 +332,15 @@ DK_INLINE void prefetch(const scalar_t* block) {
     __builtin_prefetch(reinterpret_cast<const char*>(block) + byte, kWrite);
 }
 
+// How tap t of pixel i of a tile reads the scope: sampled or, without kernel offsets, its own cell.
+template <typename V, bool kKernel, typename T>
+DK_INLINE auto scope_sampler(const ScopeTile<T>* scope, int t, int i) {
+  if constexpr (kKernel)
+    return Cells<V, T, int>(scope[t], i);
+  else
+    return Cell<V>{t * kChannelBlock};
+}
+
 // *p += v, a vector.
 template <typename V, typename T>
 DK_INLINE void add_to(T* p, const V& v) {
@@ -382,7 +391,7 @@ struct ForwardPixel {
           continue;
         }
       }
-      const auto sample_weight = weight_sampler<V>(t);
+      const auto sample_weight = scope_sampler<V, kKernel>(scope, t, i);
       const auto sample_value = value_sampler<V>(t);
       const T* w = weight + c;
       const scalar_t* x = input + c;
@@ -399,14 +408,6 @@ struct ForwardPixel {
       if (coef == coef) return;
       for (int u = 0; u < count; ++u) acc[u] += coef;
     }
-  }
-
-  template <typename V>
-  DK_INLINE auto weight_sampler(int t) const {
-    if constexpr (kKernel)
-      return Cells<V, T, int>(scope[t], i);
-    else
-      return Cell<V>{t * kChannelBlock};
   }
 
   template <typename V>
@@ -789,7 +790,7 @@ struct BackwardDataPixel {
     V g[U];
     for (int u = 0; u < U; ++u) g[u] = load<V>(grad_output + c + u * L);
     for (int t = 0; t < taps; ++t) {
-      const auto sample_weight = weight_sampler<V>(t);
+      const auto sample_weight = scope_sampler<V, kKernel>(scope, t, i);
       const Cells<V, T, int64_t> data(image[t], i);
       for (int u = 0; u < U; ++u) {
         const V grad = g[u] * sample_weight(weight + c + u * L);
@@ -799,14 +800,6 @@ struct BackwardDataPixel {
         }
       }
     }
-  }
-
-  template <typename V>
-  DK_INLINE auto weight_sampler(int t) const {
-    if constexpr (kKernel)
-      return Cells<V, T, int>(scope[t], i);
-    else
-      return Cell<V>{t * kChannelBlock};
   }
 };
 
