@@ -24,7 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from .layers import AdaptiveConv2d
+from .layers import AdaptiveConv2d, ScopeConv2d
 from .modeling.mobilenet_v2 import GROUPS, STEM_GROUP
 
 # A backbone under a feature pyramid, one of its own, and one that was saved bare.
@@ -232,6 +232,7 @@ class Report:
             weight, and not in the source.
         unused: names in the source of what the model does not have.
         unexpected: those of the last two that a fitting source would not leave, each in words.
+        sensitivity: of each resampled layer with a scope, by name.
     """
 
     source: str
@@ -241,15 +242,21 @@ class Report:
     initialised: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    sensitivity: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """A table, and what is unexpected."""
+        """A table, how the resampled layers stand, and what is unexpected."""
         rows = []
         for row in "matched", "resampled", "initialised", "unused":
             parts = Counter(map(_part, getattr(self, row)))
             where = ", ".join(f"{part} {count}" for part, count in parts.items())
             rows.append([row, sum(parts.values()), where])
         text = tabulate(rows, [self.kind, "tensors", "where"], tablefmt="github")
+        if self.sensitivity:
+            layers = (f"{name} {100 * s:.0f} %" for name, s in self.sensitivity.items())
+            text += "\n\nChange of the kernels when all taps move by 0.2 cells: " + ", ".join(
+                layers
+            )
         if self.unexpected:
             lines = self.unexpected[:MAX_LINES]
             if more := len(self.unexpected) - len(lines):
@@ -278,14 +285,13 @@ def _part(name: str) -> str:
     )
 
 
-def _resampled(layer: AdaptiveConv2d, rigid: Tensor) -> Tensor:
-    """The weight with which ``layer`` is, at the start, the rigid convolution."""
-    dtype = layer.weight.dtype
+def _started(layer: AdaptiveConv2d, rigid: Tensor) -> AdaptiveConv2d:
+    """A copy of ``layer`` that is the rigid convolution."""
     # Perturbations cancel to the last digit of the type in which they are drawn.
-    exact = torch.promote_types(dtype, torch.float32)
+    exact = torch.promote_types(layer.weight.dtype, torch.float32)
     layer = deepcopy(layer).to("cpu", exact)
     layer.set_rigid_weight(rigid.to(exact))
-    return layer.weight.detach().to(dtype)
+    return layer
 
 
 def convert(
@@ -294,8 +300,8 @@ def convert(
     """Fits a network's weights to a detector or classifier of the same family.
 
     A rigid weight that meets a layer with a scope or experts becomes theirs
-    (:meth:`AdaptiveConv2d.set_rigid_weight`); the generators start at zero, so that the model
-    computes what the source did. Deterministic; neither argument is changed.
+    (:meth:`AdaptiveConv2d.set_rigid_weight`), and its generators what belongs to it, so that the
+    model computes what the source did. Deterministic; neither argument is changed.
 
     Args:
         state: weights of torchvision's or timm's MobileNet-V2, or of this project.
@@ -335,8 +341,15 @@ def convert(
                 converted[name] = new.to(old.dtype)
                 report.matched.append(name)
             elif name in layers and list(new.shape) == layers[name].rigid_shape:
-                converted[name] = _resampled(layers[name], new)
+                layer = _started(layers[name], new)
+                owner = name.removesuffix("weight")
+                converted[name] = layer.weight.detach().to(old.dtype)
+                for key, tensor in layer.state_dict().items():
+                    if GENERATOR.match(key):  # where the taps rest
+                        converted[owner + key] = tensor.to(target[owner + key].dtype)
                 report.resampled.append(name)
+                if isinstance(layer, ScopeConv2d):
+                    report.sensitivity[owner[:-1]] = layer.sensitivity()
             else:
                 misfits.add(name)
                 report.initialised.append(name)

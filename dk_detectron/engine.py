@@ -32,7 +32,11 @@ from detectron2.engine import (
 )
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import COCOEvaluator
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import (
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+    reduce_param_groups,
+)
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -96,6 +100,11 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
             f"got {cfg.SOLVER.OPTIMIZER!r}"
         )
     check_amp(cfg)
+    if not cfg.SOLVER.CLIP_OFFSET_GRADIENTS >= 0:
+        raise ValueError(
+            "SOLVER.CLIP_OFFSET_GRADIENTS: expected a norm, or 0 for no limit, "
+            f"got {cfg.SOLVER.CLIP_OFFSET_GRADIENTS}"
+        )
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
         raise ValueError(f"SOLVER.EMA_DECAY: expected 0 <= decay < 1, got {cfg.SOLVER.EMA_DECAY}")
     needed = "TEST" if args.eval_only else "TRAIN"
@@ -247,7 +256,9 @@ class BaseTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """``SOLVER.OPTIMIZER``, with detectron2's parameter groups.
 
-        The learning rate of offset generators is multiplied by ``SOLVER.OFFSET_LR_FACTOR``.
+        The learning rate of offset generators is multiplied by ``SOLVER.OFFSET_LR_FACTOR``, the
+        norm of their gradients limited by ``SOLVER.CLIP_OFFSET_GRADIENTS``. Their biases, which
+        hold where the taps rest, do not decay.
         """
         # fmt: off
         base_lr       = cfg.SOLVER.BASE_LR
@@ -270,15 +281,22 @@ class BaseTrainer(DefaultTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
             lr_factor_func=lr_factor,
         )
-        optimizer = partial(
-            maybe_add_gradient_clipping(cfg, getattr(torch.optim, cfg.SOLVER.OPTIMIZER)),
-            params,
-            lr=base_lr,
-            weight_decay=weight_decay,
-        )
-        if cfg.SOLVER.OPTIMIZER == "AdamW":
-            return optimizer()
-        return optimizer(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
+        generators = [
+            module
+            for name, module in model.named_modules()
+            if name.endswith("offset_generator") and module.weight.requires_grad
+        ]
+        if generators:
+            resting = {"params": [generator.bias for generator in generators], "weight_decay": 0.0}
+            params = reduce_param_groups([*params, resting])
+        options = {"lr": base_lr, "weight_decay": weight_decay}
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            options |= {"momentum": cfg.SOLVER.MOMENTUM, "nesterov": cfg.SOLVER.NESTEROV}
+        kind = maybe_add_gradient_clipping(cfg, getattr(torch.optim, cfg.SOLVER.OPTIMIZER))
+        optimizer = kind(params, **options)
+        if limit := cfg.SOLVER.CLIP_OFFSET_GRADIENTS:
+            optimizer.register_step_pre_hook(partial(_clip_each, generators, limit))
+        return optimizer
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -355,6 +373,12 @@ class Trainer(BaseTrainer):
         # The official COCO API, since its numbers are the ones to publish.
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+
+
+def _clip_each(modules: list[nn.Module], limit: float, *_) -> None:
+    """Scales down the gradient of each module, weight and bias together, to a norm of ``limit``."""
+    for module in modules:
+        nn.utils.clip_grad_norm_(module.parameters(), limit)
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:

@@ -2,7 +2,8 @@
 
 All take ``nn.Conv2d``'s arguments in its order, and ``norm`` and ``activation`` as
 ``detectron2.layers.Conv2d`` does. What adapts them is predicted from the input by small generators
-that start at zero, so that every layer starts as a rigid convolution.
+whose weights start at zero, so that every layer starts as a rigid convolution: a drawn one, or the
+given one (:meth:`AdaptiveConv2d.set_rigid_weight`). ``docs/start.md`` has the evidence for how.
 """
 
 from __future__ import annotations
@@ -13,13 +14,7 @@ import torch
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from .ops import (
-    deform_kernel_conv2d,
-    per_image_conv2d,
-    rest_kernel,
-    rest_matrix,
-    sample_kernel,
-)
+from .ops import axis_coefficients, deform_kernel_conv2d, per_image_conv2d, sample_kernel
 
 __all__ = [
     "LocalDeformKernel2d",
@@ -39,12 +34,6 @@ PERTURBATION = 0.5
 
 def _pair(value: Size) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _zero_init(generator: nn.Module) -> nn.Module:
-    nn.init.zeros_(generator.weight)
-    nn.init.zeros_(generator.bias)
-    return generator
 
 
 class AdaptiveConv2d(nn.Module):
@@ -124,23 +113,27 @@ class AdaptiveConv2d(nn.Module):
         """The generator of local offsets: as the target, but C_in -> 2*K and never depthwise."""
         arguments = {**self._conv_arguments, "groups": 1}
         taps = self.kernel_size[0] * self.kernel_size[1]
-        generator = nn.Conv2d(self.in_channels, 2 * taps, self.kernel_size, **arguments, **factory)
-        return _zero_init(generator)
+        return nn.Conv2d(self.in_channels, 2 * taps, self.kernel_size, **arguments, **factory)
+
+    @property
+    def generators(self) -> list[nn.Module]:
+        """The modules that predict what adapts the layer."""
+        return [m for name, m in self.named_children() if name.endswith("_generator")]
 
     def reset_parameters(self) -> None:
-        """Initialises weight and bias as ``nn.Conv2d`` does; the generators stay as they are."""
+        """Initialises weight and bias as ``nn.Conv2d`` does, and the generators to zero."""
         rigid = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, groups=self.groups,
             bias=self.bias is not None,
         )  # fmt: skip
-        self.set_rigid_weight(rigid.weight.detach())
+        self.set_drawn_weight(rigid.weight.detach())
         if self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(rigid.bias)
 
     @torch.no_grad()
     def set_rigid_weight(self, weight: Tensor) -> None:
-        """Makes the layer, while its generators are at zero, the rigid convolution of ``weight``.
+        """Makes the layer exactly the rigid convolution of ``weight``, its generators included.
 
         Args:
             weight: [C_out, C_in / groups, K_h, K_w].
@@ -150,7 +143,17 @@ class AdaptiveConv2d(nn.Module):
         """
         if list(weight.shape) != self.rigid_shape:
             raise ValueError(f"weight: expected {self.rigid_shape}, got {list(weight.shape)}")
+        for generator in self.generators:
+            nn.init.zeros_(generator.weight)
+            nn.init.zeros_(generator.bias)
         self.weight.copy_(self._from_rigid(weight))
+
+    def set_drawn_weight(self, weight: Tensor) -> None:
+        """Makes the layer a start from scratch, given a rigid weight of independent draws.
+
+        Of the variance of ``weight``, but not necessarily the very same convolution.
+        """
+        self.set_rigid_weight(weight)
 
     def _from_rigid(self, weight: Tensor) -> Tensor:
         return weight
@@ -180,36 +183,72 @@ class AdaptiveConv2d(nn.Module):
         return text
 
 
-class _ScopeConv2d(AdaptiveConv2d):
-    """A layer whose weight is a scope that the kernel is sampled from."""
+class ScopeConv2d(AdaptiveConv2d):
+    """A layer whose weight is a scope that the kernel is sampled from.
+
+    The scope starts as smooth as a rigid weight allows: the taps, spread evenly over it, read that
+    weight. From a given one the taps rest there (*"we initialize kernel grids to be uniformly
+    distributed within the scope size"*, appendix D), by the generator's bias. From scratch nothing
+    has to be exact, and they rest in the centre, one cell apart.
+    """
 
     def __init__(self, in_channels, out_channels, kernel_size, *args, scope_size=None, **kwargs):
         kernel_size = _pair(kernel_size)
         scope = tuple(k + 1 for k in kernel_size) if scope_size is None else _pair(scope_size)
-        if len(scope) != 2 or min(scope) < 1:
-            raise ValueError(f"scope_size: expected one or two integers >= 1, got {scope_size!r}")
+        if len(scope) != 2 or any(s < k for s, k in zip(scope, kernel_size, strict=True)):
+            raise ValueError(
+                f"scope_size: expected one or two integers, at least the kernel_size {kernel_size},"
+                f" got {scope_size!r}"
+            )
         self.scope_size = scope
         super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
 
     def _weight_shape(self) -> list[int]:
         return [*self.rigid_shape[:2], *self.scope_size]
 
+    @torch.no_grad()
+    def set_rigid_weight(self, weight: Tensor) -> None:
+        super().set_rigid_weight(weight)
+        self.kernel_offset_generator.bias.copy_(spread_offset(self.scope_size, self.kernel_size))
+
+    @torch.no_grad()
+    def set_drawn_weight(self, weight: Tensor) -> None:
+        super().set_rigid_weight(weight)
+        self.weight.mul_(_centre_gain(self.scope_size, self.kernel_size))
+
     def _from_rigid(self, weight: Tensor) -> Tensor:
-        lifted = lift_to_scope(weight, self.scope_size)
+        scope = lift_to_scope(weight, self.scope_size)
         if 1 not in self.kernel_size:
-            return lifted
-        # Along an axis with a single tap the lifted scope is constant: its offsets would get no
-        # gradient and its cells equal ones, for ever. Perturb them by what the undeformed kernel
-        # does not see.
-        noise = torch.randn_like(lifted)
-        noise = noise - lift_to_scope(rest_kernel(noise, self.kernel_size), self.scope_size)
-        return lifted + PERTURBATION * weight.std(correction=0) * noise
+            return scope
+        # Along an axis with a single tap the scope is constant: its offsets would get no gradient
+        # and its cells equal ones, for ever. Perturb them by what the tap does not see at rest.
+        noise = torch.randn_like(scope)
+        read = noise
+        for axis, (size, taps) in enumerate(zip(self.scope_size, self.kernel_size, strict=True)):
+            read = _along(axis, _spread_coefficients(size, taps), read)
+        noise = noise - lift_to_scope(read, self.scope_size)
+        return scope + PERTURBATION * weight.std(correction=0) * noise
+
+    @torch.no_grad()
+    def sensitivity(self, distance: float = 0.2) -> float:
+        """How much the kernels change if all taps move from where they rest by ``distance`` cells.
+
+        Returns:
+            The change's norm over the kernels' own, as root mean square over the four directions.
+        """
+        generator = self.kernel_offset_generator
+        rest = generator.bias.double().unsqueeze(0)
+        steps = distance * torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]]).to(rest)
+        moved = rest + steps.repeat(1, generator.bias.numel() // 2)
+        kernels = sample_kernel(self.weight.double(), torch.cat([rest, moved]), self.kernel_size)
+        change = (kernels[1:] - kernels[0]).square().sum() / len(steps)
+        return float((change / kernels[0].square().sum()).sqrt())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scope_size={self.scope_size}"
 
 
-class LocalDeformKernel2d(_ScopeConv2d):
+class LocalDeformKernel2d(ScopeConv2d):
     """Local deformable kernel (section 3.3, eq. 7): kernel offsets for every output location.
 
     Args (beyond those of ``nn.Conv2d``):
@@ -230,7 +269,7 @@ class LocalDeformKernel2d(_ScopeConv2d):
         )
 
 
-class GlobalDeformKernel2d(_ScopeConv2d):
+class GlobalDeformKernel2d(ScopeConv2d):
     """Global deformable kernel (section 3.3): kernel offsets for every image.
 
     Args (beyond those of ``nn.Conv2d``):
@@ -239,7 +278,7 @@ class GlobalDeformKernel2d(_ScopeConv2d):
 
     def _make_generators(self, factory):
         taps = self.kernel_size[0] * self.kernel_size[1]
-        self.kernel_offset_generator = _zero_init(nn.Linear(self.in_channels, 2 * taps, **factory))
+        self.kernel_offset_generator = nn.Linear(self.in_channels, 2 * taps, **factory)
 
     def _convolve(self, x):
         kernel_offset = self.kernel_offset_generator(x.mean((2, 3)))
@@ -264,7 +303,7 @@ class DeformConv2d(AdaptiveConv2d):
         )
 
 
-class DeformKernelConv2d(_ScopeConv2d):
+class DeformKernelConv2d(ScopeConv2d):
     """Deformable convolution with deformable kernels (eq. 11): both offsets, learnt separately.
 
     Args (beyond those of ``nn.Conv2d``):
@@ -307,7 +346,7 @@ class CondConv2d(AdaptiveConv2d):
         return [self.num_experts, *self.rigid_shape]
 
     def _make_generators(self, factory):
-        self.gate_generator = _zero_init(nn.Linear(self.in_channels, self.num_experts, **factory))
+        self.gate_generator = nn.Linear(self.in_channels, self.num_experts, **factory)
 
     def _from_rigid(self, weight):
         # At the start every gate is sigmoid(0) = 1/2. Equal experts would get equal gradients and
@@ -327,8 +366,54 @@ class CondConv2d(AdaptiveConv2d):
         return f"{super().extra_repr()}, num_experts={self.num_experts}"
 
 
+# ---- the start of a scope
+# --------------------------------------------------------------------------
+
+
+def _spread_taps(scope_size: int, kernel_size: int) -> Tensor:
+    """Places of the taps along an axis [K], evenly over the whole scope; a single one: its centre.
+
+    In float64, as everything here: what comes of it is exact in the type of the weight.
+    """
+    centre = (scope_size - 1) / 2
+    first = 0 if kernel_size > 1 else centre
+    return torch.linspace(first, 2 * centre, kernel_size, dtype=torch.float64)
+
+
+def spread_offset(scope_size: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
+    """The kernel offsets [2*K] that spread the taps evenly over the scope, in scope cells."""
+    axes = [
+        _spread_taps(s, k) - (torch.arange(k) + (s - k) / 2)
+        for s, k in zip(scope_size, kernel_size, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten()
+
+
+def _spread_coefficients(scope_size: int, kernel_size: int) -> Tensor:
+    """[K, S]: what each of the spread taps reads from each cell along an axis."""
+    return axis_coefficients(_spread_taps(scope_size, kernel_size), scope_size)
+
+
+def _smooth_inverse(scope_size: int, kernel_size: int) -> Tensor:
+    """[S, K]: the cells of least squared differences along an axis that the spread taps read so."""
+    read = _spread_coefficients(scope_size, kernel_size)
+    difference = torch.eye(scope_size, dtype=torch.float64).diff(dim=0)
+    # Lagrange: the gradient of |difference @ cells|^2 is a combination of the rows of `read`.
+    system = torch.zeros(2 * [scope_size + kernel_size], dtype=torch.float64)
+    system[:scope_size, :scope_size] = difference.t() @ difference
+    system[:scope_size, scope_size:] = read.t()
+    system[scope_size:, :scope_size] = read
+    return torch.linalg.inv(system)[:scope_size, scope_size:]
+
+
+def _along(axis: int, matrix: Tensor, weight: Tensor) -> Tensor:
+    """``matrix`` times every row (axis 0: column) of the kernels in ``weight``."""
+    matrix = matrix.to(weight)
+    return matrix @ weight if axis == 0 else weight @ matrix.t()
+
+
 def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
-    """The smallest scope weight whose undeformed kernel is exactly ``weight`` (exact warm start).
+    """The smoothest scope whose kernel, at :func:`spread_offset`, is exactly ``weight``.
 
     Args:
         weight: [C_out, C_in / groups, K_h, K_w].
@@ -337,12 +422,20 @@ def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
     Returns:
         [C_out, C_in / groups, S_h, S_w].
     """
-    kernel_size, scope_size = tuple(weight.shape[2:]), _pair(scope_size)
-    if scope_size == kernel_size:
-        return weight
-    inverse = torch.linalg.pinv(rest_matrix(scope_size, kernel_size)).to(weight.device)
-    lifted = weight.flatten(2).double() @ inverse.t()
-    return lifted.unflatten(2, scope_size).to(weight.dtype)
+    lifted = weight.double()
+    for axis, (size, taps) in enumerate(zip(_pair(scope_size), weight.shape[2:], strict=True)):
+        lifted = _along(axis, _smooth_inverse(size, taps), lifted)
+    return lifted.to(weight.dtype)
+
+
+def _centre_gain(scope_size: Sequence[int], kernel_size: Sequence[int]) -> float:
+    """By how much taps in the centre of a lifted scope lower the deviation of independent draws."""
+    gain = 1.0
+    for size, taps in zip(scope_size, kernel_size, strict=True):
+        centre = torch.arange(taps, dtype=torch.float64) + (size - taps) / 2
+        read = axis_coefficients(centre, size) @ _smooth_inverse(size, taps)
+        gain /= float(read.square().sum(1).mean()) ** 0.5
+    return gain
 
 
 def msra_fill(module: nn.Module) -> None:
@@ -352,6 +445,6 @@ def msra_fill(module: nn.Module) -> None:
         return
     rigid = torch.empty(module.rigid_shape)
     nn.init.kaiming_normal_(rigid, mode="fan_out", nonlinearity="relu")
-    module.set_rigid_weight(rigid)
+    module.set_drawn_weight(rigid)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

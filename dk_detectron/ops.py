@@ -35,6 +35,7 @@ __all__ = [
     "sample_kernel",
     "per_image_conv2d",
     "composed_deform_kernel_conv2d",
+    "axis_coefficients",
     "rest_kernel",
     "rest_matrix",
 ]
@@ -309,7 +310,7 @@ def _locate(
     return lower, 0 * share if clip and size == 1 else share
 
 
-def _axis_coefficients(location: Tensor, size: int, clip: bool) -> Tensor:
+def axis_coefficients(location: Tensor, size: int, clip: bool = True) -> Tensor:
     """Bilinear coefficients [..., size] of locations [...] along one axis of a scope."""
     lower, share = (t.unsqueeze(-1) for t in _locate(location, size, scope=True, clip=clip))
     cell = torch.arange(size, dtype=location.dtype, device=location.device)
@@ -340,7 +341,7 @@ def _scope_coefficients(
     offsets = _split_offset(kernel_offset)
     for axis, tap in enumerate(_tap_grid(kernel_size, offsets[0])):
         rest = tap + (scope_size[axis] - kernel_size[axis]) / 2
-        axes.append(_axis_coefficients(rest + offsets[axis], scope_size[axis], clip))
+        axes.append(axis_coefficients(rest + offsets[axis], scope_size[axis], clip))
     return (axes[0].unsqueeze(-1) * axes[1].unsqueeze(-2)).flatten(-2)
 
 

@@ -1,5 +1,7 @@
 """The layers: drop-in for nn.Conv2d, rigid at the start, adaptive once their generators move."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,11 @@ from dk_detectron.layers import (
     LocalDeformKernel2d,
     lift_to_scope,
     msra_fill,
+    spread_offset,
 )
-from dk_detectron.ops import deform_kernel_conv2d, per_image_conv2d, rest_matrix
+from dk_detectron.ops import deform_kernel_conv2d, per_image_conv2d, sample_kernel
+
+DATA = Path(__file__).parent / "data"
 
 LAYERS = [
     LocalDeformKernel2d,
@@ -23,6 +28,7 @@ LAYERS = [
     DeformKernelConv2d,
     CondConv2d,
 ]
+SCOPED = [LocalDeformKernel2d, GlobalDeformKernel2d, DeformKernelConv2d]
 # in, out, kernel, stride, padding, dilation, groups
 SHAPES = [
     pytest.param((6, 6, 3, 1, 1, 1, 6), id="depthwise"),
@@ -147,23 +153,86 @@ def test_conditional_layer_mixes_experts_that_differ():
         assert (layer.weight[e] - layer.weight[0]).abs().mean() > 1e-3
 
 
+# ---- the start
+# ----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3), (2, 3)])
 @pytest.mark.parametrize("extra", [(0, 0), (1, 1), (2, 1), (6, 6)])
-def test_lift_is_exact(kernel_size, extra):
+def test_spread_taps_read_the_lifted_kernel_exactly(kernel_size, extra):
     scope_size = tuple(k + e for k, e in zip(kernel_size, extra, strict=True))
     weight = torch.randn(5, 2, *kernel_size, dtype=torch.float64)
-    lifted = lift_to_scope(weight, scope_size)
-    sampled = lifted.flatten(2) @ rest_matrix(scope_size, kernel_size).t()
-    torch.testing.assert_close(sampled, weight.flatten(2), rtol=1e-12, atol=1e-12)
+    offset = spread_offset(scope_size, kernel_size).unsqueeze(0)
+    sampled = sample_kernel(lift_to_scope(weight, scope_size), offset, kernel_size)
+    torch.testing.assert_close(sampled[0], weight, rtol=1e-12, atol=1e-12)
 
 
-def test_lift_to_two_cells_copies():
+def test_lift_by_hand():
+    """Linear between the taps where they lie on cells; else of the least squared differences."""
+    row = torch.tensor([[[[1.0, 2.0, 6.0]]]])
+    expected = {4: [1, 2 - 5 / 6, 2 + 5 / 6, 6], 5: [1, 1.5, 2, 4, 6]}
+    for size, cells in expected.items():
+        torch.testing.assert_close(
+            lift_to_scope(row, (1, size)), torch.tensor([[[cells]]], dtype=torch.float32)
+        )
+    assert spread_offset((1, 4), (1, 3)).tolist() == [0, -0.5, 0, 0, 0, 0.5]
     assert (lift_to_scope(torch.full((1, 1, 1, 1), 3.0), 2) - 3).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("scope_size", [3, 4, 5, 9, (4, 7)])
+@pytest.mark.parametrize("layer", SCOPED)
+def test_a_given_rigid_weight_is_met_exactly_at_every_scope(layer, scope_size):
+    """Whatever the generators have learnt before."""
+    rigid = nn.Conv2d(6, 6, 3, 2, 1, groups=6, bias=False).double()
+    adaptive = layer(6, 6, 3, 2, 1, groups=6, bias=False, scope_size=scope_size).double()
+    randomize_generators(adaptive)
+    adaptive.set_rigid_weight(rigid.weight.detach())
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(adaptive(x), rigid(x), rtol=1e-10, atol=1e-12)
+
+
+def _change(layer: nn.Module, offsets: torch.Tensor) -> float:
+    """Relative change of a layer's kernels when its taps move by ``offsets`` from their start."""
+    rest = layer.kernel_offset_generator.bias.detach().unsqueeze(0)
+    before = sample_kernel(layer.weight.detach(), rest, layer.kernel_size)
+    after = sample_kernel(layer.weight.detach(), rest + offsets, layer.kernel_size)
+    return float((after - before).norm() / before.expand_as(after).norm())
+
+
+@pytest.mark.parametrize("scope_size", range(3, 10))
+@pytest.mark.parametrize("layer", SCOPED)
+def test_a_fifth_of_a_cell_changes_a_fresh_kernel_by_half_at_most(layer, scope_size):
+    """Scopes that are rough make training chaotic: the pseudo-inverse's kernels change by 100 %."""
+    layer = layer(256, 256, 3, padding=1, groups=256, scope_size=scope_size)
+    msra_fill(layer)
+    corners = 0.2 * torch.randint(0, 2, (16, 18)).mul(2).sub(1)  # a fifth along both axes
+    assert _change(layer, corners) < 0.55
+    # sensitivity() is the same for all taps together, along one axis.
+    together = 0.2 * torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]).repeat(1, 9)
+    assert layer.sensitivity() == pytest.approx(_change(layer, together), rel=1e-5)
+
+
+def test_rough_rigid_kernels_become_scopes_that_are_not_rougher():
+    """Alternating kernels, such as real networks have; the pseudo-inverse made changes of 80 %."""
+    rough = torch.tensor([1.0, -1, 1]).outer(torch.tensor([1.0, -1, 1])).expand(4, 1, 3, 3)
+    layer = LocalDeformKernel2d(4, 4, 3, padding=1, groups=4)
+    layer.set_rigid_weight(rough)
+    assert layer.weight.abs().max() <= 1 + 1e-6
+    assert layer.sensitivity() < 0.25
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_version_0_1_give_the_outputs_that_they_gave(layer):
+    content = torch.load(DATA / "layers_0.1.pth", weights_only=True)
+    stored = content[layer.__name__]
+    layer = layer(4, 4, 3, padding=1, groups=4)
+    layer.load_state_dict(stored["model"])
+    torch.testing.assert_close(layer(content["input"]), stored["output"])
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_msra_fill_has_the_rigid_scale(layer):
-    """The undeformed kernel has He et al.'s variance, whatever the scope or the experts."""
+    """A fresh kernel has He et al.'s variance, whatever the scope or the experts."""
     torch.manual_seed(0)
     layer = layer(64, 64, 3, padding=1, bias=False)
     msra_fill(layer)
@@ -199,8 +268,9 @@ def test_bad_arguments_are_refused():
         LocalDeformKernel2d(4, 4, 3, groups=3)
     with pytest.raises(ValueError, match="padding_mode: expected 'zeros', got 'reflect'"):
         DeformConv2d(4, 4, 3, padding_mode="reflect")
-    with pytest.raises(ValueError, match="scope_size: expected one or two integers >= 1, got 0"):
-        LocalDeformKernel2d(4, 4, 3, scope_size=0)
+    for size in 0, 2, (4, 2):
+        with pytest.raises(ValueError, match=r"scope_size: .* at least the kernel_size \(3, 3\)"):
+            LocalDeformKernel2d(4, 4, 3, scope_size=size)
     with pytest.raises(ValueError, match="num_experts: expected an integer >= 1, got 0"):
         CondConv2d(4, 4, 3, num_experts=0)
     with pytest.raises(ValueError, match=r"weight: expected \[4, 1, 3, 3\], got \[4, 1, 4, 4\]"):
