@@ -253,10 +253,8 @@ class Report:
             rows.append([row, sum(parts.values()), where])
         text = tabulate(rows, [self.kind, "tensors", "where"], tablefmt="github")
         if self.sensitivity:
-            layers = (f"{name} {100 * s:.0f} %" for name, s in self.sensitivity.items())
-            text += "\n\nChange of the kernels when all taps move by 0.2 cells: " + ", ".join(
-                layers
-            )
+            layers = ", ".join(f"{name} {100 * s:.0f} %" for name, s in self.sensitivity.items())
+            text += f"\n\nChange of the kernels if all taps move by 0.2 cells: {layers}"
         if self.unexpected:
             lines = self.unexpected[:MAX_LINES]
             if more := len(self.unexpected) - len(lines):

@@ -1,4 +1,4 @@
-"""Warm starts train as their rigid twins do: the scope, where the taps rest, the generators' limit."""
+"""Warm starts train as their rigid twins do: scope, resting taps, the generators' limit."""
 
 import functools
 
@@ -47,7 +47,7 @@ def build(convolution, set_weight=None) -> nn.Sequential:
 
 
 def train(network: nn.Module, steps: int = 60) -> list[float]:
-    """By the optimizer of the MobileNet-V2 configurations, at a rate that the rigid network bears."""
+    """By the MobileNet-V2 configurations' optimizer, at a rate that the rigid network bears."""
     cfg = load_config(CONFIGS / "COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml")
     cfg.SOLVER.BASE_LR = 0.03
     optimizer = Trainer.build_optimizer(cfg, network)
