@@ -1,0 +1,482 @@
+#!/usr/bin/env python
+"""What the start of deformable kernels is worth: docs/start.md's tables.
+
+    tools/study_start.py scratch --output output/start/scratch.jsonl --seeds 0 1 2 3 4
+    tools/study_start.py fine-tuning --output output/start/fine_tuning.jsonl \\
+        --config-file configs/COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml \\
+        --factors 1 0.1 --rates 0.005 0.01 MODEL.WEIGHTS mobilenet_v2-7ebf99e0.pth ...
+    tools/study_start.py curvature --config-file ... MODEL.WEIGHTS ...
+
+Every finished run is a line of --output: the same command goes on after an interruption, and prints
+the table of all that is in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dk_detectron.analysis import load_config
+from dk_detectron.engine import Trainer
+from dk_detectron.layers import LocalDeformKernel2d, ScopeConv2d, msra_fill
+from dk_detectron.ops import axis_coefficients, sample_kernel
+
+# ---- starts
+# ----------------------------------------------------------------------------------------
+
+
+def centre(layer: ScopeConv2d, axis: int) -> Tensor:
+    """[K]: the taps at the operator's zero along an axis."""
+    size, taps = layer.scope_size[axis], layer.kernel_size[axis]
+    return torch.arange(taps, dtype=torch.float64) + (size - taps) / 2
+
+
+@torch.no_grad()
+def set_pseudo_inverse(layer: ScopeConv2d, rigid: Tensor) -> None:
+    """Version 0.1's: the smallest scope whose kernel in the centre is ``rigid``."""
+    layer.set_rigid_weight(rigid)
+    rows, columns = (
+        torch.linalg.pinv(axis_coefficients(centre(layer, axis), layer.scope_size[axis]))
+        for axis in range(2)
+    )
+    layer.weight.copy_(rows @ rigid.double() @ columns.t())
+    nn.init.zeros_(layer.kernel_offset_generator.bias)
+
+
+@torch.no_grad()
+def draw_cells(layer: ScopeConv2d, rigid: Tensor) -> None:
+    """Independent cells; the kernel in the centre has the variance of ``rigid``."""
+    layer.set_drawn_weight(rigid)
+    read = axis_coefficients(centre(layer, 0), layer.scope_size[0]).square().sum(1).mean()
+    layer.weight.normal_(0, float(rigid.std() / read))
+
+
+STARTS: dict[str, Callable[[ScopeConv2d, Tensor], None]] = {
+    "centre": lambda layer, rigid: layer.set_drawn_weight(rigid),
+    "spread": lambda layer, rigid: layer.set_rigid_weight(rigid),
+    "independent cells": draw_cells,
+    "pseudo-inverse": set_pseudo_inverse,
+}
+
+
+class ClampedGenerator(nn.Conv2d):
+    """A generator of offsets whose clipped taps get torch.clamp's gradient: none."""
+
+    scope_size = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset = super().forward(x)
+        rest = torch.arange(3) + (self.scope_size - 3) / 2
+        location = offset.unflatten(1, (3, 3, 2))
+        rows, columns = rest.view(3, 1, 1, 1, 1), rest.view(3, 1, 1, 1)
+        location = location + torch.stack(torch.broadcast_tensors(rows, columns), 2)
+        inside = ((location >= 0) & (location <= self.scope_size - 1)).flatten(1, 3)
+        return torch.where(inside, offset, offset.detach())
+
+
+# ---- where the taps are
+# ----------------------------------------------------------------------------
+
+
+def look_at_taps(layer: LocalDeformKernel2d, offset: Tensor) -> dict[str, float]:
+    """Of a layer's offsets [N, 2*K, H, W]: how far from their start, how many outside the scope."""
+    start = layer.kernel_offset_generator.bias.detach().view(-1, 1, 1)
+    both = torch.stack(torch.meshgrid(centre(layer, 0), centre(layer, 1), indexing="ij"), -1)
+    location = offset + both.flatten().view(-1, 1, 1)
+    last = torch.tensor(layer.scope_size).repeat(start.numel() // 2).view(-1, 1, 1) - 1
+    outside = (location < 0) | (location > last)
+    return {
+        "moved": float((offset - start).abs().mean()),
+        "clipped": float(outside.float().mean()),
+        "dead": float(outside.flatten(2).all(2).all(0).float().mean()),
+    }
+
+
+def watch_taps(model: nn.Module) -> dict[str, dict[str, float]]:
+    """A look at the last forward pass of each local layer, by name, once there was one."""
+    seen = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LocalDeformKernel2d):
+
+            def look(_, inputs, offset, name=name, layer=layer):
+                seen[name] = look_at_taps(layer, offset.detach())
+
+            layer.kernel_offset_generator.register_forward_hook(look)
+    return seen
+
+
+# ---- from scratch: turned, scaled, stretched digits
+# ------------------------------------------------
+
+CHANNELS, WIDE_CHANNELS = 24, 64  # the wide rigid network has about the deformable one's parameters
+PASSES, STEPS, BATCH, RATE = 30, 18, 64, 0.05
+TRAIN_DIGITS = 1200
+
+
+@dataclass(frozen=True)
+class ScratchRun:
+    """``start``: one of STARTS, "rigid" or "wide"."""
+
+    start: str
+    scope: int
+    factor: float
+    limit: float
+    clamp: bool
+    seed: int
+
+
+def draw_digits(digits: Tensor, generator: torch.Generator, size: int = 32) -> Tensor:
+    """[N, 1, 8, 8] -> [N, 1, size, size]: at 0.4 to 1 of it, stretched, turned by any angle."""
+    n = len(digits)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(shape or (n,)).uniform_(low, high, generator=generator)
+
+    scale, angle = uniform(math.log(0.4), 0).exp(), uniform(-math.pi, math.pi)
+    aspect = uniform(-0.4, 0.4).exp()
+    affine = torch.zeros(n, 2, 3)
+    affine[:, 0, 0], affine[:, 0, 1] = angle.cos() / scale * aspect, angle.sin() / scale
+    affine[:, 1, 0], affine[:, 1, 1] = -angle.sin() / scale * aspect, angle.cos() / scale
+    shift = uniform(-1, 1, n, 2) * (1 - scale)[:, None]
+    affine[:, :, 2] = -(affine[:, :, :2] @ shift[:, :, None])[:, :, 0]
+    grid = F.affine_grid(affine, (n, 1, size, size), align_corners=False)
+    return F.grid_sample(digits, grid, align_corners=False)
+
+
+def depthwise(run: ScratchRun, channels: int, stride: int) -> nn.Module:
+    arguments = {"stride": stride, "padding": 1, "groups": channels, "bias": False}
+    if run.start in ("rigid", "wide"):
+        return nn.Conv2d(channels, channels, 3, **arguments)
+    layer = LocalDeformKernel2d(channels, channels, 3, scope_size=run.scope, **arguments)
+    rigid = nn.init.kaiming_normal_(torch.empty(layer.rigid_shape), mode="fan_out")
+    STARTS[run.start](layer, rigid)
+    if run.clamp:
+        layer.kernel_offset_generator.__class__ = ClampedGenerator
+        layer.kernel_offset_generator.scope_size = run.scope
+    return layer
+
+
+def small_network(run: ScratchRun) -> nn.Module:
+    channels = WIDE_CHANNELS if run.start == "wide" else CHANNELS
+
+    def normed(convolution: nn.Module):
+        return convolution, nn.BatchNorm2d(channels), nn.ReLU()
+
+    layers = [*normed(nn.Conv2d(1, channels, 3, 1, 1, bias=False))]
+    for stride in (2, 1, 2, 1, 2):
+        layers += normed(depthwise(run, channels, stride))
+        layers += normed(nn.Conv2d(channels, channels, 1, bias=False))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def train_on_digits(run: ScratchRun) -> dict:
+    """Test error in percent after 30 passes, and where the taps are then."""
+    from sklearn.datasets import load_digits
+
+    torch.set_num_threads(1)
+    data = load_digits()
+    digits = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(data.target)
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    train, test = order[:TRAIN_DIGITS], order[TRAIN_DIGITS:]
+    torch.manual_seed(run.seed)
+    model = small_network(run).to(memory_format=torch.channels_last)
+    generators = [m for n, m in model.named_modules() if n.endswith("offset_generator")]
+    slow = {p for generator in generators for p in generator.parameters()}
+    groups = [{"params": [p for p in model.parameters() if p not in slow], "lr": RATE}]
+    groups += [{"params": list(slow), "lr": RATE * run.factor}] if slow else []
+    optimizer = torch.optim.SGD(groups, lr=RATE, momentum=0.9, nesterov=True, weight_decay=4e-5)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in groups], total_steps=PASSES * STEPS, pct_start=0.1
+    )
+    generator = torch.Generator().manual_seed(run.seed)
+    for _ in range(PASSES):
+        for batch in train[torch.randperm(len(train), generator=generator)].split(BATCH)[:STEPS]:
+            loss = F.cross_entropy(model(draw_digits(digits[batch], generator)), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            if run.limit:
+                for module in generators:
+                    nn.utils.clip_grad_norm_(module.parameters(), run.limit)
+            optimizer.step()
+            schedule.step()
+    seen = watch_taps(model.eval())
+    generator.manual_seed(99)
+    with torch.no_grad():
+        right = [
+            model(draw_digits(digits[test], generator)).argmax(1) == labels[test] for _ in range(3)
+        ]
+    error = 100 - 100 * float(torch.cat(right).float().mean())
+    return {**asdict(run), "error": error, **_mean_of(seen.values())}
+
+
+def _mean_of(looks: Iterable[dict[str, float]]) -> dict[str, float]:
+    looks = list(looks)
+    return {
+        key: statistics.mean(look[key] for look in looks) for key in (looks[0] if looks else ())
+    }
+
+
+# ---- from rigid weights: the first steps of fine-tuning a detector
+# ---------------------------------
+
+# A loss that no detector has and comes back from.
+DIVERGED = 50.0
+
+
+@dataclass(frozen=True)
+class FineTuningRun:
+    """``start``: "spread", as the product does it, or "pseudo-inverse", version 0.1's."""
+
+    config: str
+    start: str
+    limit: float
+    factor: float
+    rate: float
+    seed: int
+    steps: int
+
+
+def build_trainer(config: str, opts: list[str], changes: dict) -> Trainer:
+    cfg = load_config(config, opts)
+    for key, value in changes.items():
+        cfg.merge_from_list([key, value])
+    cfg.OUTPUT_DIR = tempfile.mkdtemp()
+    seed_all_rng(cfg.SEED)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    return trainer
+
+
+def restart(model: nn.Module, start: str) -> None:
+    """Gives every layer with a scope another start from the rigid weight that it has."""
+    for layer in model.modules():
+        if isinstance(layer, ScopeConv2d) and start != "spread":
+            rest = layer.kernel_offset_generator.bias.detach().double().unsqueeze(0)
+            rigid = sample_kernel(layer.weight.detach().double(), rest, layer.kernel_size)[0]
+            STARTS[start](layer, rigid.to(layer.weight))
+
+
+def first_steps(run: FineTuningRun, opts: list[str]) -> dict:
+    """The step at which the loss is infinite or beyond DIVERGED, if it is, and the last losses."""
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    changes = {
+        "SOLVER.BASE_LR": run.rate,
+        "SOLVER.OFFSET_LR_FACTOR": run.factor,
+        "SOLVER.CLIP_OFFSET_GRADIENTS": run.limit,
+        "SEED": run.seed,
+    }
+    trainer = build_trainer(run.config, opts, changes)
+    model = trainer.model.train()
+    restart(model, run.start)
+    seen, losses, diverged = watch_taps(model), [], None
+    images = iter(trainer.data_loader)
+    with EventStorage(0):
+        for step in range(run.steps):
+            seed_all_rng(1000 * run.seed + step)
+            loss = sum(model(next(images)).values())
+            trainer.optimizer.zero_grad()
+            loss.backward()
+            trainer.optimizer.step()
+            trainer.scheduler.step()
+            losses.append(float(loss.detach()))
+            if not losses[-1] < DIVERGED:
+                diverged = step
+                break
+    last = statistics.mean(losses[-30:]) if diverged is None else None
+    return {**asdict(run), "diverged": diverged, "loss": last, **_mean_of(seen.values())}
+
+
+# ---- curvature
+# -------------------------------------------------------------------------------------
+
+
+def curvature(trainer: Trainer, iterations: int = 10, batches: int = 2) -> dict[str, float]:
+    """The largest curvature of the loss along each offset generator's weight, and along all.
+
+    By power iteration, with products of the Hessian by differences of gradients. SGD with a
+    momentum of m is stable below a rate of 2 * (1 + m) over the curvature.
+    """
+    model = trainer.model.train()
+    images = iter(trainer.data_loader)
+    data = [next(images) for _ in range(batches)]
+    weights = {name: p for name, p in model.named_parameters() if "offset_generator.weight" in name}
+    weights = {name: p for name, p in weights.items() if p.requires_grad}
+
+    def gradients(names) -> list[Tensor]:
+        total = None
+        for seed, batch in enumerate(data):
+            seed_all_rng(seed)
+            loss = sum(model(batch).values()) / len(data)
+            new = torch.autograd.grad(loss, [weights[name] for name in names])
+            total = new if total is None else [a + b for a, b in zip(total, new, strict=True)]
+        return total
+
+    def moved(names, direction, distance: float) -> list[Tensor]:
+        with shifted([weights[name] for name in names], direction, distance):
+            return gradients(names)
+
+    def largest(names) -> float:
+        vector = gradients(names)
+        for _ in range(iterations):
+            norm = _norm(vector)
+            vector = [v / norm for v in vector]
+            plus, minus = (moved(names, vector, sign * 1e-3) for sign in (1, -1))
+            vector = [(a - b) / 2e-3 for a, b in zip(plus, minus, strict=True)]
+        return _norm(vector)
+
+    with EventStorage(0):
+        names = [[name] for name in weights] + [list(weights)]
+        found = [largest(group) for group in tqdm(names, desc="power iteration")]
+    return dict(zip([*weights, "all"], found, strict=True))
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for t in tensors))
+
+
+@contextmanager
+def shifted(parameters, direction, distance: float):
+    with torch.no_grad():
+        for p, v in zip(parameters, direction, strict=True):
+            p.add_(v, alpha=distance)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for p, v in zip(parameters, direction, strict=True):
+                p.sub_(v, alpha=distance)
+
+
+# ---- command line
+# ----------------------------------------------------------------------------------
+
+
+def execute(kind: type, runs: list, train: Callable, output: Path, workers: int) -> list[dict]:
+    """Runs what is not in ``output`` yet, and returns all that is."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = [json.loads(x) for x in output.read_text().splitlines()] if output.exists() else []
+    done = {kind(**{key: r[key] for key in kind.__annotations__}) for r in results}
+    waiting = [run for run in runs if run not in done]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(train, run) for run in waiting]
+        for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
+            results.append(future.result())
+            with open(output, "a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+    return results
+
+
+def tabulate_scratch(results: list[dict]) -> str:
+    """A row for each setting, over its seeds."""
+    keys = "start", "scope", "factor", "limit", "clamp"
+    rows = []
+    for setting, group in grouped(results, keys):
+        errors = [r["error"] for r in group]
+        deviation = statistics.stdev(errors) if len(errors) > 1 else None
+        taps = _mean_of(r for r in group if "moved" in r)
+        taps = [taps.get(key) for key in ("moved", "clipped", "dead")]
+        rows.append([*setting, len(group), statistics.mean(errors), deviation, *taps])
+    header = [*keys, "seeds", "error %", "±", "moved", "clipped", "dead"]
+    return tabulate(rows, header, tablefmt="github", floatfmt=".3g")
+
+
+def tabulate_first_steps(results: list[dict]) -> str:
+    """Rows by start and factor, columns by rate: the last losses, or the step of divergence."""
+    rates = sorted({r["rate"] for r in results})
+    rows = []
+    for setting, group in grouped(results, ("config", "start", "limit", "factor")):
+        cells = [
+            ", ".join(
+                f"{r['loss']:.2f}" if r["diverged"] is None else f"† {r['diverged']}"
+                for r in group
+                if r["rate"] == rate
+            )
+            for rate in rates
+        ]
+        rows.append([Path(setting[0]).stem, *setting[1:], *cells])
+    header = ["configuration", "start", "limit", "factor", *map(str, rates)]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def grouped(results: list[dict], keys: Iterable[str]) -> list[tuple[tuple, list[dict]]]:
+    groups = {}
+    for result in results:
+        groups.setdefault(tuple(result[key] for key in keys), []).append(result)
+    return list(groups.items())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    parsers = {name: commands.add_parser(name) for name in ("scratch", "fine-tuning", "curvature")}
+    for name in "scratch", "fine-tuning":
+        add = parsers[name].add_argument
+        add("--output", type=Path, required=True, metavar="FILE.jsonl")
+        add("--factors", type=float, nargs="+", default=[0.1], help="SOLVER.OFFSET_LR_FACTOR")
+        add("--limits", type=float, nargs="+", default=[0.1], help="CLIP_OFFSET_GRADIENTS")
+        add("--seeds", type=int, nargs="+", default=[0])
+        add("--workers", type=int, default=2, help="processes, of one thread each")
+    add = parsers["scratch"].add_argument
+    add("--starts", nargs="+", default=["rigid", "wide", *STARTS])
+    add("--scopes", type=int, nargs="+", default=[4])
+    add("--clamp", action="store_true", help="clipped taps get no gradient")
+    add = parsers["fine-tuning"].add_argument
+    add("--starts", nargs="+", default=["spread"], choices=["spread", "pseudo-inverse"])
+    add("--rates", type=float, nargs="+", default=[0.005], help="SOLVER.BASE_LR")
+    add("--steps", type=int, default=200)
+    parsers["curvature"].add_argument("--start", default="spread")
+    for name in "fine-tuning", "curvature":
+        parsers[name].add_argument("--config-file", required=True)
+        parsers[name].add_argument("opts", nargs="*", metavar="KEY VALUE", default=[])
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.command == "scratch":
+        settings = itertools.product(
+            args.seeds, args.starts, args.scopes, args.factors, args.limits
+        )
+        runs = [ScratchRun(s, k, f, c, args.clamp, seed) for seed, s, k, f, c in settings]
+        print(
+            tabulate_scratch(execute(ScratchRun, runs, train_on_digits, args.output, args.workers))
+        )
+    elif args.command == "fine-tuning":
+        settings = itertools.product(args.seeds, args.starts, args.limits, args.factors, args.rates)
+        runs = [FineTuningRun(args.config_file, *s, seed, args.steps) for seed, *s in settings]
+        train = partial(first_steps, opts=args.opts)
+        print(tabulate_first_steps(execute(FineTuningRun, runs, train, args.output, args.workers)))
+    else:
+        logging.disable(logging.CRITICAL)
+        trainer = build_trainer(args.config_file, args.opts, {})
+        restart(trainer.model, args.start)
+        rows = list(curvature(trainer).items())
+        print(tabulate(rows, ["generator", "largest curvature"], tablefmt="github", floatfmt=".3g"))
+
+
+if __name__ == "__main__":
+    main()
