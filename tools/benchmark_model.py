@@ -63,13 +63,14 @@ def networks(family: str) -> dict[str, str]:
     return {"rigid": names.pop("rigid"), **names}
 
 
-def build(config: str, device: str) -> nn.Module:
+def build(config: str, device: str, channels_last: bool = True) -> nn.Module:
     torch.manual_seed(0)
     cfg = load_config(CONFIGS / config, ["MODEL.WEIGHTS", ""])
     cfg.MODEL.DEVICE = device
     # Untrained, the number of proposals would depend on chance.
     cfg.MODEL.RPN.NMS_THRESH = 1.0
-    return to_channels_last(build_model(cfg))
+    model = build_model(cfg)
+    return to_channels_last(model) if channels_last else model
 
 
 def draw_batch(count: int, size: list[int]) -> list[dict]:
@@ -123,6 +124,9 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
     for name, config in {"rigid": networks(family)["rigid"], **chosen}.items():
         model = build(config, args.device)
         calls[name] = passes(model, batch, args.device, dtype)
+        if args.contiguous:
+            other = build(config, args.device, channels_last=False)
+            calls[f"{name}, contiguous"] = passes(other, batch, args.device, dtype)
         if name == "dcn" and dtype != torch.bfloat16:  # for which torchvision has no kernel
             other = use_torchvision(build(config, args.device))
             calls["dcn, torchvision"] = passes(other, batch, args.device, dtype)
@@ -168,6 +172,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="on a CPU")
     parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     parser.add_argument("--size", type=int, nargs=2, default=[320, 416], metavar=("H", "W"))
+    parser.add_argument("--contiguous", action="store_true", help="also without channels_last")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from dk_detectron.analysis import load_config
 from dk_detectron.engine import Trainer
-from dk_detectron.layers import LocalDeformKernel2d, ScopeConv2d, msra_fill
+from dk_detectron.layers import LocalDeformKernel2d, ScopeConv2d
 from dk_detectron.ops import axis_coefficients, sample_kernel
 
 # ---- starts
@@ -246,7 +246,7 @@ DIVERGED = 50.0
 
 @dataclass(frozen=True)
 class FineTuningRun:
-    """``start``: "spread", as the product does it, or "pseudo-inverse", version 0.1's."""
+    """``start``: "ours", what the network has anyway, or "pseudo-inverse", version 0.1's."""
 
     config: str
     start: str
@@ -269,9 +269,9 @@ def build_trainer(config: str, opts: list[str], changes: dict) -> Trainer:
 
 
 def restart(model: nn.Module, start: str) -> None:
-    """Gives every layer with a scope another start from the rigid weight that it has."""
+    """Gives every layer with a scope another start from the kernel that it has at rest."""
     for layer in model.modules():
-        if isinstance(layer, ScopeConv2d) and start != "spread":
+        if isinstance(layer, ScopeConv2d) and start != "ours":
             rest = layer.kernel_offset_generator.bias.detach().double().unsqueeze(0)
             rigid = sample_kernel(layer.weight.detach().double(), rest, layer.kernel_size)[0]
             STARTS[start](layer, rigid.to(layer.weight))
@@ -445,10 +445,10 @@ def parse() -> argparse.Namespace:
     add("--scopes", type=int, nargs="+", default=[4])
     add("--clamp", action="store_true", help="clipped taps get no gradient")
     add = parsers["fine-tuning"].add_argument
-    add("--starts", nargs="+", default=["spread"], choices=["spread", "pseudo-inverse"])
+    add("--starts", nargs="+", default=["ours"], choices=["ours", "pseudo-inverse"])
     add("--rates", type=float, nargs="+", default=[0.005], help="SOLVER.BASE_LR")
     add("--steps", type=int, default=200)
-    parsers["curvature"].add_argument("--start", default="spread")
+    parsers["curvature"].add_argument("--start", default="ours", choices=["ours", "pseudo-inverse"])
     for name in "fine-tuning", "curvature":
         parsers[name].add_argument("--config-file", required=True)
         parsers[name].add_argument("opts", nargs="*", metavar="KEY VALUE", default=[])
