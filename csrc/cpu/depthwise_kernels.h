@@ -231,17 +231,28 @@ DK_INLINE void gather_offset(const Offset<const T>& offset, int64_t n, int t, in
   }
 }
 
+// Their locations in the scope.
+template <typename T>
+DK_INLINE void locate_in_scope(const DepthwiseParams& p, const Offset<const T>& offset, int64_t n,
+                               int t, int64_t row, const int64_t* column, T* h, T* w) {
+  gather_offset(offset, n, t, row, column, h, w);
+  const T rest_h = T(p.scope_h - p.kernel_h) / 2 + T(t / p.kernel_w);
+  const T rest_w = T(p.scope_w - p.kernel_w) / 2 + T(t % p.kernel_w);
+  for (int i = 0; i < kTile; ++i) {
+    h[i] += rest_h;
+    w[i] += rest_w;
+  }
+}
+
 template <typename T>
 DK_INLINE void fill_scope_tile(const DepthwiseParams& p, const Offset<const T>& offset, int64_t n,
                                int t, int64_t row, const int64_t* column, ScopeTile<T>& tile) {
   typedef Vector<T> V;
   T h[kTile], w[kTile];
-  gather_offset(offset, n, t, row, column, h, w);
-  const T rest_h = T(p.scope_h - p.kernel_h) / 2 + T(t / p.kernel_w);
-  const T rest_w = T(p.scope_w - p.kernel_w) / 2 + T(t % p.kernel_w);
+  locate_in_scope(p, offset, n, t, row, column, h, w);
   for (int i = 0; i < kTile; i += lanes<V, T>) {
-    tile.set(i, sample_scope(rest_h + load<V>(h + i), p.scope_h, p.clip),
-             sample_scope(rest_w + load<V>(w + i), p.scope_w, p.clip), p.scope_w, kChannelBlock);
+    tile.set(i, sample_scope(load<V>(h + i), p.scope_h, p.clip),
+             sample_scope(load<V>(w + i), p.scope_w, p.clip), p.scope_w, kChannelBlock);
   }
 }
 

@@ -454,12 +454,19 @@ void launch_sum_weight(const BackwardArgs<scalar_t>& a, scalar_t* grad_weight,
          sizeof(opmath_t<scalar_t>) * kSumRows * kWarpSize, stream, a, grad_weight);
 }
 
-template <typename scalar_t>
-void launch_base_pixels(const BackwardArgs<scalar_t>& a, int64_t* base, cudaStream_t stream) {
+// Runs `kernel` with a thread for every output pixel and tap.
+template <typename scalar_t, typename... Params>
+void launch_pairs(void (*kernel)(BackwardArgs<scalar_t>, Params...),
+                  const BackwardArgs<scalar_t>& a, cudaStream_t stream,
+                  const std::type_identity_t<Params>&... args) {
   const DepthwiseParams& p = a.params;
   const int64_t pairs = p.batch * p.out_h * p.out_w * p.taps();
-  launch(base_pixels_kernel<scalar_t>, (pairs + kThreads - 1) / kThreads, kThreads, 0, stream, a,
-         base);
+  launch(kernel, (pairs + kThreads - 1) / kThreads, kThreads, 0, stream, a, args...);
+}
+
+template <typename scalar_t>
+void launch_base_pixels(const BackwardArgs<scalar_t>& a, int64_t* base, cudaStream_t stream) {
+  launch_pairs(base_pixels_kernel<scalar_t>, a, stream, base);
 }
 
 template <typename scalar_t>
