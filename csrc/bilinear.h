@@ -38,7 +38,7 @@ struct AxisSample {
   T grad[2];
 };
 
-// `lower` is the lower of the two cells, `slope` is d(location clipped) / d(location).
+// `lower` is the lower of the two cells; `slope` is 0 where the value does not depend on x, else 1.
 template <typename T>
 DK_INLINE AxisSample<T> sample_cells(T x, typename Numbers<T>::integer lower, int size, T slope) {
   const T zero{};
@@ -66,10 +66,10 @@ DK_INLINE typename Numbers<T>::integer floor_cell(T x, int size) {
   return x < Numbers<T>::convert(cell) ? cell - 1 : cell;
 }
 
-// A location in the scope of a kernel (eq. 7). `clip` keeps it inside [0, size - 1], with the
-// gradient of torch.clamp. At x = size - 1 the derivative is that of the last cell pair, which eq.
-// 13 as printed loses: without it, training from zero offsets is stuck when scope and kernel are
-// equal.
+// A location in the scope of a kernel (eq. 7). `clip` reads [0, size - 1] only: a location outside
+// reads the cell at the edge, and has the derivative towards the cell next to it, for `inward` to
+// decide on. At x = size - 1 the derivative is that of the last cell pair, which eq. 13 as printed
+// loses: without it, training from zero offsets is stuck when scope and kernel are equal.
 template <typename T>
 DK_INLINE AxisSample<T> sample_scope(T x, int size, bool clip) {
   const T zero{}, one = zero + 1, last = zero + typename Numbers<T>::element(size - 1);
@@ -77,13 +77,23 @@ DK_INLINE AxisSample<T> sample_scope(T x, int size, bool clip) {
   if (clip) {
     // A scope of one cell is constant along the axis.
     slope = size > 1 ? one : zero;
-    slope = (x >= zero) & (x <= last) ? slope : zero;
     x = x < zero ? zero : x;
     x = x > last ? last : x;
   }
   auto lower = floor_cell(x, size);
   if (size > 1) lower = x == last ? lower - 1 : lower;
   return sample_cells(x, lower, size, slope);
+}
+
+// The gradient of a clipped location x, given `grad`, that of the edge which it reads if it is
+// outside: 0 if descent would move x further out, else `grad`. The true derivative is 0 everywhere
+// outside, and a tap would never come back. `grad` must be the whole sum over all that reads the
+// tap: the sign of a part decides nothing.
+template <typename T>
+DK_INLINE T inward(T x, int size, T grad) {
+  const T zero{}, last = zero + typename Numbers<T>::element(size - 1);
+  const auto outward = ((x < zero) & (grad > zero)) | ((x > last) & (grad < zero));
+  return outward ? zero : grad;
 }
 
 // A location in the image (eq. 9): zero outside, as in torchvision.ops.deform_conv2d.

@@ -85,8 +85,11 @@ def deform_kernel_conv2d(
         kernel_size: (K_h, K_w), or one number for both; likewise the next three.
         groups: any divisor of both channel numbers. Depthwise (groups = C_in = C_out) runs in one
             direct kernel; the others go through a matrix product with S columns instead of K.
-        clip: keep the sampling location inside [0, S - 1], with the gradient of ``torch.clamp``. If
-            off, cells outside the scope count as zero.
+        clip: keep the sampling location inside [0, S - 1]. A tap that its offset takes outside
+            reads the edge. Its offset's gradient, summed over the channels, is what it would be on
+            the edge where descent leads back inside, and zero where it leads further out. (The true
+            derivative, zero outside, would leave the tap there for ever.) If off, cells outside the
+            scope count as zero.
 
     Returns:
         [N, C_out, H_out, W_out].
@@ -287,6 +290,25 @@ def _check(
 # -----------------------------------------------------------------------
 
 
+class _Clip(torch.autograd.Function):
+    """Clips a location to [0, size - 1]; ``inward`` of ``csrc/bilinear.h`` is its backward."""
+
+    @staticmethod
+    def forward(location: Tensor, size: int) -> Tensor:
+        return location.clamp(0, size - 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        location, ctx.size = inputs
+        ctx.save_for_backward(location)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (location,) = ctx.saved_tensors
+        outward = (location < 0) & (grad > 0) | (location > ctx.size - 1) & (grad < 0)
+        return grad.masked_fill(outward, 0), None
+
+
 def _locate(
     location: Tensor, size: int, *, scope: bool = False, clip: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -296,9 +318,7 @@ def _locate(
     one before. ``csrc/bilinear.h`` is the same for the compiled kernels.
     """
     if clip:
-        # torch.clamp's gradient, edges included: whether its own is 0 there depends on the version.
-        inside = (location >= 0) & (location <= size - 1)
-        location = torch.where(inside, location, location.detach().clamp(0, size - 1))
+        location = _Clip.apply(location, size)
     else:
         # Everything further out reads the same zeros: keep infinities out of the sums.
         location = location.clamp(-2, size + 1)

@@ -48,12 +48,28 @@ def scope_coefficients(row: Tensor, column: Tensor, size, clip: bool) -> Tensor:
     return rows[..., :, None] * columns[..., None, :]
 
 
+class _Clipped(torch.autograd.Function):
+    """The location that is read, in [0, S - 1], with a gradient that never leads further out.
+
+    From the edge's gradient g: left of the scope min(g, 0), right of it max(g, 0).
+    """
+
+    @staticmethod
+    def forward(ctx, location, last):
+        ctx.left, ctx.right = location < 0, location > last
+        return location.clamp(0, last)
+
+    @staticmethod
+    def backward(ctx, g):
+        g = torch.where(ctx.left, g.clamp(max=0), g)
+        return torch.where(ctx.right, g.clamp(min=0), g), None
+
+
 def _scope_axis(location: Tensor, size: int, clip: bool) -> Tensor:
     if clip:
-        # The derivative is one in [0, S - 1], edges included. That of torch.clamp depends on its
-        # version there, and a scope of one cell is constant along the axis.
-        inside = (location >= 0) & (location <= size - 1) & (size > 1)
-        location = location.where(inside, location.detach().clamp(0, size - 1))
+        location = _Clipped.apply(location, size - 1)
+        if size == 1:  # constant along the axis
+            location = location.detach()
     lower = location.floor()
     if size > 1:
         # The last cell has none after it: its derivative is that of the last pair.

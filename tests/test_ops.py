@@ -33,6 +33,8 @@ from dk_detectron.ops import (
 compiled = torch.ops.dk_detectron.deform_kernel_conv2d
 compiled_backward = torch.ops.dk_detectron.deform_kernel_conv2d_backward
 
+INFINITY = float("inf")
+
 every_implementation = pytest.mark.parametrize(
     "function",
     [
@@ -71,6 +73,22 @@ def device(request):
 ASYMMETRIC = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
 
+def scope_locations(kernel_offset, case):
+    """Where the taps of a Case lie in its scope, and the last cell there: both [N, 2*K, ...]."""
+    taps = list(itertools.product(*map(range, case.kernel)))
+    rest = [(case.scope[a] - case.kernel[a]) / 2 + tap[a] for tap in taps for a in range(2)]
+    last = [case.scope[a] - 1 for _ in taps for a in range(2)]
+    shape = [-1] + [1] * (kernel_offset.dim() - 2)
+    rest, last = (torch.tensor(t).to(kernel_offset).view(shape) for t in (rest, last))
+    return kernel_offset + rest, last.expand_as(kernel_offset)
+
+
+def folded_inside(kernel_offset, case):
+    """An offset like the given one whose taps all lie inside the scope: nothing is clipped."""
+    location, last = scope_locations(kernel_offset, case)
+    return kernel_offset - location + location % last
+
+
 def check_against_oracle(case, dtype=torch.float64, device="cpu", function=deform_kernel_conv2d):
     tensors = case.tensors(dtype, device)
     expected = run(reference.deform_kernel_conv2d, double(tensors), case.arguments)
@@ -96,7 +114,7 @@ def test_kernel_offset_by_hand(function, device):
         "grad_input": [[[[10, 40], [25, 35]]]],
         "grad_weight": [[[[1.75, 0.75], [2.75, 4.75]]]],
         "grad_bias": [4],
-        "grad_kernel_offset": [[[[20, 40], [60, 0]], [[10, 20], [30, 40]]]],
+        "grad_kernel_offset": [[[[20, 40], [60, 80]], [[10, 20], [30, 40]]]],
     }
     arguments = Case(channels=1, kernel=(1, 1), padding=(0, 0)).arguments
     ones = torch.ones(1, 1, 2, 2, **options)
@@ -216,7 +234,14 @@ def test_global_kernel_is_the_local_one_with_one_offset(function, grouping, clip
         everywhere = kernel_offset[..., None, None].expand(-1, -1, *case.output_size)
         return function(kernel_offset=everywhere, **others, **case.arguments)
 
-    assert_close(run(local_kernel, tensors, {}), run(global_kernel, tensors, {}))
+    actual, expected = run(local_kernel, tensors, {}), run(global_kernel, tensors, {})
+    if clip:  # Clipped taps differ: the sum over the locations decides, or each of them for itself.
+        location, last = scope_locations(tensors["kernel_offset"], case)
+        outside = (location < 0) | (location > last)
+        assert 0 < outside.sum() < outside.numel()
+        for gradients in actual, expected:
+            gradients["grad_kernel_offset"][outside] = 0
+    assert_close(actual, expected)
 
 
 # ---- the oracle ----------------------------------------------------------------------------------
@@ -266,6 +291,24 @@ def test_groupings(geometry, grouping, which, clip, device):
 def test_channels(channels, dtype, which, device):
     """Every mixture of vectors, single channels and blocks of them; more than a tile of pixels."""
     check_against_oracle(Case(channels=channels, size=(3, 18), **which), dtype, device)
+
+
+@every_path
+@pytest.mark.parametrize("which", [KERNEL, BOTH], ids=["kernel", "both"])
+@pytest.mark.parametrize("scope", [(4, 4), (1, 2), (9, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_wide_kernel_offsets(dtype, scope, which, groups, device):
+    """Most taps are clipped, along one axis or both, and some of them get a gradient."""
+    case = Case(groups=groups, scope=scope, **which)
+    tensors = case.tensors(dtype, device)
+    tensors["kernel_offset"] *= 7  # still off the cells
+    location, last = scope_locations(tensors["kernel_offset"], case)
+    outside = (location < 0) | (location > last)
+    assert outside.sum() > 0.5 * outside.numel()
+    expected = run(reference.deform_kernel_conv2d, double(tensors), case.arguments)
+    turned = expected["grad_kernel_offset"][outside & (last > 0)] != 0
+    assert 0.1 < turned.double().mean() < 0.9
+    assert_close(run(deform_kernel_conv2d, tensors, case.arguments), expected)
 
 
 @every_clip
@@ -323,17 +366,34 @@ def test_fuzz(seed, device):
 # ---- derivatives ---------------------------------------------------------------------------------
 
 
+def gradcheck(check, function, case, tensors, frozen=()):
+    names, tensors = zip(*tensors.items(), strict=True)
+    leaves = [
+        None if tensor is None else tensor.requires_grad_(name not in frozen)
+        for name, tensor in zip(names, tensors, strict=True)
+    ]
+    assert check(lambda *t: function(**dict(zip(names, t, strict=True)), **case.arguments), leaves)
+
+
 @every_clip
 @every_implementation
 @every_offset
 def test_gradcheck(which, function, clip, device):
+    """Where nothing is clipped: there, the gradient of a kernel offset is the derivative."""
     scope = (4, 5) if which["kernel_offset"] else (3, 2)
     case = Case(batch=1, channels=2, size=(3, 4), scope=scope, kernel=(3, 2), clip=clip, **which)
-    names, tensors = zip(*case.tensors(device=device).items(), strict=True)
-    leaves = [None if t is None else t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(
-        lambda *t: function(**dict(zip(names, t, strict=True)), **case.arguments), leaves
-    )
+    tensors = case.tensors(device=device)
+    if clip and which["kernel_offset"]:
+        tensors["kernel_offset"] = folded_inside(tensors["kernel_offset"], case)
+    gradcheck(torch.autograd.gradcheck, function, case, tensors)
+
+
+@every_implementation
+@pytest.mark.parametrize("which", [KERNEL, BOTH], ids=["kernel", "both"])
+def test_gradcheck_of_all_but_clipped_offsets(which, function, device):
+    case = Case(batch=1, channels=2, size=(3, 4), scope=(4, 5), kernel=(3, 2), **which)
+    tensors = case.tensors(device=device)
+    gradcheck(torch.autograd.gradcheck, function, case, tensors, frozen=["kernel_offset"])
 
 
 @every_offset
@@ -343,23 +403,19 @@ def test_composed_gradgradcheck(which, device):
         batch=1, channels=2, out_channels=3, groups=1,
         size=(2, 3), scope=scope, kernel=(1, 2), padding=(0, 0), **which,
     )  # fmt: skip
-    names, tensors = zip(*case.tensors(device=device).items(), strict=True)
-    leaves = [None if t is None else t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradgradcheck(
-        lambda *t: composed_deform_kernel_conv2d(
-            **dict(zip(names, t, strict=True)), **case.arguments
-        ),
-        leaves,
-    )
+    tensors = case.tensors(device=device)
+    if which["kernel_offset"]:
+        tensors["kernel_offset"] = folded_inside(tensors["kernel_offset"], case)
+    gradcheck(torch.autograd.gradgradcheck, composed_deform_kernel_conv2d, case, tensors)
 
 
 @every_clip
 def test_sample_kernel_gradcheck(clip, device):
     options = {"dtype": torch.float64, "device": device}
-    leaves = [
-        torch.randn(3, 2, 3, 4, **options).requires_grad_(),
-        off_knot_offset((2, 12), **options).requires_grad_(),
-    ]
+    weight, offset = torch.randn(3, 2, 3, 4, **options), off_knot_offset((2, 12), **options)
+    if clip:
+        offset = folded_inside(offset, Case(scope=(3, 4), kernel=(3, 2)))
+    leaves = [weight.requires_grad_(), offset.requires_grad_()]
 
     def function(*tensors):
         return sample_kernel(*tensors, (3, 2), clip=clip)
@@ -368,18 +424,27 @@ def test_sample_kernel_gradcheck(clip, device):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def sample_axis(function, cells, location, axis, clip):
-    """What a 1x1 kernel reads at each location along an axis of a scope, the other at rest."""
-    size, points = len(cells), len(location)
-    weight = (cells.view(size, 1) if axis == 0 else cells).expand(size, size)
-    offset = torch.stack([location - (size - 1) / 2, torch.zeros_like(location)], 1)
-    offset = offset if axis == 0 else offset.flip(1)
+def sample_points(function, weight, location, clip=True):
+    """What a 1x1 kernel reads at locations [2, points] of scopes [C, S_h, S_w]: [C, points]."""
+    channels, *size = weight.shape
+    weight = weight.unsqueeze(1)
+    offset = location - (location.new_tensor(size).unsqueeze(1) - 1) / 2
     if function is sample_kernel:
-        return sample_kernel(weight[None, None], offset, 1, clip=clip).flatten()
-    image = cells.new_ones(1, 1, 1, points)
-    case = Case(channels=1, kernel=(1, 1), padding=(0, 0), clip=clip)
-    offset = offset.t().reshape(1, 2, 1, points)
-    return function(image, weight[None, None], None, offset, None, **case.arguments).flatten()
+        return sample_kernel(weight, offset.t(), 1, clip=clip).flatten(1).t()
+    image = weight.new_ones(1, channels, 1, location.shape[1])
+    case = Case(channels=channels, kernel=(1, 1), padding=(0, 0), clip=clip)
+    offset = offset[None, :, None]
+    return function(image, weight, None, offset, None, **case.arguments)[0, :, 0]
+
+
+def sample_axis(function, cells, location, axis, clip=True):
+    """The same along one axis of square scopes, the other axis at rest: cells [..., S]."""
+    size = cells.shape[-1]
+    weight = cells.view(-1, 1, size).expand(-1, size, size)
+    rest = torch.full_like(location, (size - 1) / 2)
+    if axis == 0:
+        return sample_points(function, weight.mT, torch.stack([location, rest]), clip).squeeze(0)
+    return sample_points(function, weight, torch.stack([rest, location]), clip).squeeze(0)
 
 
 every_sampler = pytest.mark.parametrize(
@@ -404,25 +469,90 @@ def test_derivative_at_knots(function, axis, clip, device):
         sample_axis(function, cells, location, axis, clip).sum(), location
     )
     inside = [*cells.diff(), cells[4] - cells[3]]
-    expected = [0, 0 if clip else cells[0], *inside, 0, 0, 0]
-    assert_close(actual, torch.tensor(expected).to(cells))
+    left, right = [0, cells[0]], [0, 0, 0]
+    if clip:  # the edge's, unless descent would follow it further out
+        left, right = [min(inside[0], 0)] * 2, [max(inside[-1], 0)] * 3
+    assert_close(actual, torch.tensor([*left, *inside, *right]).to(cells))
 
 
 @every_sampler
 @every_axis
-def test_clipped_derivative(function, axis, device):
-    """A scope whose cells hold their own index returns the clipped location: slope 1 in [0, S - 1].
+@pytest.mark.parametrize(
+    "grad, expected", [(1, [0] * 4 + [1] * 9), (-1, [-1] * 9 + [0] * 4)], ids=["down", "up"]
+)
+def test_clipped_derivative(grad, expected, function, axis, device):
+    """A scope whose cells hold their own index returns the clipped location, with a slope of 1.
 
-    The edges are inside, where newer versions of torch.clamp give 0: the outer taps of a scope of
-    kernel size start on them.
+    Where nothing is clipped, edges included, which newer versions of torch.clamp leave out: the
+    outer taps of a scope of kernel size start on them. Outside, if descent then leads inwards.
     """
     cells = torch.arange(5.0, dtype=torch.float64, device=device)
-    location = torch.tensor([-9, -1, -0.25, 0, 0.25, 1, 3.75, 4, 4.25, 5, 9.0]).to(cells)
-    location.requires_grad_()
-    value = sample_axis(function, cells, location, axis, clip=True)
+    location = [-INFINITY, -9, -1, -0.25, 0, 0.25, 1, 3.75, 4, 4.25, 5, 9, INFINITY]
+    location = torch.tensor(location).to(cells).requires_grad_()
+    value = sample_axis(function, cells, location, axis)
     assert_close(value, location.clamp(0, 4))
-    (slope,) = torch.autograd.grad(value.sum(), location)
-    assert_close(slope, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0]).to(cells))
+    (actual,) = torch.autograd.grad(value, location, torch.full_like(value, grad))
+    assert_close(actual, torch.tensor(expected).to(cells))
+
+
+@every_sampler
+@pytest.mark.parametrize(
+    "grad, rows, columns",
+    [(1, [0, 0, 4, 1], [0, 1, -2, 0]), (-1, [-4, -1, 0, 0], [-1, 0, 0, 2])],
+    ids=["down", "up"],
+)
+def test_clipped_corners_by_hand(grad, rows, columns, function, device):
+    """Four taps beyond the corners of a 2x2 scope: each axis for itself."""
+    weight = torch.tensor([[[1, 2], [5, 3]]], dtype=torch.float64, device=device)
+    location = torch.tensor([[-1, -9, 1.5, 9], [-0.5, 2, -9, 9]]).to(weight).requires_grad_()
+    value = sample_points(function, weight, location)
+    assert_close(value, torch.tensor([[1, 2, 5, 3]]).to(weight))
+    (actual,) = torch.autograd.grad(value, location, torch.full_like(value, grad))
+    assert_close(actual, torch.tensor([rows, columns]).to(weight))
+
+
+@every_sampler
+@every_axis
+@pytest.mark.parametrize("channels", [2, 17, 300])
+def test_all_channels_decide_together(channels, function, axis, device):
+    """Whether a clipped tap goes back is a matter of the sum, not of a channel, nor of a block."""
+    slope = torch.zeros(channels, 1, dtype=torch.float64, device=device)
+    slope[0], slope[-1] = 3, -5
+    location = torch.tensor([-1, 0.25, 2]).to(slope).requires_grad_()
+    for sign, expected in (1, [-2, -2, 0]), (-1, [0, 2, 2]):
+        cells = sign * slope * torch.arange(2).to(slope)
+        value = sample_axis(function, cells, location, axis)
+        (actual,) = torch.autograd.grad(value.sum(), location)
+        assert_close(actual, torch.tensor(expected).to(slope))
+
+
+@pytest.mark.parametrize("function", [composed_deform_kernel_conv2d, sample_kernel])
+@every_axis
+def test_gradient_of_clipped_offsets_is_differentiable(axis, function, device):
+    """It is a difference of the edge's cells where it leads inside, and constant where not."""
+    for sign, expected in (1, [-10, -90, 100]), (-1, [0, 0, 0]):
+        cells = torch.tensor([3, 1, 4], dtype=torch.float64, device=device)
+        cells = (sign * cells).requires_grad_()
+        location = torch.tensor([-1, 3]).to(cells).requires_grad_()
+        value = sample_axis(function, cells, location, axis)
+        (slope,) = torch.autograd.grad(value.sum(), location, create_graph=True)
+        assert_close(slope, torch.tensor([-2, 3] if sign > 0 else [0, 0]).to(cells))
+        (actual,) = torch.autograd.grad(slope @ torch.tensor([10, 100]).to(cells), cells)
+        assert_close(actual, torch.tensor(expected).to(cells))
+
+
+@every_sampler
+@every_axis
+def test_descent_brings_a_tap_back(function, axis):
+    """To where a scope of 0, 1, 2, 3, 4 reads 3, from anywhere."""
+    cells = torch.arange(5.0, dtype=torch.float64)
+    location = torch.tensor([-7, -0.01, 0, 1, 4, 4.01, 9]).to(cells).requires_grad_()
+    optimizer = torch.optim.SGD([location], lr=0.2)
+    for _ in range(50):
+        optimizer.zero_grad()
+        (sample_axis(function, cells, location, axis) - 3).square().sum().backward()
+        optimizer.step()
+    assert_close(location, torch.full_like(location, 3))
 
 
 @every_implementation
@@ -436,8 +566,6 @@ def test_zero_offsets_are_not_stuck(function, device):
 
 
 # ---- far, infinite and missing locations ---------------------------------------------------------
-
-INFINITY = float("inf")
 
 
 def fenced(tensor):

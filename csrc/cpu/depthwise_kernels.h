@@ -231,17 +231,28 @@ DK_INLINE void gather_offset(const Offset<const T>& offset, int64_t n, int t, in
   }
 }
 
+// Their locations in the scope.
+template <typename T>
+DK_INLINE void locate_in_scope(const DepthwiseParams& p, const Offset<const T>& offset, int64_t n,
+                               int t, int64_t row, const int64_t* column, T* h, T* w) {
+  gather_offset(offset, n, t, row, column, h, w);
+  const T rest_h = T(p.scope_h - p.kernel_h) / 2 + T(t / p.kernel_w);
+  const T rest_w = T(p.scope_w - p.kernel_w) / 2 + T(t % p.kernel_w);
+  for (int i = 0; i < kTile; ++i) {
+    h[i] += rest_h;
+    w[i] += rest_w;
+  }
+}
+
 template <typename T>
 DK_INLINE void fill_scope_tile(const DepthwiseParams& p, const Offset<const T>& offset, int64_t n,
                                int t, int64_t row, const int64_t* column, ScopeTile<T>& tile) {
   typedef Vector<T> V;
   T h[kTile], w[kTile];
-  gather_offset(offset, n, t, row, column, h, w);
-  const T rest_h = T(p.scope_h - p.kernel_h) / 2 + T(t / p.kernel_w);
-  const T rest_w = T(p.scope_w - p.kernel_w) / 2 + T(t % p.kernel_w);
+  locate_in_scope(p, offset, n, t, row, column, h, w);
   for (int i = 0; i < kTile; i += lanes<V, T>) {
-    tile.set(i, sample_scope(rest_h + load<V>(h + i), p.scope_h, p.clip),
-             sample_scope(rest_w + load<V>(w + i), p.scope_w, p.clip), p.scope_w, kChannelBlock);
+    tile.set(i, sample_scope(load<V>(h + i), p.scope_h, p.clip),
+             sample_scope(load<V>(w + i), p.scope_w, p.clip), p.scope_w, kChannelBlock);
   }
 }
 
@@ -492,23 +503,57 @@ DK_INLINE void clear(DotTile<T>* tiles, int count) {
   std::memset(tiles, 0, sizeof(DotTile<T>) * count);
 }
 
-// The counterpart of gather_offset: the gradients of tap t's offsets.
+// Gradients of a tap's row and column at each pixel of its tile.
 template <typename T, typename index_t>
-DK_INLINE void store_offset_gradient(const Offset<T>& offset, int64_t n, int t, int64_t row,
-                                     const int64_t* column, const TapTile<T, index_t>& tile,
-                                     const DotTile<T>& dots) {
+DK_INLINE void offset_gradient(const TapTile<T, index_t>& tile, const DotTile<T>& dots, T* h,
+                               T* w) {
+  for (int i = 0; i < kTile; ++i) {
+    h[i] = w[i] = 0;
+    for (int j = 0; j < 4; ++j) {
+      h[i] += tile.grad_h[j][i] * dots.dot[i][j];
+      w[i] += tile.grad_w[j][i] * dots.dot[i][j];
+    }
+  }
+}
+
+// The counterpart of gather_offset.
+template <typename T>
+DK_INLINE void scatter_offset(const Offset<T>& offset, int64_t n, int t, int64_t row,
+                              const int64_t* column, const T* h, const T* w) {
   const OffsetStrides s = offset.strides;
   T* base = offset.data + n * s.n + 2 * t * s.c + row * s.h;
   for (int i = 0; i < kTile; ++i) {
     if (column[i] < 0) continue;
-    T h = 0, w = 0;
-    for (int j = 0; j < 4; ++j) {
-      h += tile.grad_h[j][i] * dots.dot[i][j];
-      w += tile.grad_w[j][i] * dots.dot[i][j];
-    }
-    base[column[i] * s.w] = h;
-    base[column[i] * s.w + s.c] = w;
+    base[column[i] * s.w] = h[i];
+    base[column[i] * s.w + s.c] = w[i];
   }
+}
+
+template <typename scalar_t, typename T>
+DK_INLINE void store_data_offset_gradient(const DepthwiseBackward<scalar_t>& a, int64_t n, int t,
+                                          int64_t row, const int64_t* column,
+                                          const ImageTile<T>& tile, const DotTile<T>& dots) {
+  T h[kTile], w[kTile];
+  offset_gradient(tile, dots, h, w);
+  scatter_offset(a.grad_data_offset, n, t, row, column, h, w);
+}
+
+template <typename scalar_t, typename T>
+DK_INLINE void store_kernel_offset_gradient(const DepthwiseBackward<scalar_t>& a, int64_t n, int t,
+                                            int64_t row, const int64_t* column,
+                                            const ScopeTile<T>& tile, const DotTile<T>& dots) {
+  const DepthwiseParams& p = a.params;
+  T h[kTile], w[kTile];
+  offset_gradient(tile, dots, h, w);
+  if (p.clip) {
+    T y[kTile], x[kTile];
+    locate_in_scope(p, a.kernel_offset, n, t, row, column, y, x);
+    for (int i = 0; i < kTile; ++i) {
+      h[i] = inward(y[i], p.scope_h, h[i]);
+      w[i] = inward(x[i], p.scope_w, w[i]);
+    }
+  }
+  scatter_offset(a.grad_kernel_offset, n, t, row, column, h, w);
 }
 
 // Over a block of channels, vectors and then single ones, calls body.run(c, cells, dots), which
@@ -647,8 +692,9 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
       }
       if constexpr (kKernel) {
         for (int t = 0; t < taps; ++t) {
-          store_offset_gradient(a.grad_kernel_offset, n, t, row.tiles[t], column.tiles[t],
-                                scope.tiles[t], dots.tiles[t]);
+          if (row.tiles[t] < 0) continue;
+          store_kernel_offset_gradient(a, n, t, row.tiles[t], column.tiles[t], scope.tiles[t],
+                                       dots.tiles[t]);
         }
       }
     }
@@ -753,11 +799,9 @@ DK_INLINE void backward_data_offset_rows(const DepthwiseBackward<scalar_t>& a,
         }
       }
       for (int t = 0; t < taps; ++t) {
-        store_offset_gradient(a.grad_data_offset, n, t, row, column, image.tiles[t],
-                              data_dots.tiles[t]);
+        store_data_offset_gradient(a, n, t, row, column, image.tiles[t], data_dots.tiles[t]);
         if constexpr (kKernel)
-          store_offset_gradient(a.grad_kernel_offset, n, t, row, column, scope.tiles[t],
-                                kernel_dots.tiles[t]);
+          store_kernel_offset_gradient(a, n, t, row, column, scope.tiles[t], kernel_dots.tiles[t]);
       }
     }
   }

@@ -1,10 +1,11 @@
 // Backward kernels. Shapes: tiles.cuh.
 //
 // Sums over channels (the offsets' gradients) are folded within a pixel's threads, then added up
-// over the channel tiles of a block in order. Sums over pixels (the weight's gradient) are kept by
-// each thread for its own channels in its own part of shared memory, added up once per block in
-// order, and over the blocks by sum_weight_kernel. So nothing but the scatter of a data_offset
-// needs atomics, and everything else comes out the same every time.
+// over the channel tiles of a block in order, and over the groups of tiles by the host function;
+// only the complete sum is turned inward, by turn_inward_kernel. Sums over pixels (the weight's
+// gradient) are kept by each thread for its own channels in its own part of shared memory, added up
+// once per block in order, and over the blocks by sum_weight_kernel. So nothing but the scatter of
+// a data_offset needs atomics, and everything else comes out the same every time.
 #pragma once
 
 #include "tiles.cuh"
@@ -392,6 +393,25 @@ __global__ void __launch_bounds__(kThreads)
   grad_input[pixel * channels + c] = static_cast<scalar_t>(sum);
 }
 
+// ---- kernel offsets -----------------------------------------------------------------------------
+
+// One thread per output pixel and tap.
+template <typename scalar_t>
+__global__ void turn_inward_kernel(const BackwardArgs<scalar_t> a,
+                                   const Offset<opmath_t<scalar_t>> grad) {
+  const DepthwiseParams& p = a.params;
+  const Sizes<0, 0> size(p);
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (pair >= p.batch * p.out_h * p.out_w * size.taps()) return;
+  int64_t n;
+  int t;
+  const Pixel q = pixel_of_pair(p, size, pair, &n, &t);
+  const auto location = locate_in_scope(size, a.kernel_offset, n, t, q.h, q.w);
+  auto* at = offset_of(grad, n, t, q.h, q.w);
+  at[0] = inward(location.h, size.scope_h, at[0]);
+  at[grad.strides.c] = inward(location.w, size.scope_w, at[grad.strides.c]);
+}
+
 // ---- weight -------------------------------------------------------------------------------------
 
 constexpr int kSumRows = 8;
@@ -446,6 +466,22 @@ void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream) {
   });
 }
 
+// Runs `kernel` with a thread for every output pixel and tap.
+template <typename scalar_t, typename... Params>
+void launch_pairs(void (*kernel)(BackwardArgs<scalar_t>, Params...),
+                  const BackwardArgs<scalar_t>& a, cudaStream_t stream,
+                  const std::type_identity_t<Params>&... args) {
+  const DepthwiseParams& p = a.params;
+  const int64_t pairs = p.batch * p.out_h * p.out_w * p.taps();
+  launch(kernel, (pairs + kThreads - 1) / kThreads, kThreads, 0, stream, a, args...);
+}
+
+template <typename scalar_t>
+void launch_turn_inward(const BackwardArgs<scalar_t>& a, const Offset<opmath_t<scalar_t>>& grad,
+                        cudaStream_t stream) {
+  launch_pairs(turn_inward_kernel<scalar_t>, a, stream, grad);
+}
+
 template <typename scalar_t>
 void launch_sum_weight(const BackwardArgs<scalar_t>& a, scalar_t* grad_weight,
                        cudaStream_t stream) {
@@ -456,10 +492,7 @@ void launch_sum_weight(const BackwardArgs<scalar_t>& a, scalar_t* grad_weight,
 
 template <typename scalar_t>
 void launch_base_pixels(const BackwardArgs<scalar_t>& a, int64_t* base, cudaStream_t stream) {
-  const DepthwiseParams& p = a.params;
-  const int64_t pairs = p.batch * p.out_h * p.out_w * p.taps();
-  launch(base_pixels_kernel<scalar_t>, (pairs + kThreads - 1) / kThreads, kThreads, 0, stream, a,
-         base);
+  launch_pairs(base_pixels_kernel<scalar_t>, a, stream, base);
 }
 
 template <typename scalar_t>
@@ -485,6 +518,8 @@ void launch_gather_grad_input(const BackwardArgs<scalar_t>& a, const int64_t* so
   namespace dk {                                                                           \
   namespace cuda {                                                                         \
   template void launch_backward(const BackwardArgs<scalar_t>&, cudaStream_t);              \
+  template void launch_turn_inward(const BackwardArgs<scalar_t>&,                          \
+                                   const Offset<opmath_t<scalar_t>>&, cudaStream_t);       \
   template void launch_sum_weight(const BackwardArgs<scalar_t>&, scalar_t*, cudaStream_t); \
   template void launch_base_pixels(const BackwardArgs<scalar_t>&, int64_t*, cudaStream_t); \
   template void launch_gather_grad_input(const BackwardArgs<scalar_t>&, const int64_t*,    \

@@ -191,9 +191,9 @@ struct OffsetGradient {
     if (!like.defined()) return {};
     return {rows.mutable_data_ptr<T>(), offset_strides(like)};
   }
-  at::Tensor total(const at::Tensor& offset) const {
+  at::Tensor total() const {
     const at::Tensor sum = rows.size(0) == 1 ? rows[0] : rows.sum(0);
-    return sum.as_strided(like.sizes(), like.strides()).to(offset.scalar_type());
+    return sum.as_strided(like.sizes(), like.strides());
   }
 };
 
@@ -278,8 +278,13 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
           gradients[1] = at::empty(weight.sizes(), weight.options());
           cuda::launch_sum_weight(a, gradients[1].mutable_data_ptr<scalar_t>(), stream);
           if (grad_input.defined()) gradients[0] = grad_input.to(input.scalar_type());
-          if (kernel) gradients[2] = grad_kernel.total(*kernel_offset);
-          if (data) gradients[3] = grad_data.total(*data_offset);
+          if (kernel) {
+            const at::Tensor grad = grad_kernel.total();
+            const Offset<T> view{grad.mutable_data_ptr<T>(), offset_strides(grad)};
+            if (p.clip) cuda::launch_turn_inward(a, view, stream);
+            gradients[2] = grad.to(kernel_offset->scalar_type());
+          }
+          if (data) gradients[3] = grad_data.total().to(data_offset->scalar_type());
         });
     if (gradients[0].defined()) gradients[0] = gradients[0].contiguous(output_format(input));
   }

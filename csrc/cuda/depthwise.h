@@ -101,6 +101,11 @@ void launch_forward_nchw(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
 // and, by atomics, the input's if grad_input_sum is given.
 template <typename scalar_t>
 void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
+// The gradient of kernel_offset under `clip`, in place, from that of the edges which the taps read:
+// summed over all groups.
+template <typename scalar_t>
+void launch_turn_inward(const BackwardArgs<scalar_t>& a, const Offset<opmath_t<scalar_t>>& grad,
+                        cudaStream_t stream);
 // grad_weight [C, S_h*S_w] from weight_partial.
 template <typename scalar_t>
 void launch_sum_weight(const BackwardArgs<scalar_t>& a, scalar_t* grad_weight, cudaStream_t stream);

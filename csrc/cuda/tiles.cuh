@@ -177,17 +177,29 @@ DK_INLINE T* offset_of(const Offset<T>& offset, int64_t n, int t, int h, int w) 
   return offset.data + n * s.n + 2 * t * s.c + h * s.h + w * s.w;
 }
 
-// Tap t of output pixel (h, w) of image n, in the scope.
+template <typename T>
+struct Location {
+  T h, w;
+};
+
+// Tap t of output pixel (h, w) of image n: where it lies in the scope.
+template <typename T, typename Sizes>
+DK_INLINE Location<T> locate_in_scope(const Sizes& size, const Offset<const T>& offset, int64_t n,
+                                      int t, int h, int w) {
+  const T* o = offset_of(offset, n, t, h, w);
+  const T rest_h = T(size.scope_h - size.kernel_h) / 2 + T(t / size.kernel_w);
+  const T rest_w = T(size.scope_w - size.kernel_w) / 2 + T(t % size.kernel_w);
+  return {rest_h + o[0], rest_w + o[offset.strides.c]};
+}
+
+// What it reads there.
 template <typename T, typename Sizes>
 DK_INLINE TapSample<T> sample_weight(const DepthwiseParams& p, const Sizes& size,
                                      const Offset<const T>& offset, int64_t n, int t, int h,
                                      int w) {
-  const T* o = offset_of(offset, n, t, h, w);
-  const T rest_h = T(size.scope_h - size.kernel_h) / 2 + T(t / size.kernel_w);
-  const T rest_w = T(size.scope_w - size.kernel_w) / 2 + T(t % size.kernel_w);
-  return {
-      side_by_side(sample_scope(rest_h + o[0], size.scope_h, p.clip), size.scope_h),
-      side_by_side(sample_scope(rest_w + o[offset.strides.c], size.scope_w, p.clip), size.scope_w)};
+  const Location<T> at = locate_in_scope(size, offset, n, t, h, w);
+  return {side_by_side(sample_scope(at.h, size.scope_h, p.clip), size.scope_h),
+          side_by_side(sample_scope(at.w, size.scope_w, p.clip), size.scope_w)};
 }
 
 // Input row (column) that a tap of an output row (column) reads at rest.
