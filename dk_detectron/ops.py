@@ -37,7 +37,6 @@ __all__ = [
     "composed_deform_kernel_conv2d",
     "axis_coefficients",
     "rest_kernel",
-    "rest_matrix",
 ]
 
 Size = int | Sequence[int]
@@ -365,18 +364,13 @@ def _scope_coefficients(
     return (axes[0].unsqueeze(-1) * axes[1].unsqueeze(-2)).flatten(-2)
 
 
-def rest_matrix(scope_size: Sequence[int], kernel_size: Sequence[int], clip: bool = True) -> Tensor:
-    """[K, S] in float64: what each tap of the undeformed kernel reads from each scope cell."""
-    zero = torch.zeros(1, 2 * kernel_size[0] * kernel_size[1], dtype=torch.float64)
-    return _scope_coefficients(zero, scope_size, kernel_size, clip)[0]
-
-
 def rest_kernel(weight: Tensor, kernel_size: Sequence[int], clip: bool = True) -> Tensor:
     """The kernel at zero offset: [.., .., S_h, S_w] -> [.., .., K_h, K_w]."""
     if list(weight.shape[2:]) == list(kernel_size):
         return weight
-    matrix = rest_matrix(weight.shape[2:], kernel_size, clip).to(weight)
-    return (weight.flatten(2) @ matrix.t()).unflatten(2, list(kernel_size))
+    zero = torch.zeros(1, 2 * kernel_size[0] * kernel_size[1], dtype=torch.float64)
+    read = _scope_coefficients(zero, weight.shape[2:], kernel_size, clip)[0].to(weight)  # [K, S]
+    return (weight.flatten(2) @ read.t()).unflatten(2, list(kernel_size))
 
 
 def _deformed_columns(

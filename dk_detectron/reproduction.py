@@ -25,7 +25,8 @@ from .submission import file_name
 
 TOOLS = CONFIGS.parent / "tools"
 TABLES = 3, 4
-SCALES = "coco", "shapes"
+# COCO as in the paper; the small detectors of configs/demo, from scratch and from ImageNet weights.
+SCALES = "coco", "shapes", "pretrained"
 TEST_DEV = "coco_2017_test-dev"
 # Metrics of COCO, and the paper's columns.
 METRICS = {"AP": "map", "APs": "map_s", "APm": "map_m", "APl": "map_l"}
@@ -131,11 +132,11 @@ def _plan_run(
     name: str, row: dict[str, str], settings: Settings, folder: Path, seed: int, test_dev: bool
 ) -> Run:
     config_file, opts = CONFIGS / row["config"], []
-    if settings.scale == "shapes":
-        # The demo's small detector, with the kernels of the row.
+    if settings.scale != "coco":
+        # A small detector, with the kernels of the row.
         for key, value in load_config(config_file).MODEL.DEFORM_KERNEL.items():
             opts += [f"MODEL.DEFORM_KERNEL.{key}", str(value)]
-        config_file = CONFIGS / "demo" / f"shapes_{family(name)}_FPN_dk_l3.yaml"
+        config_file = CONFIGS / "demo" / f"{settings.scale}_{family(name)}_FPN_dk_l3.yaml"
     if settings.weights:
         opts += ["MODEL.WEIGHTS", settings.weights.replace("{row}", name)]
     opts += [*settings.opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
@@ -289,11 +290,10 @@ def _render_line(line: dict, comparison: tuple[str, str]) -> list[str]:
 
 
 def render(lines: list[dict], scale: str) -> str:
-    """Markdown: COCO beside the paper's numbers, shapes beside its gains over the rigid network."""
-    comparison = {
-        "coco": {"paper": "paper", "difference": "difference"},
-        "shapes": {"gain": "over rigid", "gain_paper": "paper's"},
-    }[scale]
+    """Markdown: COCO beside the paper's numbers, the rest beside its gains over the rigid network."""
+    comparison = {"gain": "over rigid", "gain_paper": "paper's"}
+    if scale == "coco":
+        comparison = {"paper": "paper", "difference": "difference"}
     header = ["row", "runs", *(h for m in METRICS for h in (m, *comparison.values()))]
     header += ["#P (M)", "train (s/iter)", "inference (s/image)"]
     parts = []

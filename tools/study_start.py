@@ -18,13 +18,13 @@ import itertools
 import json
 import logging
 import math
+import shlex
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -249,6 +249,7 @@ class FineTuningRun:
     """``start``: "ours", what the network has anyway, or "pseudo-inverse", version 0.1's."""
 
     config: str
+    opts: str
     start: str
     limit: float
     factor: float
@@ -257,10 +258,8 @@ class FineTuningRun:
     steps: int
 
 
-def build_trainer(config: str, opts: list[str], changes: dict) -> Trainer:
+def build_trainer(config: str, opts: list[str]) -> Trainer:
     cfg = load_config(config, opts)
-    for key, value in changes.items():
-        cfg.merge_from_list([key, value])
     cfg.OUTPUT_DIR = tempfile.mkdtemp()
     seed_all_rng(cfg.SEED)
     trainer = Trainer(cfg)
@@ -277,17 +276,13 @@ def restart(model: nn.Module, start: str) -> None:
             STARTS[start](layer, rigid.to(layer.weight))
 
 
-def first_steps(run: FineTuningRun, opts: list[str]) -> dict:
+def first_steps(run: FineTuningRun) -> dict:
     """The step at which the loss is infinite or beyond DIVERGED, if it is, and the last losses."""
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    changes = {
-        "SOLVER.BASE_LR": run.rate,
-        "SOLVER.OFFSET_LR_FACTOR": run.factor,
-        "SOLVER.CLIP_OFFSET_GRADIENTS": run.limit,
-        "SEED": run.seed,
-    }
-    trainer = build_trainer(run.config, opts, changes)
+    opts = [*shlex.split(run.opts), "SOLVER.BASE_LR", run.rate, "SEED", run.seed]
+    opts += ["SOLVER.OFFSET_LR_FACTOR", run.factor, "SOLVER.CLIP_OFFSET_GRADIENTS", run.limit]
+    trainer = build_trainer(run.config, opts)
     model = trainer.model.train()
     restart(model, run.start)
     seen, losses, diverged = watch_taps(model), [], None
@@ -406,7 +401,7 @@ def tabulate_first_steps(results: list[dict]) -> str:
     """Rows by start and factor, columns by rate: the last losses, or the step of divergence."""
     rates = sorted({r["rate"] for r in results})
     rows = []
-    for setting, group in grouped(results, ("config", "start", "limit", "factor")):
+    for setting, group in grouped(results, ("config", "opts", "start", "limit", "factor")):
         cells = [
             ", ".join(
                 f"{r['loss']:.2f}" if r["diverged"] is None else f"† {r['diverged']}"
@@ -415,9 +410,17 @@ def tabulate_first_steps(results: list[dict]) -> str:
             )
             for rate in rates
         ]
-        rows.append([Path(setting[0]).stem, *setting[1:], *cells])
-    header = ["configuration", "start", "limit", "factor", *map(str, rates)]
+        rows.append([kernels(*setting[:2]), *setting[2:], *cells])
+    header = ["kernels", "start", "limit", "factor", *map(str, rates)]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def kernels(config: str, opts: str) -> str:
+    """What a network's convolutions are, in short."""
+    cfg = load_config(config, shlex.split(opts)).MODEL.DEFORM_KERNEL
+    parts = [f"1x1 {cfg.CONV_1X1}"] if cfg.CONV_1X1 != "rigid" else []
+    parts += ["DCN"] if any(cfg.DATA_OFFSET_ON_PER_STAGE) else []
+    return ", ".join([*parts, f"3x3 {cfg.CONV_3X3}"])
 
 
 def grouped(results: list[dict], keys: Iterable[str]) -> list[tuple[tuple, list[dict]]]:
@@ -467,12 +470,16 @@ def main() -> None:
         )
     elif args.command == "fine-tuning":
         settings = itertools.product(args.seeds, args.starts, args.limits, args.factors, args.rates)
-        runs = [FineTuningRun(args.config_file, *s, seed, args.steps) for seed, *s in settings]
-        train = partial(first_steps, opts=args.opts)
-        print(tabulate_first_steps(execute(FineTuningRun, runs, train, args.output, args.workers)))
+        network = args.config_file, shlex.join(args.opts)
+        runs = [FineTuningRun(*network, *s, seed, args.steps) for seed, *s in settings]
+        print(
+            tabulate_first_steps(
+                execute(FineTuningRun, runs, first_steps, args.output, args.workers)
+            )
+        )
     else:
         logging.disable(logging.CRITICAL)
-        trainer = build_trainer(args.config_file, args.opts, {})
+        trainer = build_trainer(args.config_file, args.opts)
         restart(trainer.model, args.start)
         rows = list(curvature(trainer).items())
         print(tabulate(rows, ["generator", "largest curvature"], tablefmt="github", floatfmt=".3g"))

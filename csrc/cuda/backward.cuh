@@ -470,7 +470,7 @@ void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream) {
 template <typename scalar_t, typename... Params>
 void launch_pairs(void (*kernel)(BackwardArgs<scalar_t>, Params...),
                   const BackwardArgs<scalar_t>& a, cudaStream_t stream,
-                  const std::type_identity_t<Params>&... args) {
+                  const std::common_type_t<Params>&... args) {
   const DepthwiseParams& p = a.params;
   const int64_t pairs = p.batch * p.out_h * p.out_w * p.taps();
   launch(kernel, (pairs + kThreads - 1) / kThreads, kThreads, 0, stream, a, args...);
