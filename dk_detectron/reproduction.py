@@ -290,7 +290,7 @@ def _render_line(line: dict, comparison: tuple[str, str]) -> list[str]:
 
 
 def render(lines: list[dict], scale: str) -> str:
-    """Markdown: COCO beside the paper's numbers, the rest beside its gains over the rigid network."""
+    """Markdown: COCO beside the paper's numbers, the rest beside its gains over the rigid one."""
     comparison = {"gain": "over rigid", "gain_paper": "paper's"}
     if scale == "coco":
         comparison = {"paper": "paper", "difference": "difference"}

@@ -32,7 +32,7 @@ from dk_detectron.reproduction import (
     write_tables,
 )
 
-SEEDS = {"coco": [42], "shapes": [0, 1, 2]}
+SEEDS = {"coco": [42], "shapes": [0, 1, 2], "pretrained": [0, 1, 2]}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,9 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         "--rows", nargs="+", metavar="ROW", default=(),
         help="such as MNV2 R_50_DW_dk_g1_l3, named as in configs/ImageNet (default: all)",
     )  # fmt: skip
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", help="default: 42 on COCO; 0, 1, 2 on shapes"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 42 on COCO, else 0, 1, 2")
     parser.add_argument("--num-gpus", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument(
         "--weights", metavar="FILE", default="",
