@@ -387,6 +387,26 @@ def convert_file(
     return report
 
 
+def state_by_name(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict | None:
+    """A load hook: the state of every parameter by its name, and the groups as configured.
+
+    So a run goes on though another ``SOLVER.OFFSET_LR_FACTOR`` groups its parameters otherwise.
+    Older checkpoints have no names: they are loaded as they are.
+    """
+    index, groups = {}, optimizer.state_dict()["param_groups"]
+    for group in state_dict["param_groups"]:
+        if "param_names" not in group:
+            return None
+        index |= zip(group["param_names"], group["params"], strict=True)
+    state = {
+        new: state_dict["state"][index[name]]
+        for group in groups
+        for name, new in zip(group["param_names"], group["params"], strict=True)
+        if index.get(name) in state_dict["state"]
+    }
+    return {"state": state, "param_groups": groups}
+
+
 class Checkpointer(DetectionCheckpointer):
     """detectron2's, which also converts what it loads, and neither trusts nor leaves half a file.
 

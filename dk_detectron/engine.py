@@ -42,7 +42,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from .amp import build_loop, check_amp
-from .checkpoint import Checkpointer, refuse_pickle, replacing, write_checkpoint
+from .checkpoint import Checkpointer, refuse_pickle, replacing, state_by_name, write_checkpoint
 from .config import add_dk_config
 from .data.datasets import check_on_disk
 from .data.stream import build_stream_loader, seed_from, seeded
@@ -216,7 +216,12 @@ class BaseTrainer(DefaultTrainer):
         return {**super().state_dict(), "seed": self.cfg.SEED}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """detectron2's, but learning rates are those of the configuration."""
+        base_lrs = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
+        self.scheduler.base_lrs = base_lrs
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = lr
         seed = state_dict.get("seed", self.cfg.SEED)
         if seed != self.cfg.SEED:
             self.cfg = _with_seed(self.cfg, seed)
@@ -270,15 +275,16 @@ class BaseTrainer(DefaultTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
             lr_factor_func=lr_factor,
         )
-        optimizer = partial(
-            maybe_add_gradient_clipping(cfg, getattr(torch.optim, cfg.SOLVER.OPTIMIZER)),
-            params,
-            lr=base_lr,
-            weight_decay=weight_decay,
-        )
-        if cfg.SOLVER.OPTIMIZER == "AdamW":
-            return optimizer()
-        return optimizer(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for group in params:
+            group["param_names"] = [names[parameter] for parameter in group["params"]]
+        options = {"lr": base_lr, "weight_decay": weight_decay}
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            options |= {"momentum": cfg.SOLVER.MOMENTUM, "nesterov": cfg.SOLVER.NESTEROV}
+        kind = maybe_add_gradient_clipping(cfg, getattr(torch.optim, cfg.SOLVER.OPTIMIZER))
+        optimizer = kind(params, **options)
+        optimizer.register_load_state_dict_pre_hook(state_by_name)
+        return optimizer
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
