@@ -48,6 +48,7 @@ from .data.datasets import check_on_disk
 from .data.stream import build_stream_loader, seed_from, seeded
 from .launch import launch
 from .modeling import to_channels_last
+from .monitoring import OffsetMonitor
 
 EVALUATION_FILE = "evaluation.json"
 OPTIMIZERS = ("SGD", "AdamW")
@@ -196,11 +197,13 @@ class BaseTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """detectron2's, and the weights' average if ``SOLVER.EMA_DECAY`` asks for it."""
+        """detectron2's, those that watch, and the weights' average if ``SOLVER.EMA_DECAY`` asks."""
         hooks = [
             EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate) if isinstance(h, EvalHook) else h
             for h in super().build_hooks()
         ]
+        # After the timer, which goes first; before metrics are written.
+        hooks.insert(1, OffsetMonitor(self.checkpointer.model))
         if self.cfg.SOLVER.EMA_DECAY:
             self.ema = WeightAverage(
                 self.checkpointer.model, self.cfg.SOLVER.EMA_DECAY, self.cfg.OUTPUT_DIR
