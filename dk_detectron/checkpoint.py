@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -41,6 +41,8 @@ DETECTION_PARTS = (
     "head.",
 )
 GENERATOR = re.compile(r"(kernel_offset|data_offset|gate)_generator(?=\.)")
+# The file that names the checkpoint which --resume takes.
+LAST_CHECKPOINT = "last_checkpoint"
 # How many batches a norm has seen: only training goes by it, and FrozenBN does not have it.
 COUNTER = ".num_batches_tracked"
 # Of the perturbations in ``set_rigid_weight``: a source always becomes the same network.
@@ -136,6 +138,11 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """``torch.save`` that leaves the whole file, or what was there before."""
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
+
+
+def non_finite(state: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that hold an infinity or NaN."""
+    return [name for name, tensor in state.items() if not tensor.isfinite().all()]
 
 
 # Conversion
@@ -398,6 +405,38 @@ def convert_file(
     return report
 
 
+def state_by_name(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict | None:
+    """A load hook: the state of every parameter by its name, and the groups as configured.
+
+    So a run goes on though another ``SOLVER.OFFSET_LR_FACTOR`` groups its parameters otherwise.
+    Older checkpoints have no names: they are loaded as they are.
+
+    Raises:
+        CheckpointError: it has no names, and groups its parameters otherwise.
+    """
+    index, groups = {}, optimizer.state_dict()["param_groups"]
+    if any("param_names" not in group for group in state_dict["param_groups"]):
+        expected, got = (
+            [len(g["params"]) for g in gs] for gs in (groups, state_dict["param_groups"])
+        )
+        if expected != got:
+            raise CheckpointError(
+                f"optimizer: expected groups of {expected} parameters to resume, got {got}, as "
+                "version 0.1 of dk_detectron made them; start a run from these weights, with "
+                "MODEL.WEIGHTS and another OUTPUT_DIR"
+            )
+        return None
+    for group in state_dict["param_groups"]:
+        index |= zip(group["param_names"], group["params"], strict=True)
+    state = {
+        new: state_dict["state"][index[name]]
+        for group in groups
+        for name, new in zip(group["param_names"], group["params"], strict=True)
+        if index.get(name) in state_dict["state"]
+    }
+    return {"state": state, "param_groups": groups}
+
+
 class Checkpointer(DetectionCheckpointer):
     """detectron2's, which also converts what it loads, and neither trusts nor leaves half a file.
 
@@ -469,11 +508,45 @@ class Checkpointer(DetectionCheckpointer):
         before = [p for p in self.get_all_checkpoint_files() if iteration(p) < iteration(last)]
         return [last, *sorted(before, key=iteration, reverse=True)]
 
+    def last_tagged(self) -> int | None:
+        """When the last checkpoint was tagged, in nanoseconds; None if there is none."""
+        path = Path(self.save_dir, LAST_CHECKPOINT)
+        return path.stat().st_mtime_ns if path.exists() else None
+
+    def rewind(self, is_good: Callable[[dict], bool]) -> str | None:
+        """Makes the latest good checkpoint the last one; if none is good, there is no last one.
+
+        Args:
+            is_good: judges what :func:`read_checkpoint` returns.
+
+        Returns:
+            Its file's name.
+        """
+        for path in self._resumable():
+            try:
+                good = is_good(read_checkpoint(path))
+            except (FileNotFoundError, CheckpointError):
+                continue
+            if good:
+                self.tag_last_checkpoint(os.path.basename(path))
+                return os.path.basename(path)
+        os.remove(os.path.join(self.save_dir, LAST_CHECKPOINT))
+        return None
+
     def save(self, name: str, **kwargs) -> None:
-        """As in the base class, but a file appears whole or not at all."""
+        """As in the base class, but a file appears whole or not at all.
+
+        Raises:
+            FloatingPointError: a weight is not finite; nothing has been written.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         checkpoint = {"model": self.model.state_dict()}
+        if bad := non_finite(checkpoint["model"]):
+            raise FloatingPointError(
+                f"{name}.pth: expected finite weights to save, got {len(bad)} that are not, such "
+                f"as {bad[0]}; nothing has been written"
+            )
         checkpoint |= {key: item.state_dict() for key, item in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
@@ -481,5 +554,5 @@ class Checkpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+        with replacing(os.path.join(self.save_dir, LAST_CHECKPOINT)) as temporary:
             Path(temporary).write_text(last_filename_basename)

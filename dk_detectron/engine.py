@@ -46,12 +46,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from .amp import build_loop, check_amp
-from .checkpoint import Checkpointer, refuse_pickle, replacing, write_checkpoint
+from .checkpoint import (
+    LAST_CHECKPOINT,
+    Checkpointer,
+    refuse_pickle,
+    replacing,
+    state_by_name,
+    write_checkpoint,
+)
 from .config import add_dk_config
 from .data.datasets import check_on_disk
 from .data.stream import build_stream_loader, seed_from, seeded
+from .divergence import DivergenceGuard
 from .launch import launch
 from .modeling import to_channels_last
+from .monitoring import OffsetMonitor
 
 EVALUATION_FILE = "evaluation.json"
 OPTIMIZERS = ("SGD", "AdamW")
@@ -121,7 +130,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
 
 def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
     """Raises if ``MODEL.WEIGHTS`` names no file, or training could not learn without."""
-    if resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+    if resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, LAST_CHECKPOINT)):
         return
     weights = cfg.MODEL.WEIGHTS
     if weights:
@@ -172,6 +181,14 @@ class WeightAverage(HookBase):
         self.averaged.load_state_dict(state_dict)
 
 
+class EvaluationHook(EvalHook):
+    """detectron2's hook, which would also evaluate what fails in the very last iteration."""
+
+    def after_train(self):
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
 class BaseTrainer(DefaultTrainer):
     """``DefaultTrainer`` that also runs distributed on CPUs, and resumes exactly.
 
@@ -205,11 +222,17 @@ class BaseTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """detectron2's, and the weights' average if ``SOLVER.EMA_DECAY`` asks for it."""
+        """detectron2's, those that watch, and the weights' average if ``SOLVER.EMA_DECAY`` asks."""
         hooks = [
-            EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate) if isinstance(h, EvalHook) else h
+            EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
+            if isinstance(h, EvalHook)
+            else h
             for h in super().build_hooks()
         ]
+        monitor = OffsetMonitor(self.checkpointer.model)
+        self.guard = DivergenceGuard(self.checkpointer, monitor)
+        # After the timer, which goes first; before checkpoints and metrics are written.
+        hooks[1:1] = [monitor, self.guard]
         if self.cfg.SOLVER.EMA_DECAY:
             self.ema = WeightAverage(
                 self.checkpointer.model, self.cfg.SOLVER.EMA_DECAY, self.cfg.OUTPUT_DIR
@@ -219,13 +242,23 @@ class BaseTrainer(DefaultTrainer):
 
     def run_step(self) -> None:
         seed_all_rng(seed_from(self.cfg.SEED, comm.get_rank(), self.iter))
-        super().run_step()
+        with self.guard.explains():
+            super().run_step()
+
+    def after_step(self) -> None:
+        with self.guard.explains():
+            super().after_step()
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "seed": self.cfg.SEED}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """detectron2's, but learning rates are those of the configuration."""
+        base_lrs = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
+        self.scheduler.base_lrs = base_lrs
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = lr
         seed = state_dict.get("seed", self.cfg.SEED)
         if seed != self.cfg.SEED:
             self.cfg = _with_seed(self.cfg, seed)
@@ -289,6 +322,9 @@ class BaseTrainer(DefaultTrainer):
         if generators:
             resting = {"params": [generator.bias for generator in generators], "weight_decay": 0.0}
             params = reduce_param_groups([*params, resting])
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for group in params:
+            group["param_names"] = [names[parameter] for parameter in group["params"]]
         options = {"lr": base_lr, "weight_decay": weight_decay}
         if cfg.SOLVER.OPTIMIZER == "SGD":
             options |= {"momentum": cfg.SOLVER.MOMENTUM, "nesterov": cfg.SOLVER.NESTEROV}
@@ -296,6 +332,7 @@ class BaseTrainer(DefaultTrainer):
         optimizer = kind(params, **options)
         if limit := cfg.SOLVER.CLIP_OFFSET_GRADIENTS:
             optimizer.register_step_pre_hook(partial(_clip_each, generators, limit))
+        optimizer.register_load_state_dict_pre_hook(state_by_name)
         return optimizer
 
     @classmethod

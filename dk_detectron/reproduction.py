@@ -137,6 +137,10 @@ def _plan_run(
         for key, value in load_config(config_file).MODEL.DEFORM_KERNEL.items():
             opts += [f"MODEL.DEFORM_KERNEL.{key}", str(value)]
         config_file = CONFIGS / "demo" / f"{settings.scale}_{family(name)}_FPN_dk_l3.yaml"
+        if not config_file.exists():
+            raise ValueError(
+                f"--rows: expected rows of MobileNet-V2 for --scale {settings.scale}, got {name}"
+            )
     if settings.weights:
         opts += ["MODEL.WEIGHTS", settings.weights.replace("{row}", name)]
     opts += [*settings.opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]

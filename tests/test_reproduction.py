@@ -161,6 +161,23 @@ def test_every_row_has_a_plan_on_coco():
         assert submit[3] == MetadataCatalog.get("coco_2017_test-dev").json_file
 
 
+def test_the_pretrained_scale_fine_tunes_the_rows_of_mobilenet():
+    rows = select_rows([3, 4], ["MNV2", "MNV2_dcn_dk_l3", "R_50_DW"])
+    mobilenets = {name: row for name, row in rows.items() if name != "R_50_DW"}
+    settings = Settings("pretrained", weights="mobilenet.pth")
+    runs = plan(mobilenets, settings, Path("out"), [0])
+    for run in runs:
+        assert run.config.MODEL.WEIGHTS == "mobilenet.pth"
+        assert run.config.MODEL.MOBILENETV2.NORM == "FrozenBN"
+        assert run.config.DATASETS.TRAIN == ("trees_train",)
+        assert run.config.SOLVER.CLIP_OFFSET_GRADIENTS > 0
+    kernels = [run.config.MODEL.DEFORM_KERNEL for run in runs]
+    assert [k.CONV_3X3 for k in kernels] == ["rigid", "local"]
+    assert [any(k.DATA_OFFSET_ON_PER_STAGE) for k in kernels] == [False, True]
+    with pytest.raises(ValueError, match="expected rows of MobileNet-V2 .* got R_50_DW"):
+        plan(rows, settings, Path("out"), [0])
+
+
 def test_every_row_has_a_plan_on_shapes():
     rows = select_rows([3, 4])
     runs = plan(rows, Settings("shapes"), Path("out"), [0, 1])

@@ -149,8 +149,8 @@ def evaluation_transform(cfg: CfgNode) -> v2.Compose:
 class PictureDataset(Dataset):
     """What a model takes, for every picture.
 
-    An item has "image" (uint8 [3, H, W]) and "label", unless the picture is left out, and
-    "skipped", the messages about what was.
+    An item has "image" (uint8 [3, H, W]), "label" and "file_name", unless the picture is left out,
+    and "skipped", the messages about what was.
     """
 
     def __init__(
@@ -201,6 +201,7 @@ class PictureDataset(Dataset):
             return {
                 "image": image.flip(0) if self.bgr else image,
                 "label": label,
+                "file_name": path,
                 "skipped": skipped,
             }
         if self.replace:
@@ -212,12 +213,13 @@ def collate(samples: list[dict]) -> dict[str, Tensor | list[str]]:
     """A batch of those samples that have an image.
 
     Returns:
-        "image" [N, 3, H, W] (None if N is 0), "label" [N], "skipped".
+        "image" [N, 3, H, W] (None if N is 0), "label" [N], "file_name" (N of them), "skipped".
     """
     read = [sample for sample in samples if "image" in sample]
     return {
         "image": torch.stack([sample["image"] for sample in read]) if read else None,
         "label": torch.tensor([sample["label"] for sample in read]),
+        "file_name": [sample["file_name"] for sample in read],
         "skipped": [message for sample in samples for message in sample["skipped"]],
     }
 
