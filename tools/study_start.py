@@ -3,9 +3,9 @@
 
     tools/study_start.py scratch --output output/start/scratch.jsonl --seeds 0 1 2 3 4
     tools/study_start.py fine-tuning --output output/start/fine_tuning.jsonl \\
-        --config-file configs/COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml \\
-        --factors 1 0.1 --rates 0.005 0.01 MODEL.WEIGHTS mobilenet_v2-7ebf99e0.pth ...
-    tools/study_start.py curvature --config-file ... MODEL.WEIGHTS ...
+        --config-file configs/demo/pretrained_MNV2_FPN_dk_l3.yaml \\
+        --factors 1 0.1 --rates 0.0025 0.005 --opts MODEL.WEIGHTS mobilenet_v2-7ebf99e0.pth
+    tools/study_start.py curvature --config-file ... --opts MODEL.WEIGHTS ...
 
 Every finished run is a line of --output: the same command goes on after an interruption, and prints
 the table of all that is in the file.
@@ -454,7 +454,10 @@ def parse() -> argparse.Namespace:
     parsers["curvature"].add_argument("--start", default="ours", choices=["ours", "pseudo-inverse"])
     for name in "fine-tuning", "curvature":
         parsers[name].add_argument("--config-file", required=True)
-        parsers[name].add_argument("opts", nargs="*", metavar="KEY VALUE", default=[])
+        parsers[name].add_argument(
+            "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
+            help="last: overrides of the configuration",
+        )  # fmt: skip
     return parser.parse_args()
 
 
