@@ -1,27 +1,26 @@
 """Warm starts train as their rigid twins do: scope, resting taps, the generators' limit."""
 
 import functools
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_benchmarks import load_tool
 from torch import nn
 
 from dk_detectron.analysis import CONFIGS, load_config
 from dk_detectron.engine import Trainer
 from dk_detectron.layers import DeformKernelConv2d, LocalDeformKernel2d
-from dk_detectron.ops import axis_coefficients
+from dk_detectron.ops import sample_kernel
 
 CHANNELS = 64
 
 
-def set_pseudo_inverse(layer: LocalDeformKernel2d, weight: torch.Tensor) -> None:
-    """The start of version 0.1: the smallest scope whose kernel in the centre is ``weight``."""
-    layer.set_rigid_weight(weight)
-    size = layer.scope_size[0]
-    inverse = torch.linalg.pinv(axis_coefficients(torch.arange(3.0) + (size - 3) / 2, size))
-    layer.weight.data.copy_(inverse @ weight @ inverse.t())
-    nn.init.zeros_(layer.kernel_offset_generator.bias)
+@pytest.fixture(scope="module")
+def study():
+    return load_tool("study_start")
 
 
 def build(convolution, set_weight=None) -> nn.Sequential:
@@ -88,7 +87,7 @@ def test_a_warm_start_trains_where_its_rigid_twin_does(layer):
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.1])
-def test_the_pseudo_inverse_would_not(limit, monkeypatch):
+def test_the_pseudo_inverse_would_not(limit, study, monkeypatch):
     """So the test above tells starts apart; and the limit alone does not save this one."""
     original = Trainer.build_optimizer
 
@@ -97,7 +96,7 @@ def test_the_pseudo_inverse_would_not(limit, monkeypatch):
         return original(cfg, model)
 
     monkeypatch.setattr(Trainer, "build_optimizer", build_optimizer)
-    losses = train(build(LocalDeformKernel2d, set_pseudo_inverse))
+    losses = train(build(LocalDeformKernel2d, study.set_pseudo_inverse))
     assert losses[0] == pytest.approx(rigid_losses()[0], rel=1e-4)
     assert not losses[-1] < 0.5
 
@@ -141,3 +140,86 @@ def test_weight_decay_pulls_no_tap():
         optimizer.step()
         assert torch.equal(layer.kernel_offset_generator.bias, rest)
         assert (layer.weight.abs() < weight.abs()).all()
+
+
+# ---- tools/study_start.py
+# ------------------------------------------------------------------------------
+
+
+def at_rest(layer: LocalDeformKernel2d) -> torch.Tensor:
+    rest = layer.kernel_offset_generator.bias.detach().unsqueeze(0)
+    return sample_kernel(layer.weight.detach(), rest, layer.kernel_size)[0]
+
+
+@pytest.mark.parametrize("scope_size", [4, 5])
+def test_starts_are_what_their_names_say(study, scope_size):
+    layer = LocalDeformKernel2d(512, 512, 3, groups=512, scope_size=scope_size)
+    rigid = torch.randn(512, 1, 3, 3)
+    for name, set_weight in study.STARTS.items():
+        set_weight(layer, rigid)
+        moved = layer.kernel_offset_generator.bias.any()
+        assert moved == (name == "spread")
+        if name in ("spread", "pseudo-inverse"):
+            torch.testing.assert_close(at_rest(layer), rigid, rtol=1e-4, atol=1e-5)
+        else:
+            assert at_rest(layer).std() == pytest.approx(1, abs=0.1), name
+
+
+def test_a_clamped_generator_learns_nothing_from_taps_outside(study):
+    generator = study.ClampedGenerator(1, 18, 1)
+    nn.init.zeros_(generator.weight)
+    with torch.no_grad():  # taps rest at 0.5, 1.5 and 2.5 in a scope of 4
+        generator.bias.zero_()
+        generator.bias[0] = -0.6  # the first row's first tap, to -0.1
+        generator.bias[17] = 0.6  # the last column's last tap, to 3.1
+    generator(torch.ones(1, 1, 1, 1)).sum().backward()
+    expected = torch.ones(18)
+    expected[[0, 17]] = 0
+    assert torch.equal(generator.bias.grad, expected)
+
+
+def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "PASSES", 1)
+    monkeypatch.setattr(study, "STEPS", 1)
+    runs = [study.ScratchRun(start, 4, 0.1, 0.1, True, 0) for start in ("rigid", "centre")]
+    results = [study.train_on_digits(run) for run in runs]
+    assert all(0 <= result["error"] <= 100 for result in results)
+    assert results[1]["moved"] < 0.1 and results[1]["clipped"] == 0
+    output = tmp_path / "runs.jsonl"
+    output.write_text("".join(json.dumps(result) + "\n" for result in results))
+    assert study.execute(study.ScratchRun, runs, pytest.fail, output, 1) == results
+    lines = study.tabulate_scratch(results).splitlines()
+    assert lines[2].split()[1] == "rigid" and lines[3].split()[1] == "centre"
+
+
+def test_first_steps_name_the_step_of_divergence(study):
+    common = {"config": "configs/demo/pretrained_MNV2_FPN_dk_l3.yaml", "opts": "", "start": "ours"}
+    common |= {"limit": 0.05, "factor": 0.1}
+    results = [
+        {**common, "rate": 0.005, "diverged": None, "loss": 1.25},
+        {**common, "rate": 0.02, "diverged": 17, "loss": None},
+    ]
+    row = study.tabulate_first_steps(results).splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "3x3 local", "ours", "0.05", "0.1", "1.25", "† 17"
+    ]  # fmt: skip
+
+
+def test_curvature_is_the_largest_eigenvalue_of_the_hessian(study):
+    """Of a quadratic form, of which it is known."""
+
+    class Quadratic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a_offset_generator, self.b_offset_generator = nn.Linear(3, 2), nn.Linear(2, 1)
+
+        def forward(self, scale):
+            a, b = self.a_offset_generator.weight, self.b_offset_generator.weight
+            curvatures = torch.tensor([1.0, 2, 3, 4, 5, 6]).view(2, 3)
+            return {"loss": scale * ((curvatures * a**2).sum() / 2 + 10 * (b**2).sum())}
+
+    trainer = SimpleNamespace(model=Quadratic().double(), data_loader=[1.0, 3.0])
+    found = study.curvature(trainer, iterations=60)
+    assert found["a_offset_generator.weight"] == pytest.approx(12, rel=1e-3)
+    assert found["b_offset_generator.weight"] == pytest.approx(40, rel=1e-3)
+    assert found["all"] == pytest.approx(40, rel=1e-3)

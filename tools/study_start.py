@@ -79,6 +79,14 @@ STARTS: dict[str, Callable[[ScopeConv2d, Tensor], None]] = {
 }
 
 
+def outside(offset: Tensor, scope_size: Iterable[int], kernel_size: Iterable[int]) -> Tensor:
+    """Of offsets [N, 2*K, H, W]: which lead out of the scope, along their axis."""
+    axes = [torch.arange(k) + (s - k) / 2 for s, k in zip(scope_size, kernel_size, strict=True)]
+    rest = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 1, 1)
+    last = torch.tensor(list(scope_size)).repeat(len(rest) // 2).view(-1, 1, 1) - 1
+    return (rest + offset < 0) | (rest + offset > last)
+
+
 class ClampedGenerator(nn.Conv2d):
     """A generator of offsets whose clipped taps get torch.clamp's gradient: none."""
 
@@ -86,12 +94,8 @@ class ClampedGenerator(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         offset = super().forward(x)
-        rest = torch.arange(3) + (self.scope_size - 3) / 2
-        location = offset.unflatten(1, (3, 3, 2))
-        rows, columns = rest.view(3, 1, 1, 1, 1), rest.view(3, 1, 1, 1)
-        location = location + torch.stack(torch.broadcast_tensors(rows, columns), 2)
-        inside = ((location >= 0) & (location <= self.scope_size - 1)).flatten(1, 3)
-        return torch.where(inside, offset, offset.detach())
+        clipped = outside(offset.detach(), [self.scope_size] * 2, [3, 3])
+        return torch.where(clipped, offset.detach(), offset)
 
 
 # ---- where the taps are
@@ -101,14 +105,11 @@ class ClampedGenerator(nn.Conv2d):
 def look_at_taps(layer: LocalDeformKernel2d, offset: Tensor) -> dict[str, float]:
     """Of a layer's offsets [N, 2*K, H, W]: how far from their start, how many outside the scope."""
     start = layer.kernel_offset_generator.bias.detach().view(-1, 1, 1)
-    both = torch.stack(torch.meshgrid(centre(layer, 0), centre(layer, 1), indexing="ij"), -1)
-    location = offset + both.flatten().view(-1, 1, 1)
-    last = torch.tensor(layer.scope_size).repeat(start.numel() // 2).view(-1, 1, 1) - 1
-    outside = (location < 0) | (location > last)
+    clipped = outside(offset, layer.scope_size, layer.kernel_size)
     return {
         "moved": float((offset - start).abs().mean()),
-        "clipped": float(outside.float().mean()),
-        "dead": float(outside.flatten(2).all(2).all(0).float().mean()),
+        "clipped": float(clipped.float().mean()),
+        "dead": float(clipped.flatten(2).all(2).all(0).float().mean()),
     }
 
 
