@@ -102,6 +102,9 @@ class ClampedGenerator(nn.Conv2d):
 # ----------------------------------------------------------------------------
 
 
+LOOK = "moved", "clipped", "dead"
+
+
 def look_at_taps(layer: LocalDeformKernel2d, offset: Tensor) -> dict[str, float]:
     """Of a layer's offsets [N, 2*K, H, W]: how far from their start, how many outside the scope."""
     start = layer.kernel_offset_generator.bias.detach().view(-1, 1, 1)
@@ -391,10 +394,10 @@ def tabulate_scratch(results: list[dict]) -> str:
     for setting, group in grouped(results, keys):
         errors = [r["error"] for r in group]
         deviation = statistics.stdev(errors) if len(errors) > 1 else None
-        taps = _mean_of(r for r in group if "moved" in r)
-        taps = [taps.get(key) for key in ("moved", "clipped", "dead")]
+        looks = [{key: r[key] for key in LOOK} for r in group if "moved" in r]
+        taps = [_mean_of(looks).get(key) for key in LOOK]
         rows.append([*setting, len(group), statistics.mean(errors), deviation, *taps])
-    header = [*keys, "seeds", "error %", "±", "moved", "clipped", "dead"]
+    header = [*keys, "seeds", "error %", "±", *LOOK]
     return tabulate(rows, header, tablefmt="github", floatfmt=".3g")
 
 
