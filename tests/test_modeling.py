@@ -293,6 +293,7 @@ def test_a_plain_detectron2_config_is_unchanged():
             "CHANNELS_LAST",
             "CLASSIFIER",
             "OFFSET_LR_FACTOR",
+            "CLIP_OFFSET_GRADIENTS",
             "OPTIMIZER",
             "COLOR_JITTER",
             "EMA_DECAY",
