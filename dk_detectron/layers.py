@@ -188,7 +188,7 @@ class ScopeConv2d(AdaptiveConv2d):
 
     The scope starts as smooth as a rigid weight allows: the taps, spread evenly over it, read that
     weight. From a given one the taps rest there (*"we initialize kernel grids to be uniformly
-    distributed within the scope size"*, appendix D), by the generator's bias. From scratch nothing
+    distributed within the scope size"*, section 4), by the generator's bias. From scratch nothing
     has to be exact, and they rest in the centre, one cell apart.
     """
 
