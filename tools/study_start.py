@@ -294,7 +294,11 @@ def first_steps(run: FineTuningRun) -> dict:
     with EventStorage(0):
         for step in range(run.steps):
             seed_all_rng(1000 * run.seed + step)
-            loss = sum(model(next(images)).values())
+            try:
+                loss = sum(model(next(images)).values())
+            except FloatingPointError:  # detectron2's own check of its boxes
+                diverged = step
+                break
             trainer.optimizer.zero_grad()
             loss.backward()
             trainer.optimizer.step()
