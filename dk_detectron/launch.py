@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import detectron2.engine
 import torch
@@ -30,7 +31,7 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
         return
     try:
         detectron2.engine.launch(
-            main,
+            partial(_run, main),
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
@@ -58,5 +59,16 @@ def _join(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
     distributed.init_process_group("nccl" if has_gpu else "gloo")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()
+    _run(main, args)
+
+
+def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Runs ``main``, and leaves the processes' group, if there is one, together.
+
+    Else the threads of a group are still running when Python exits, which can abort the process
+    after all its work is done.
+    """
     main(args)
-    distributed.destroy_process_group()
+    if distributed.is_initialized():
+        comm.synchronize()
+        distributed.destroy_process_group()
