@@ -33,7 +33,10 @@ def add_dk_config(cfg: CN) -> None:
     # Channels of res5: 1280, with the final 1x1 convolution, or 320, without.
     cfg.MODEL.MOBILENETV2.RES5_CHANNELS = 1280
 
-    # Keep activations in channels_last, the layout in which the operators are fastest.
+    # Keep activations in channels_last, the layout in which the operators are fastest. On a CPU it
+    # pays for deformable kernels with AVX-512 (3 % of a training step, 7 % of inference). With AVX2
+    # it pays in inference alone (6 %): the dense convolutions of a training step lose more by it
+    # (6 % with deformable kernels, 14 % without; docs/benchmarks.md). No GPU has been measured.
     cfg.MODEL.CHANNELS_LAST = False
 
     # Compile the backbone with torch.compile, with dynamic shapes. The first steps take minutes;
