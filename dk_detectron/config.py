@@ -54,9 +54,8 @@ def add_dk_config(cfg: CN) -> None:
     # ResNet-50-DW, 0.1 in its MobileNet-V2.
     cfg.SOLVER.OFFSET_LR_FACTOR = 1.0
     # The gradient of every offset generator is scaled down to at most this norm; 0 for no limit. A
-    # generator sums over all channels, so that in a pretrained network its gradient is up to a
-    # thousand times that of any other weight: without the limit, fine-tuning diverges within
-    # twenty steps (docs/start.md).
+    # generator sums over all channels, so that in a pretrained network its gradient is hundreds of
+    # times that of any other weight: without the limit, fine-tuning diverges (docs/start.md).
     cfg.SOLVER.CLIP_OFFSET_GRADIENTS = 0.0
     # "SGD", or "AdamW", with which a detector from scratch learns in far fewer steps.
     cfg.SOLVER.OPTIMIZER = "SGD"

@@ -9,12 +9,20 @@ given one (:meth:`AdaptiveConv2d.set_rigid_weight`). ``docs/start.md`` has the e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from .ops import axis_coefficients, deform_kernel_conv2d, per_image_conv2d, sample_kernel
+from .ops import (
+    axis_coefficients,
+    deform_kernel_conv2d,
+    per_image_conv2d,
+    rest_kernel,
+    sample_kernel,
+    tap_locations,
+)
 
 __all__ = [
     "LocalDeformKernel2d",
@@ -223,9 +231,8 @@ class ScopeConv2d(AdaptiveConv2d):
         # Along an axis with a single tap the scope is constant: its offsets would get no gradient
         # and its cells equal ones, for ever. Perturb them by what the tap does not see at rest.
         noise = torch.randn_like(scope)
-        read = noise
-        for axis, (size, taps) in enumerate(zip(self.scope_size, self.kernel_size, strict=True)):
-            read = _along(axis, _spread_coefficients(size, taps), read)
+        rest = spread_offset(self.scope_size, self.kernel_size).to(noise.device).unsqueeze(0)
+        read = sample_kernel(noise, rest, self.kernel_size)[0]
         noise = noise - lift_to_scope(read, self.scope_size)
         return scope + PERTURBATION * weight.std(correction=0) * noise
 
@@ -382,21 +389,17 @@ def _spread_taps(scope_size: int, kernel_size: int) -> Tensor:
 
 def spread_offset(scope_size: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
     """The kernel offsets [2*K] that spread the taps evenly over the scope, in scope cells."""
-    axes = [
-        _spread_taps(s, k) - (torch.arange(k) + (s - k) / 2)
-        for s, k in zip(scope_size, kernel_size, strict=True)
-    ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten()
-
-
-def _spread_coefficients(scope_size: int, kernel_size: int) -> Tensor:
-    """[K, S]: what each of the spread taps reads from each cell along an axis."""
-    return axis_coefficients(_spread_taps(scope_size, kernel_size), scope_size)
+    spread = torch.meshgrid(*map(_spread_taps, scope_size, kernel_size), indexing="ij")
+    zero = torch.zeros(1, 2 * prod(kernel_size), dtype=torch.float64)
+    centre = tap_locations(zero, scope_size, kernel_size)
+    return torch.stack(
+        [s.flatten() - c[0] for s, c in zip(spread, centre, strict=True)], -1
+    ).flatten()
 
 
 def _smooth_inverse(scope_size: int, kernel_size: int) -> Tensor:
     """[S, K]: the cells of least squared differences along an axis that the spread taps read so."""
-    read = _spread_coefficients(scope_size, kernel_size)
+    read = axis_coefficients(_spread_taps(scope_size, kernel_size), scope_size)  # [K, S]
     difference = torch.eye(scope_size, dtype=torch.float64).diff(dim=0)
     # Lagrange: the gradient of |difference @ cells|^2 is a combination of the rows of `read`.
     system = torch.zeros(2 * [scope_size + kernel_size], dtype=torch.float64)
@@ -404,12 +407,6 @@ def _smooth_inverse(scope_size: int, kernel_size: int) -> Tensor:
     system[:scope_size, scope_size:] = read.t()
     system[scope_size:, :scope_size] = read
     return torch.linalg.inv(system)[:scope_size, scope_size:]
-
-
-def _along(axis: int, matrix: Tensor, weight: Tensor) -> Tensor:
-    """``matrix`` times every row (axis 0: column) of the kernels in ``weight``."""
-    matrix = matrix.to(weight)
-    return matrix @ weight if axis == 0 else weight @ matrix.t()
 
 
 def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
@@ -422,20 +419,20 @@ def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
     Returns:
         [C_out, C_in / groups, S_h, S_w].
     """
-    lifted = weight.double()
-    for axis, (size, taps) in enumerate(zip(_pair(scope_size), weight.shape[2:], strict=True)):
-        lifted = _along(axis, _smooth_inverse(size, taps), lifted)
-    return lifted.to(weight.dtype)
+    weight64 = weight.double()
+    rows, columns = (
+        _smooth_inverse(size, taps).to(weight64)
+        for size, taps in zip(_pair(scope_size), weight.shape[2:], strict=True)
+    )
+    return (rows @ weight64 @ columns.t()).to(weight.dtype)
 
 
 def _centre_gain(scope_size: Sequence[int], kernel_size: Sequence[int]) -> float:
     """By how much taps in the centre of a lifted scope lower the deviation of independent draws."""
-    gain = 1.0
-    for size, taps in zip(scope_size, kernel_size, strict=True):
-        centre = torch.arange(taps, dtype=torch.float64) + (size - taps) / 2
-        read = axis_coefficients(centre, size) @ _smooth_inverse(size, taps)
-        gain /= float(read.square().sum(1).mean()) ** 0.5
-    return gain
+    taps = prod(kernel_size)
+    units = torch.eye(taps, dtype=torch.float64).view(taps, 1, *kernel_size)
+    read = rest_kernel(lift_to_scope(units, scope_size), kernel_size)
+    return float(read.square().sum(0).mean()) ** -0.5
 
 
 def msra_fill(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .layers import AdaptiveConv2d
+from .ops import outside_scope
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
 LOGGER = logging.getLogger("detectron2.dk_detectron.monitoring")
@@ -82,15 +83,9 @@ class Offsets:
 
 
 def _clipped(offset: Tensor, layer: AdaptiveConv2d) -> Tensor:
-    """Whether each tap is outside the scope; of offsets [N, 2*K, ...], [N, K_h, K_w, ...]."""
-    taps = offset.unflatten(1, (*layer.kernel_size, 2))
-    clipped = torch.zeros((), dtype=torch.bool, device=offset.device)
-    for axis, (kernel, scope) in enumerate(zip(layer.kernel_size, layer.scope_size, strict=True)):
-        rest = torch.arange(kernel, device=offset.device) + (scope - kernel) / 2
-        rest = rest.view([-1 if d == 1 + axis else 1 for d in range(taps.dim() - 1)])
-        location = rest + taps.select(3, axis)
-        clipped = clipped | ~((location >= 0) & (location <= scope - 1))
-    return clipped
+    """Whether each tap is outside the scope; of offsets [N, 2*K, ...], [N, K, ...]."""
+    row, column = outside_scope(offset, layer.scope_size, layer.kernel_size)
+    return row | column
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ __all__ = [
     "per_image_conv2d",
     "composed_deform_kernel_conv2d",
     "axis_coefficients",
+    "tap_locations",
+    "outside_scope",
     "rest_kernel",
 ]
 
@@ -352,16 +354,45 @@ def _tap_grid(kernel_size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]
     return rows.reshape(shape), columns.reshape(shape)
 
 
+def tap_locations(
+    kernel_offset: Tensor, scope_size: Sequence[int], kernel_size: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Offsets [N, 2*K, ...] -> row and column of the taps in the scope, [N, K, ...] each."""
+    offsets = _split_offset(kernel_offset)
+    row, column = (
+        tap + (scope - kernel) / 2 + offset
+        for tap, scope, kernel, offset in zip(
+            _tap_grid(kernel_size, offsets[0]), scope_size, kernel_size, offsets, strict=True
+        )
+    )
+    return row, column
+
+
+def outside_scope(
+    kernel_offset: Tensor, scope_size: Sequence[int], kernel_size: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Offsets [N, 2*K, ...] -> whether the taps' row and column is clipped, [N, K, ...] each.
+
+    Those of NaN are counted as such.
+    """
+    locations = tap_locations(kernel_offset, scope_size, kernel_size)
+    row, column = (
+        ~((location >= 0) & (location <= size - 1))
+        for location, size in zip(locations, scope_size, strict=True)
+    )
+    return row, column
+
+
 def _scope_coefficients(
     kernel_offset: Tensor, scope_size: Sequence[int], kernel_size: Sequence[int], clip: bool
 ) -> Tensor:
     """B of eq. 12: offsets [N, 2*K, ...] -> coefficients [N, K, ..., S] of taps on cells."""
-    axes = []
-    offsets = _split_offset(kernel_offset)
-    for axis, tap in enumerate(_tap_grid(kernel_size, offsets[0])):
-        rest = tap + (scope_size[axis] - kernel_size[axis]) / 2
-        axes.append(axis_coefficients(rest + offsets[axis], scope_size[axis], clip))
-    return (axes[0].unsqueeze(-1) * axes[1].unsqueeze(-2)).flatten(-2)
+    locations = tap_locations(kernel_offset, scope_size, kernel_size)
+    rows, columns = (
+        axis_coefficients(location, size, clip)
+        for location, size in zip(locations, scope_size, strict=True)
+    )
+    return (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(-2)
 
 
 def rest_kernel(weight: Tensor, kernel_size: Sequence[int], clip: bool = True) -> Tensor:

@@ -39,27 +39,25 @@ from tqdm import tqdm
 from dk_detectron.analysis import load_config
 from dk_detectron.engine import Trainer
 from dk_detectron.layers import LocalDeformKernel2d, ScopeConv2d
-from dk_detectron.ops import axis_coefficients, sample_kernel
+from dk_detectron.ops import outside_scope, rest_kernel, sample_kernel
 
 # ---- starts
 # ----------------------------------------------------------------------------------------
 
 
-def centre(layer: ScopeConv2d, axis: int) -> Tensor:
-    """[K]: the taps at the operator's zero along an axis."""
-    size, taps = layer.scope_size[axis], layer.kernel_size[axis]
-    return torch.arange(taps, dtype=torch.float64) + (size - taps) / 2
+def read_in_centre(layer: ScopeConv2d) -> Tensor:
+    """[K, S]: what each tap reads of each cell at the operator's zero."""
+    cells = math.prod(layer.scope_size)
+    units = torch.eye(cells, dtype=torch.float64).view(cells, 1, *layer.scope_size)
+    return rest_kernel(units, layer.kernel_size).flatten(1).t()
 
 
 @torch.no_grad()
 def set_pseudo_inverse(layer: ScopeConv2d, rigid: Tensor) -> None:
     """Version 0.1's: the smallest scope whose kernel in the centre is ``rigid``."""
     layer.set_rigid_weight(rigid)
-    rows, columns = (
-        torch.linalg.pinv(axis_coefficients(centre(layer, axis), layer.scope_size[axis]))
-        for axis in range(2)
-    )
-    layer.weight.copy_(rows @ rigid.double() @ columns.t())
+    inverse = torch.linalg.pinv(read_in_centre(layer))
+    layer.weight.copy_((rigid.double().flatten(2) @ inverse.t()).view_as(layer.weight))
     nn.init.zeros_(layer.kernel_offset_generator.bias)
 
 
@@ -67,8 +65,8 @@ def set_pseudo_inverse(layer: ScopeConv2d, rigid: Tensor) -> None:
 def draw_cells(layer: ScopeConv2d, rigid: Tensor) -> None:
     """Independent cells; the kernel in the centre has the variance of ``rigid``."""
     layer.set_drawn_weight(rigid)
-    read = axis_coefficients(centre(layer, 0), layer.scope_size[0]).square().sum(1).mean()
-    layer.weight.normal_(0, float(rigid.std() / read))
+    variance = float(read_in_centre(layer).square().sum(1).mean())
+    layer.weight.normal_(0, float(rigid.std()) / math.sqrt(variance))
 
 
 STARTS: dict[str, Callable[[ScopeConv2d, Tensor], None]] = {
@@ -81,10 +79,7 @@ STARTS: dict[str, Callable[[ScopeConv2d, Tensor], None]] = {
 
 def outside(offset: Tensor, scope_size: Iterable[int], kernel_size: Iterable[int]) -> Tensor:
     """Of offsets [N, 2*K, H, W]: which lead out of the scope, along their axis."""
-    axes = [torch.arange(k) + (s - k) / 2 for s, k in zip(scope_size, kernel_size, strict=True)]
-    rest = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 1, 1)
-    last = torch.tensor(list(scope_size)).repeat(len(rest) // 2).view(-1, 1, 1) - 1
-    return (rest + offset < 0) | (rest + offset > last)
+    return torch.stack(outside_scope(offset, scope_size, kernel_size), 2).flatten(1, 2)
 
 
 class ClampedGenerator(nn.Conv2d):
