@@ -181,15 +181,15 @@ def test_a_clamped_generator_learns_nothing_from_taps_outside(study):
 def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PASSES", 1)
     monkeypatch.setattr(study, "STEPS", 1)
-    runs = [study.ScratchRun(start, 4, 0.1, 0.1, True, 0) for start in ("rigid", "centre")]
-    results = [study.train_on_digits(run) for run in runs]
+    runs = [study.ScratchRun("shapes", start, 4, 0.1, 0.1, True, 0) for start in ("rigid", "centre")]
+    results = [study.train_small_network(run) for run in runs]
     assert all(0 <= result["error"] <= 100 for result in results)
     assert results[1]["moved"] < 0.1 and results[1]["clipped"] == 0
     output = tmp_path / "runs.jsonl"
     output.write_text("".join(json.dumps(result) + "\n" for result in results))
     assert study.execute(study.ScratchRun, runs, pytest.fail, output, 1) == results
     lines = study.tabulate_scratch(results).splitlines()
-    assert lines[2].split()[1] == "rigid" and lines[3].split()[1] == "centre"
+    assert lines[2].split()[3] == "rigid" and lines[3].split()[3] == "centre"
 
 
 def test_first_steps_name_the_step_of_divergence(study):

@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.utils.env import seed_all_rng
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dk_detectron.analysis import load_config
+from dk_detectron.data.shapes import CLASS_OBJECT_SIZES, OUTLINES, draw_image
 from dk_detectron.engine import Trainer
 from dk_detectron.layers import LocalDeformKernel2d, ScopeConv2d
 from dk_detectron.ops import outside_scope, rest_kernel, sample_kernel
@@ -124,18 +127,20 @@ def watch_taps(model: nn.Module) -> dict[str, dict[str, float]]:
     return seen
 
 
-# ---- from scratch: turned, scaled, stretched digits
-# ------------------------------------------------
+# ---- from scratch: small pictures of digits and shapes
+# --------------------------------------------------
 
 CHANNELS, WIDE_CHANNELS = 24, 64  # the wide rigid network has about the deformable one's parameters
 PASSES, STEPS, BATCH, RATE = 30, 18, 64, 0.05
 TRAIN_DIGITS = 1200
+SHAPES, TRAIN_SHAPES, SHAPES_SIDE = 3600, 3000, 40
 
 
 @dataclass(frozen=True)
 class ScratchRun:
-    """``start``: one of STARTS, "rigid" or "wide"."""
+    """``data``: one of DATA; ``start``: one of STARTS, "rigid" or "wide"."""
 
+    data: str
     start: str
     scope: int
     factor: float
@@ -162,6 +167,57 @@ def draw_digits(digits: Tensor, generator: torch.Generator, size: int = 32) -> T
     return F.grid_sample(digits, grid, align_corners=False)
 
 
+@dataclass
+class Pictures:
+    """Pictures [N, C, H, W] with their classes, a split, and how one is drawn for a step."""
+
+    images: Tensor
+    labels: Tensor
+    train: Tensor
+    test: Tensor
+    draw: Callable[[Tensor, torch.Generator], Tensor]
+
+
+def load_digit_pictures() -> Pictures:
+    """scikit-learn's digits, turned, scaled and stretched anew in every step."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[:TRAIN_DIGITS], order[TRAIN_DIGITS:]
+    return Pictures(images, torch.tensor(data.target), train, test, draw_digits)
+
+
+def draw_shape_pictures() -> Pictures:
+    """One of the six shapes of `make demo` a picture, bent and stretched; flipped when trained on."""
+    images = []
+    for index in range(SHAPES):
+        rng = np.random.default_rng([0, index])
+        name = [*OUTLINES][index % len(OUTLINES)]
+        image, _ = draw_image(SHAPES_SIDE, rng, [name], CLASS_OBJECT_SIZES)
+        images.append(cv2.resize(image, (SHAPES_SIDE, SHAPES_SIDE), interpolation=cv2.INTER_AREA))
+    pictures = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    index = torch.arange(SHAPES)
+    return Pictures(
+        pictures, index % len(OUTLINES), index[:TRAIN_SHAPES], index[TRAIN_SHAPES:], flip
+    )
+
+
+def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """[N, C, H, W]: each flipped along either axis or not, by chance."""
+    for axis in 2, 3:
+        chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(chosen, images.flip(axis), images)
+    return images
+
+
+DATA: dict[str, Callable[[], Pictures]] = {
+    "digits": load_digit_pictures,
+    "shapes": draw_shape_pictures,
+}
+
+
 def depthwise(run: ScratchRun, channels: int, stride: int) -> nn.Module:
     arguments = {"stride": stride, "padding": 1, "groups": channels, "bias": False}
     if run.start in ("rigid", "wide"):
@@ -175,31 +231,27 @@ def depthwise(run: ScratchRun, channels: int, stride: int) -> nn.Module:
     return layer
 
 
-def small_network(run: ScratchRun) -> nn.Module:
+def small_network(run: ScratchRun, colours: int, classes: int) -> nn.Module:
     channels = WIDE_CHANNELS if run.start == "wide" else CHANNELS
 
     def normed(convolution: nn.Module):
         return convolution, nn.BatchNorm2d(channels), nn.ReLU()
 
-    layers = [*normed(nn.Conv2d(1, channels, 3, 1, 1, bias=False))]
+    layers = [*normed(nn.Conv2d(colours, channels, 3, 1, 1, bias=False))]
     for stride in (2, 1, 2, 1, 2):
         layers += normed(depthwise(run, channels, stride))
         layers += normed(nn.Conv2d(channels, channels, 1, bias=False))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def train_on_digits(run: ScratchRun) -> dict:
+def train_small_network(run: ScratchRun) -> dict:
     """Test error in percent after 30 passes, and where the taps are then."""
-    from sklearn.datasets import load_digits
-
     torch.set_num_threads(1)
-    data = load_digits()
-    digits = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(data.target)
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
-    train, test = order[:TRAIN_DIGITS], order[TRAIN_DIGITS:]
+    data = DATA[run.data]()
+    images, labels, train, test = data.images, data.labels, data.train, data.test
     torch.manual_seed(run.seed)
-    model = small_network(run).to(memory_format=torch.channels_last)
+    model = small_network(run, images.shape[1], int(labels.max()) + 1)
+    model.to(memory_format=torch.channels_last)
     generators = [m for n, m in model.named_modules() if n.endswith("offset_generator")]
     slow = {p for generator in generators for p in generator.parameters()}
     groups = [{"params": [p for p in model.parameters() if p not in slow], "lr": RATE}]
@@ -211,7 +263,7 @@ def train_on_digits(run: ScratchRun) -> dict:
     generator = torch.Generator().manual_seed(run.seed)
     for _ in range(PASSES):
         for batch in train[torch.randperm(len(train), generator=generator)].split(BATCH)[:STEPS]:
-            loss = F.cross_entropy(model(draw_digits(digits[batch], generator)), labels[batch])
+            loss = F.cross_entropy(model(data.draw(images[batch], generator)), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             if run.limit:
@@ -223,7 +275,7 @@ def train_on_digits(run: ScratchRun) -> dict:
     generator.manual_seed(99)
     with torch.no_grad():
         right = [
-            model(draw_digits(digits[test], generator)).argmax(1) == labels[test] for _ in range(3)
+            model(data.draw(images[test], generator)).argmax(1) == labels[test] for _ in range(3)
         ]
     error = 100 - 100 * float(torch.cat(right).float().mean())
     return {**asdict(run), "error": error, **_mean_of(seen.values())}
@@ -388,7 +440,7 @@ def execute(kind: type, runs: list, train: Callable, output: Path, workers: int)
 
 def tabulate_scratch(results: list[dict]) -> str:
     """A row for each setting, over its seeds."""
-    keys = "start", "scope", "factor", "limit", "clamp"
+    keys = "data", "start", "scope", "factor", "limit", "clamp"
     rows = []
     for setting, group in grouped(results, keys):
         errors = [r["error"] for r in group]
@@ -447,6 +499,7 @@ def parse() -> argparse.Namespace:
         add("--seeds", type=int, nargs="+", default=[0])
         add("--workers", type=int, default=2, help="processes, of one thread each")
     add = parsers["scratch"].add_argument
+    add("--data", nargs="+", default=["digits"], choices=[*DATA])
     add("--starts", nargs="+", default=["rigid", "wide", *STARTS])
     add("--scopes", type=int, nargs="+", default=[4])
     add("--clamp", action="store_true", help="clipped taps get no gradient")
@@ -468,12 +521,11 @@ def main() -> None:
     args = parse()
     if args.command == "scratch":
         settings = itertools.product(
-            args.seeds, args.starts, args.scopes, args.factors, args.limits
+            args.seeds, args.data, args.starts, args.scopes, args.factors, args.limits
         )
-        runs = [ScratchRun(s, k, f, c, args.clamp, seed) for seed, s, k, f, c in settings]
-        print(
-            tabulate_scratch(execute(ScratchRun, runs, train_on_digits, args.output, args.workers))
-        )
+        runs = [ScratchRun(*setting, args.clamp, seed) for seed, *setting in settings]
+        results = execute(ScratchRun, runs, train_small_network, args.output, args.workers)
+        print(tabulate_scratch(results))
     elif args.command == "fine-tuning":
         settings = itertools.product(args.seeds, args.starts, args.limits, args.factors, args.rates)
         network = args.config_file, shlex.join(args.opts)
