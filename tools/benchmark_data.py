@@ -26,9 +26,9 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-from dk_detectron.amp import PRECISIONS
-from dk_detectron.analysis import load_config
 from dk_detectron.engine import Trainer
+from dk_detectron.engine.amp import PRECISIONS
+from dk_detectron.model_zoo import load_config
 
 # Fed means this much faster than the model, since the time of an image varies.
 MARGIN = 1.2

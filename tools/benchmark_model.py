@@ -27,8 +27,8 @@ from torch import nn
 from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
-from dk_detectron.analysis import CONFIGS, load_config, paper_rows
 from dk_detectron.layers import DeformConv2d
+from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
 from dk_detectron.modeling import to_channels_last
 
 FAMILIES = "R_50_DW", "MNV2"

@@ -38,10 +38,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dk_detectron.analysis import load_config
 from dk_detectron.data.shapes import CLASS_OBJECT_SIZES, OUTLINES, draw_image
 from dk_detectron.engine import Trainer
 from dk_detectron.layers import LocalDeformKernel2d, ScopeConv2d
+from dk_detectron.model_zoo import load_config
 from dk_detectron.ops import outside_scope, rest_kernel, sample_kernel
 
 # ---- starts
@@ -190,7 +190,7 @@ def load_digit_pictures() -> Pictures:
 
 
 def draw_shape_pictures() -> Pictures:
-    """One of the six shapes of `make demo` a picture, bent and stretched; flipped when trained on."""
+    """One of the six shapes of `make demo` a picture, bent and stretched; flipped in training."""
     images = []
     for index in range(SHAPES):
         rng = np.random.default_rng([0, index])
@@ -241,7 +241,9 @@ def small_network(run: ScratchRun, colours: int, classes: int) -> nn.Module:
     for stride in (2, 1, 2, 1, 2):
         layers += normed(depthwise(run, channels, stride))
         layers += normed(nn.Conv2d(channels, channels, 1, bias=False))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
 
 
 def train_small_network(run: ScratchRun) -> dict:

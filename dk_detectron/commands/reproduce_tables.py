@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import dk_detectron  # noqa: F401  (registers the data sets)
-from dk_detectron.reproduction import (
+from dk_detectron.evaluation.reproduction import (
     SCALES,
     TABLES,
     Settings,

@@ -25,8 +25,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import dk_detectron  # noqa: F401  (registers the data sets)
-from dk_detectron.analysis import load_config
 from dk_detectron.engine import EVALUATION_FILE
+from dk_detectron.model_zoo import load_config
 
 SHORT_SIDE = 480
 MODE = ColorMode.SEGMENTATION  # one colour per class

@@ -14,8 +14,7 @@ Any folders of class folders do as data, without registration:
 Without a GPU it runs on the CPU; there --num-gpus is the number of processes.
 """
 
-from dk_detectron.engine import command_line
-from dk_detectron.imagenet import ClassificationTrainer
+from dk_detectron.engine import ClassificationTrainer, command_line
 
 if __name__ == "__main__":
     command_line(ClassificationTrainer, __doc__)

@@ -15,8 +15,8 @@ import sys
 
 from detectron2.modeling import build_model
 
-from dk_detectron.analysis import load_config
-from dk_detectron.checkpoint import CheckpointError, convert_file
+from dk_detectron.model_zoo import load_config
+from dk_detectron.weights import CheckpointError, convert_file
 
 
 def main() -> None:

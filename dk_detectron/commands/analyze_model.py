@@ -15,13 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 import dk_detectron  # noqa: F401  (registers the networks)
-from dk_detectron.analysis import (
-    CONFIGS,
-    count_multiply_adds,
-    count_parameters,
-    load_config,
-    paper_rows,
-)
+from dk_detectron.analysis import count_multiply_adds, count_parameters
+from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
 
 CLASSIFIER_SIZE = (224, 224)
 DETECTOR_SIZE = (800, 1216)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dk_detectron import submission
+from dk_detectron.evaluation import submission
 
 
 def main() -> None:
