@@ -1,5 +1,5 @@
 // The operators' schemas and the Python module that loads them. Their public, documented face is
-// dk_detectron/ops.py; the kernels register themselves in cpu/ and cuda/.
+// dk_detectron/ops/; the kernels register themselves in cpu/ and cuda/.
 #include <Python.h>
 #include <torch/library.h>
 

@@ -200,7 +200,7 @@ def test_the_tool(tmp_path):
     result = run(tmp_path, "shapes_val", "shapes_train", "coco_2017_test-dev")
     assert result.returncode == 1
     assert "shapes_val: complete" in result.stdout
-    assert "do: make it with `python tools/prepare_shapes.py`" in result.stdout
+    assert "do: make it with dk-prepare-shapes" in result.stdout
     for archive in "annotations/image_info_test2017.zip", "zips/test2017.zip":
         name = archive.rsplit("/", 1)[-1]
         assert (

@@ -21,10 +21,10 @@ import torchvision
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from dk_detectron.amp import build_loop
-from dk_detectron.analysis import CONFIGS, load_config
 from dk_detectron.engine import Trainer, setup
+from dk_detectron.engine.amp import build_loop
 from dk_detectron.layers import LocalDeformKernel2d
+from dk_detectron.model_zoo import CONFIGS, load_config
 
 ROOT = Path(__file__).parent.parent
 # The demo's network, smaller still, on a data set in the place of "shapes".

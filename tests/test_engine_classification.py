@@ -22,11 +22,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms._presets import ImageClassification
 
-from dk_detectron.analysis import CONFIGS, load_config, paper_rows
 from dk_detectron.data import image_folder, shapes
 from dk_detectron.data.stream import SampleStream, seeded
-from dk_detectron.engine import Trainer, main, setup
-from dk_detectron.imagenet import AccuracyEvaluator, ClassificationTrainer
+from dk_detectron.engine import AccuracyEvaluator, ClassificationTrainer, Trainer, main, setup
+from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
 
 ROOT = Path(__file__).parent.parent
 CONFIG = CONFIGS / "demo" / "shapes_classes_MNV2_dk_l3.yaml"

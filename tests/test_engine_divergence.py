@@ -13,22 +13,20 @@ import torch
 from detectron2.engine import HookBase, launch
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
-from test_imagenet import CONFIGS, config, detection_set, load_config, pictures  # noqa: F401
+from test_engine_classification import CONFIGS, config, detection_set, load_config, pictures  # noqa: F401
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
-from dk_detectron import divergence, monitoring
-from dk_detectron.checkpoint import CheckpointError, non_finite
-from dk_detectron.divergence import DivergedError, DivergenceGuard
-from dk_detectron.engine import Trainer
-from dk_detectron.imagenet import ClassificationTrainer
+from dk_detectron.engine import ClassificationTrainer, Trainer, divergence, monitoring
+from dk_detectron.engine.divergence import DivergedError, DivergenceGuard
+from dk_detectron.engine.monitoring import OffsetMonitor
 from dk_detectron.layers import (
     DeformConv2d,
     DeformKernelConv2d,
     GlobalDeformKernel2d,
     LocalDeformKernel2d,
 )
-from dk_detectron.monitoring import OffsetMonitor
+from dk_detectron.weights import CheckpointError, non_finite
 
 DATA_OFFSETS = "MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE", [False, False, False, True]
 # Both kinds of offsets learn at once.

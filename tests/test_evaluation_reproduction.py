@@ -16,10 +16,9 @@ import torch
 from detectron2.data import MetadataCatalog
 from test_engine import OPTIONS, datasets_root, replace_registered  # noqa: F401  (a fixture)
 
-from dk_detectron import reproduction
-from dk_detectron.analysis import CONFIGS, load_config, paper_rows
 from dk_detectron.data import datasets
-from dk_detectron.reproduction import (
+from dk_detectron.evaluation import reproduction
+from dk_detectron.evaluation.reproduction import (
     Settings,
     collect,
     execute,
@@ -29,6 +28,7 @@ from dk_detectron.reproduction import (
     row_name,
     select_rows,
 )
+from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
 
 ROOT = Path(__file__).parent.parent
 ROWS = "MNV2", "MNV2_dk_l3"
@@ -129,8 +129,9 @@ def test_an_interrupted_run_goes_on_to_the_submission(finished, monkeypatch):
 
 
 def test_failures_are_told_and_the_others_still_run(environment, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reproduction, "TOOLS", tmp_path)
-    (tmp_path / "train_net.py").write_text("import sys; sys.exit('no memory')")
+    monkeypatch.setattr(
+        reproduction, "_command", lambda _: [sys.executable, "-c", "exit('no memory')"]
+    )
     output = tmp_path / "tables"
     error, printed = run_tool(
         "--scale", "shapes", "--rows", *ROWS, "--seeds", 3, "--output", output
@@ -151,14 +152,14 @@ def test_every_row_has_a_plan_on_coco():
         assert run.config.MODEL.WEIGHTS == f"imagenet/{run.row}.pth"
         assert run.config.DATASETS.TRAIN == ("coco_2017_train",) and run.config.SEED == 42
         train, evaluate, submit = run.commands
-        assert train[3] == str(CONFIGS / row["config"]) and train[4:7] == [
+        assert train[4] == str(CONFIGS / row["config"]) and train[5:8] == [
             "--num-gpus", "8", "--resume",
         ]  # fmt: skip
         results = f"out/{run.row}/seed_42/test-dev/inference/coco_2017_test-dev"
         assert "--eval-only" in evaluate and "('coco_2017_test-dev',)" in evaluate
         assert evaluate[-1] == f"out/{run.row}/seed_42/test-dev"
-        assert submit[2] == f"{results}/coco_instances_results.json"
-        assert submit[3] == MetadataCatalog.get("coco_2017_test-dev").json_file
+        assert submit[3] == f"{results}/coco_instances_results.json"
+        assert submit[4] == MetadataCatalog.get("coco_2017_test-dev").json_file
 
 
 def test_the_pretrained_scale_fine_tunes_the_rows_of_mobilenet():

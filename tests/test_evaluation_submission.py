@@ -21,9 +21,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dk_detectron import submission
 from dk_detectron.data import shapes
-from dk_detectron.submission import collect, file_name, read_image_info, read_results
+from dk_detectron.evaluation import submission
+from dk_detectron.evaluation.submission import collect, file_name, read_image_info, read_results
 
 ROOT = Path(__file__).parent.parent
 IMAGES = {7: (100, 80), 9: (64, 64)}

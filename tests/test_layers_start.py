@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_benchmarks import load_tool
+from test_tools import load_tool
 from torch import nn
 
-from dk_detectron.analysis import CONFIGS, load_config
 from dk_detectron.engine import Trainer
 from dk_detectron.layers import DeformKernelConv2d, LocalDeformKernel2d
+from dk_detectron.model_zoo import CONFIGS, load_config
 from dk_detectron.ops import sample_kernel
 
 CHANNELS = 64
@@ -181,7 +181,9 @@ def test_a_clamped_generator_learns_nothing_from_taps_outside(study):
 def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PASSES", 1)
     monkeypatch.setattr(study, "STEPS", 1)
-    runs = [study.ScratchRun("shapes", start, 4, 0.1, 0.1, True, 0) for start in ("rigid", "centre")]
+    runs = [
+        study.ScratchRun("shapes", start, 4, 0.1, 0.1, True, 0) for start in ("rigid", "centre")
+    ]
     results = [study.train_small_network(run) for run in runs]
     assert all(0 <= result["error"] <= 100 for result in results)
     assert results[1]["moved"] < 0.1 and results[1]["clipped"] == 0

@@ -16,13 +16,7 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from dk_detectron import add_dk_config
-from dk_detectron.analysis import (
-    CONFIGS,
-    count_multiply_adds,
-    count_parameters,
-    load_config,
-    paper_rows,
-)
+from dk_detectron.analysis import count_multiply_adds, count_parameters
 from dk_detectron.engine import Trainer
 from dk_detectron.layers import (
     AdaptiveConv2d,
@@ -32,6 +26,7 @@ from dk_detectron.layers import (
     GlobalDeformKernel2d,
     LocalDeformKernel2d,
 )
+from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
 from dk_detectron.modeling import to_channels_last
 
 CLASSIFIERS = [pytest.param(row, id=Path(row["config"]).stem) for row in paper_rows(1, 2)]

@@ -16,16 +16,16 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
-from dk_detectron.analysis import CONFIGS, load_config, paper_rows
-from dk_detectron.checkpoint import (
+from dk_detectron.layers import AdaptiveConv2d, CondConv2d, GlobalDeformKernel2d
+from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
+from dk_detectron.weights import (
     Checkpointer,
     CheckpointError,
     UnreadableCheckpointError,
-    _part,
     convert,
     convert_file,
 )
-from dk_detectron.layers import AdaptiveConv2d, CondConv2d, GlobalDeformKernel2d
+from dk_detectron.weights.names import part
 
 ROOT = Path(__file__).parent.parent
 DETECTORS = [pytest.param(row["config"], id=Path(row["config"]).stem) for row in paper_rows(3, 4)]
@@ -272,7 +272,7 @@ def test_other_detectors_take_a_rigid_backbone_and_pass_theirs_on(config, own_pa
     model = build(config.format(family))
     converted, report = convert(source.state_dict(), model)
     report.check()
-    parts = {_part(name) for name in report.initialised}
+    parts = {part(name) for name in report.initialised}
     assert parts == own_parts | {"backbone.fpn", "kernel_offset_generator"}
     assert len(report.resampled) == (17 if family == "MNV2" else 16)
     model.load_state_dict(converted, strict=False)
@@ -285,7 +285,7 @@ def test_other_detectors_take_a_rigid_backbone_and_pass_theirs_on(config, own_pa
     rigid_detector = build(config.format(family), "MODEL.DEFORM_KERNEL.CONV_3X3", "rigid")
     _, report = convert(rigid_detector.state_dict(), classifier)
     report.check()
-    assert {_part(name) for name in report.unused} == own_parts | {"backbone.fpn"}
+    assert {part(name) for name in report.unused} == own_parts | {"backbone.fpn"}
 
 
 def test_detectron2_itself_loads_what_is_written(torchvision_net, tmp_path):
@@ -588,6 +588,5 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="convert_weights.py: .* got another network: conv1"):
         run_tool(monkeypatch, *command)
     assert target.read_bytes() == written
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="--config-file: expected a YAML file, .* got 'none.yaml'"):
         run_tool(monkeypatch, source, target, "--config-file", "none.yaml")
-    assert "--config-file: expected a YAML file, got 'none.yaml'" in capsys.readouterr().err

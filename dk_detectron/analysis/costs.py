@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable
 from math import prod
-from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode, get_cfg
 from torch import Tensor, nn
 
-from .config import add_dk_config
-from .layers import (
+from ..layers import (
     AdaptiveConv2d,
     CondConv2d,
     DeformConv2d,
@@ -21,24 +17,6 @@ from .layers import (
     GlobalDeformKernel2d,
     LocalDeformKernel2d,
 )
-
-CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-def load_config(path: str | Path, opts=()) -> CfgNode:
-    """A configuration on the CPU, from its file and overrides."""
-    cfg = get_cfg()
-    add_dk_config(cfg)
-    cfg.merge_from_file(str(path))
-    cfg.merge_from_list(list(opts))
-    cfg.MODEL.DEVICE = "cpu"
-    return cfg
-
-
-def paper_rows(*tables: int) -> list[dict[str, str]]:
-    """Rows of the paper's Tables 1-4 (``configs/paper_tables.csv``), with the config of each."""
-    with open(CONFIGS / "paper_tables.csv", newline="") as f:
-        return [row for row in csv.DictReader(f) if int(row["table"]) in tables]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Parameters and multiply-adds of a configuration, or the paper's tables beside its figures.
 
-tools/analyze_model.py --config-file configs/COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml
-tools/analyze_model.py --paper-tables
+%(prog)s --config-file COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml
+%(prog)s --paper-tables
 """
 
 import argparse
@@ -14,9 +13,8 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-import dk_detectron  # noqa: F401  (registers the networks)
-from dk_detectron.analysis import count_multiply_adds, count_parameters
-from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
+from ..analysis import count_multiply_adds, count_parameters
+from ..model_zoo import CONFIGS, load_config, paper_rows
 
 CLASSIFIER_SIZE = (224, 224)
 DETECTOR_SIZE = (800, 1216)

@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Tells whether data sets are on disk, whole and sound, and what to do if not.
 
-    tools/check_dataset.py                                  # the three parts of COCO 2017
-    tools/check_dataset.py coco_2017_val shapes_val
+    %(prog)s                                  # the three parts of COCO 2017
+    %(prog)s coco_2017_val shapes_val
 
 Exits with 1 if there are problems. The data sets are looked for in $DETECTRON2_DATASETS.
 """
@@ -13,9 +12,8 @@ from functools import partial
 
 from tqdm import tqdm
 
-import dk_detectron  # noqa: F401  (registers the data sets)
-from dk_detectron.data.checking import COCO, Report, check_dataset
-from dk_detectron.data.datasets import datasets_root
+from ..data.checking import COCO, Report, check_dataset
+from ..data.datasets import datasets_root
 
 
 def print_report(report: Report) -> None:

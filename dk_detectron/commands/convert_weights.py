@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 r"""Makes a checkpoint for a configuration's network out of another network's, with equal outputs.
 
-    tools/convert_weights.py mobilenet_v2-b0353104.pth mnv2_dk_l3.pth \
-        --config-file configs/COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml
+    %(prog)s mobilenet_v2-b0353104.pth mnv2_dk_l3.pth \
+        --config-file COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml
 
 SRC is a file or URL, .pth, .pt or .safetensors: a MobileNet-V2 of torchvision or timm, or a
 classifier or detector of this project. DST is for MODEL.WEIGHTS, which takes SRC too and converts
@@ -10,13 +9,12 @@ it in passing. Prints what became of every tensor; if one does not fit, nothing 
 """
 
 import argparse
-import os
 import sys
 
 from detectron2.modeling import build_model
 
-from dk_detectron.model_zoo import load_config
-from dk_detectron.weights import CheckpointError, convert_file
+from ..model_zoo import load_config
+from ..weights import CheckpointError, convert_file
 
 
 def main() -> None:
@@ -29,8 +27,6 @@ def main() -> None:
     parser.add_argument("--allow-partial", action="store_true", help="write what fits, if not all")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs over the configuration")
     args = parser.parse_intermixed_args()
-    if not os.path.isfile(args.config_file):
-        parser.error(f"--config-file: expected a YAML file, got {args.config_file!r}")
     try:
         model = build_model(load_config(args.config_file, args.opts))
         print(convert_file(args.source, args.target, model, args.allow_partial))

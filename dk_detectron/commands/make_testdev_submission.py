@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 r"""Turns detectron2's results on test-dev into the zip that COCO's server accepts.
 
-    tools/make_testdev_submission.py \
+    %(prog)s \
         output/mnv2_dk_l3/inference/coco_2017_test-dev/coco_instances_results.json \
         datasets/coco/annotations/image_info_test-dev2017.json output/submission --name mnv2_dk_l3
 
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dk_detectron.evaluation import submission
+from ..evaluation import submission
 
 
 def main() -> None:

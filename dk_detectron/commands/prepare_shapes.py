@@ -1,15 +1,14 @@
-#!/usr/bin/env python
 """Makes the shapes data set under $DETECTRON2_DATASETS (default: datasets/).
 
-tools/prepare_shapes.py                 # shapes: detection, COCO format
-tools/prepare_shapes.py --classes       # shapes_classes: classification, class folders
+%(prog)s                 # shapes: detection, COCO format
+%(prog)s --classes       # shapes_classes: classification, class folders
 """
 
 import argparse
 
-from dk_detectron.data.datasets import datasets_root
-from dk_detectron.data.shapes import OUTLINES, write_class_split, write_split
-from dk_detectron.data.writing import make_folder
+from ..data.datasets import datasets_root
+from ..data.shapes import OUTLINES, write_class_split, write_split
+from ..data.writing import make_folder
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

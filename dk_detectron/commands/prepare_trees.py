@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Makes the trees data set, real photographs, under $DETECTRON2_DATASETS (default: datasets/).
 
 The photographs come out of the wheel of deepforest 1.5.2, which pip downloads (23 MB) and nothing
@@ -9,9 +8,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from dk_detectron.data import trees
-from dk_detectron.data.datasets import datasets_root
-from dk_detectron.data.writing import make_folder
+from ..data import trees
+from ..data.datasets import datasets_root
+from ..data.writing import make_folder
 
 
 def main() -> None:

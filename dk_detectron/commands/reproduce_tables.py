@@ -1,11 +1,10 @@
-#!/usr/bin/env python
 r"""Trains the detectors of the paper's Tables 3 and 4, and prints the tables beside the paper's.
 
-    tools/reproduce_tables.py --table 3 --num-gpus 8 --weights 'output/imagenet/{row}.pth'
-    tools/reproduce_tables.py --rows MNV2 MNV2_dk_l3 --num-gpus 8 --weights ... --test-dev
-    tools/reproduce_tables.py --scale shapes \
+    %(prog)s --table 3 --num-gpus 8 --weights 'output/imagenet/{row}.pth'
+    %(prog)s --rows MNV2 MNV2_dk_l3 --num-gpus 8 --weights ... --test-dev
+    %(prog)s --scale shapes \
         --rows MNV2 MNV2_dk_g3 MNV2_dk_l3 MNV2_dcn MNV2_dcn_dk_l3
-    tools/reproduce_tables.py --scale shapes --collect-only
+    %(prog)s --scale shapes --collect-only
 
 On COCO, AP is that of val2017; the paper's is that of test-dev, for which --test-dev makes the
 files to submit. On shapes (tools/prepare_shapes.py), the networks train from scratch with the
@@ -20,8 +19,7 @@ import shlex
 import sys
 from pathlib import Path
 
-import dk_detectron  # noqa: F401  (registers the data sets)
-from dk_detectron.evaluation.reproduction import (
+from ..evaluation.reproduction import (
     SCALES,
     TABLES,
     Settings,

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Draws a run's detections beside the ground truth, and prints its metrics.
 
-    tools/visualize_results.py --config-file output/demo/config.yaml
+    %(prog)s --config-file output/demo/config.yaml
 
 Reads OUTPUT_DIR/inference and OUTPUT_DIR/evaluation.json, which tools/train_net.py leaves behind,
 and writes OUTPUT_DIR/pictures.
@@ -24,9 +23,8 @@ from matplotlib import colormaps
 from tabulate import tabulate
 from tqdm import tqdm
 
-import dk_detectron  # noqa: F401  (registers the data sets)
-from dk_detectron.engine import EVALUATION_FILE
-from dk_detectron.model_zoo import load_config
+from ..engine import EVALUATION_FILE
+from ..model_zoo import load_config
 
 SHORT_SIDE = 480
 MODE = ColorMode.SEGMENTATION  # one colour per class

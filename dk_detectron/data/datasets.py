@@ -1,7 +1,7 @@
 """The embedded data sets under their names, registered lazily as detectron2 registers its own.
 
-shapes_train, shapes_val, shapes_test    tools/prepare_shapes.py
-trees_train, trees_val                   tools/prepare_trees.py
+shapes_train, shapes_val, shapes_test    dk-prepare-shapes
+trees_train, trees_val                   dk-prepare-trees
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def register_all(root: Path) -> None:
             json_file=json_file,
             image_root=image_root,
             evaluator_type="coco",
-            how_to_get=f"make it with `python tools/prepare_{dataset}.py`",
+            how_to_get=f"make it with dk-prepare-{dataset} (tools/prepare_{dataset}.py)",
         )
 
 

@@ -1,7 +1,7 @@
 """Classification data: pictures in one folder for each class, as torchvision's ImageFolder reads.
 
 imagenet_train, imagenet_val                    $DETECTRON2_DATASETS/imagenet/{train,val}
-shapes_classes_train, shapes_classes_val        tools/prepare_shapes.py --classes
+shapes_classes_train, shapes_classes_val        dk-prepare-shapes --classes
 
 Where a configuration names a data set, the path of any other such folder does as well.
 """
@@ -28,7 +28,7 @@ from .datasets import check_on_disk, datasets_root
 
 HOW_TO_GET = {
     "imagenet": "put the class folders n01440764 ... n15075141 there, for val too",
-    "shapes_classes": "make it with `python tools/prepare_shapes.py --classes`",
+    "shapes_classes": "make it with dk-prepare-shapes (tools/prepare_shapes.py) --classes",
 }
 
 

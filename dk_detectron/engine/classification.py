@@ -14,7 +14,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .data.image_folder import (
+from ..data.image_folder import (
     PictureDataset,
     check_classes,
     collate,
@@ -22,8 +22,8 @@ from .data.image_folder import (
     load_pictures,
     training_transform,
 )
-from .data.stream import SampleStream, build_stream_loader, local_batch_size
-from .engine import BaseTrainer
+from ..data.stream import SampleStream, build_stream_loader, local_batch_size
+from .trainer import BaseTrainer
 
 
 class PictureLoader(DataLoader):

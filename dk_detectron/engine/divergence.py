@@ -19,7 +19,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .checkpoint import Checkpointer, non_finite
+from ..weights import Checkpointer, non_finite
 from .monitoring import OffsetMonitor, Offsets
 
 # The loss is blowing up when the median of a window of steps is this many times the lowest so far.

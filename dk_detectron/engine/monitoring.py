@@ -12,11 +12,11 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .layers import AdaptiveConv2d
-from .ops import outside_scope
+from ..layers import AdaptiveConv2d
+from ..ops import outside_scope
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
-LOGGER = logging.getLogger("detectron2.dk_detectron.monitoring")
+LOGGER = logging.getLogger("detectron2.dk_detectron.engine.monitoring")
 
 # Of detectron2's writers, in steps.
 PERIOD = 20

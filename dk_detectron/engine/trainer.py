@@ -1,4 +1,4 @@
-"""detectron2's default trainer, on GPUs or CPU processes, that resumes exactly; command lines."""
+"""detectron2's default trainer, on GPUs or CPU processes, that resumes exactly."""
 
 from __future__ import annotations
 
@@ -11,27 +11,9 @@ from collections import OrderedDict
 from functools import partial
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import (
-    DatasetCatalog,
-    DatasetFromList,
-    DatasetMapper,
-    MapDataset,
-    MetadataCatalog,
-    build_detection_train_loader,
-)
-from detectron2.data import transforms as T
-from detectron2.data.build import trivial_batch_collator
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    TrainerBase,
-    create_ddp_model,
-    default_argument_parser,
-    default_setup,
-)
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook
-from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import (
     get_default_optimizer_params,
     maybe_add_gradient_clipping,
@@ -43,115 +25,16 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
-from .amp import build_loop, check_amp
-from .checkpoint import (
-    LAST_CHECKPOINT,
-    Checkpointer,
-    refuse_pickle,
-    replacing,
-    state_by_name,
-    write_checkpoint,
-)
-from .config import add_dk_config
-from .data.datasets import check_on_disk
-from .data.stream import build_stream_loader, seed_from, seeded
+from ..data.stream import seed_from
+from ..modeling import to_channels_last
+from ..weights import Checkpointer, replacing, state_by_name, write_checkpoint
+from .amp import build_loop
 from .divergence import DivergenceGuard
-from .launch import launch
-from .modeling import to_channels_last
 from .monitoring import OffsetMonitor
 
 EVALUATION_FILE = "evaluation.json"
 OPTIMIZERS = ("SGD", "AdamW")
-
-
-def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
-    """detectron2's standard command line, over one or more processes."""
-    args = default_argument_parser(epilog=epilog).parse_args()
-    launch(partial(main, trainer_class=trainer), args)
-
-
-def main(args, trainer_class: type[BaseTrainer]):
-    """Trains, or evaluates if ``args.eval_only``, in one process."""
-    cfg = setup(args, trainer_class)
-    if args.eval_only:
-        model = trainer_class.build_model(cfg)
-        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return trainer_class.test(cfg, model)
-    trainer = trainer_class(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
-
-def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
-    """From the command line to a checked, frozen configuration, with logging and random seeds set.
-
-    Args:
-        trainer_class: whose data sets are meant; a detector's by default.
-
-    Raises:
-        ValueError, FileNotFoundError: the configuration cannot work; nothing has been written yet.
-    """
-    if args.config_file and not os.path.isfile(args.config_file):
-        raise FileNotFoundError(f"--config-file: expected a YAML file, got {args.config_file!r}")
-    cfg = get_cfg()
-    add_dk_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("MODEL.DEVICE: no GPU is available, using the CPU")
-        cfg.MODEL.DEVICE = "cpu"
-    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
-        raise ValueError(
-            f"SOLVER.OPTIMIZER: expected one of {', '.join(OPTIMIZERS)}, "
-            f"got {cfg.SOLVER.OPTIMIZER!r}"
-        )
-    check_amp(cfg)
-    if not cfg.SOLVER.CLIP_OFFSET_GRADIENTS >= 0:
-        raise ValueError(
-            "SOLVER.CLIP_OFFSET_GRADIENTS: expected a norm, or 0 for no limit, "
-            f"got {cfg.SOLVER.CLIP_OFFSET_GRADIENTS}"
-        )
-    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
-        raise ValueError(f"SOLVER.EMA_DECAY: expected 0 <= decay < 1, got {cfg.SOLVER.EMA_DECAY}")
-    needed = "TEST" if args.eval_only else "TRAIN"
-    if not cfg.DATASETS[needed]:
-        raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
-    (trainer_class or Trainer).check_datasets(
-        cfg, cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
-    )
-    check_weights(cfg, needed=args.eval_only, resume=args.resume)
-    cfg.freeze()
-    default_setup(cfg, args)
-    return cfg
-
-
-def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
-    """Raises if ``MODEL.WEIGHTS`` names no file, or training could not learn without."""
-    if resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, LAST_CHECKPOINT)):
-        return
-    weights = cfg.MODEL.WEIGHTS
-    if weights:
-        refuse_pickle(weights)
-        if "://" not in weights and not os.path.isfile(weights):
-            raise FileNotFoundError(
-                f"MODEL.WEIGHTS: expected a checkpoint, got {weights!r}: no such file"
-            )
-    elif needed:
-        raise ValueError("MODEL.WEIGHTS: expected a checkpoint to evaluate, got nothing")
-    elif "FrozenBN" in _norms(cfg):
-        raise ValueError(
-            "MODEL.WEIGHTS is empty, but the backbone's norm is FrozenBN, which learns nothing "
-            "from scratch: give MODEL.WEIGHTS, or set MODEL.RESNETS.NORM / MODEL.MOBILENETV2.NORM "
-            "to BN, SyncBN or GN and MODEL.BACKBONE.FREEZE_AT to 0"
-        )
-
-
-def _norms(cfg: CfgNode) -> list[str]:
-    mobilenet = "mobilenetv2" in cfg.MODEL.BACKBONE.NAME
-    return [cfg.MODEL.MOBILENETV2.NORM if mobilenet else cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM]
 
 
 class WeightAverage(HookBase):
@@ -359,57 +242,6 @@ class BaseTrainer(DefaultTrainer):
         results = super().test(cfg, model, evaluators)
         write_evaluation(cfg, results)
         return results
-
-
-class Trainer(BaseTrainer):
-    """Trains a detector, and evaluates it on data sets in COCO format."""
-
-    @classmethod
-    def check_datasets(cls, cfg: CfgNode, names) -> None:
-        """Raises if a data set is unknown or not on disk: before training, not after it."""
-        for name in names:
-            if name not in DatasetCatalog.list():
-                raise ValueError(
-                    "DATASETS: expected a registered data set, such as shapes_train or "
-                    f"coco_2017_train, got {name!r}"
-                )
-            check_on_disk(name)
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        """detectron2's data, with the colours varied by ``INPUT.COLOR_JITTER``, as a stream."""
-        mapper = DatasetMapper.from_config(cfg, is_train=True)
-        if jitter := cfg.INPUT.COLOR_JITTER:
-            mapper["augmentations"] += [
-                kind(1 - jitter, 1 + jitter)
-                for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
-            ]
-        # detectron2's samplers draw their seed from numpy.
-        with seeded(cfg.SEED):
-            parts = build_detection_train_loader.from_config(cfg, mapper=DatasetMapper(**mapper))
-        records = parts["dataset"]
-        grouping = parts["aspect_ratio_grouping"]
-        return build_stream_loader(
-            MapDataset(DatasetFromList(records, copy=False), parts["mapper"]),
-            parts["sampler"],
-            total_batch_size=parts["total_batch_size"],
-            seed=cfg.SEED,
-            groups=[r["width"] > r["height"] for r in records] if grouping else None,
-            num_workers=parts["num_workers"],
-            collate_fn=trivial_batch_collator,
-        )
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
-        if evaluator_type != "coco":
-            raise ValueError(
-                f"DATASETS.TEST: expected data sets in COCO format, got {dataset_name!r} with "
-                f"evaluator type {evaluator_type!r}"
-            )
-        # The official COCO API, since its numbers are the ones to publish.
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
 
 
 def _clip_each(modules: list[nn.Module], limit: float, *_) -> None:

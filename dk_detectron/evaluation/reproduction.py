@@ -18,12 +18,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
-from .analysis import CONFIGS, count_parameters, load_config, paper_rows
-from .checkpoint import replacing
-from .engine import EVALUATION_FILE, Trainer, check_weights
+from ..analysis import count_parameters
+from ..engine import EVALUATION_FILE, Trainer, check_weights
+from ..model_zoo import CONFIGS, load_config, paper_rows
+from ..weights import replacing
 from .submission import file_name
 
-TOOLS = CONFIGS.parent / "tools"
+COMMANDS = "dk_detectron.commands"
 TABLES = 3, 4
 # COCO as in the paper; the small detectors of configs/demo, from scratch and from ImageNet weights.
 SCALES = "coco", "shapes", "pretrained"
@@ -144,7 +145,7 @@ def _plan_run(
     if settings.weights:
         opts += ["MODEL.WEIGHTS", settings.weights.replace("{row}", name)]
     opts += [*settings.opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-    train_net = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", str(config_file)]
+    train_net = [*_command("train_net"), "--config-file", str(config_file)]
     train_net += ["--num-gpus", str(settings.num_gpus)]
     algorithm, evaluation = f"{name}_seed{seed}", folder / "test-dev"
     return Run(
@@ -159,13 +160,17 @@ def _plan_run(
     )
 
 
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", f"{COMMANDS}.{name}"]
+
+
 def _test_dev(
     train_net: list[str], opts: list[str], folder: Path, evaluation: Path, algorithm: str
 ) -> list[list[str]]:
     later = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
     later += ["DATASETS.TEST", f"('{TEST_DEV}',)", "OUTPUT_DIR", str(evaluation)]
     results = evaluation / "inference" / TEST_DEV / "coco_instances_results.json"
-    submit = [sys.executable, str(TOOLS / "make_testdev_submission.py"), str(results)]
+    submit = [*_command("make_testdev_submission"), str(results)]
     submit += [MetadataCatalog.get(TEST_DEV).json_file, str(evaluation), "--name", algorithm]
     return [[*train_net, "--eval-only", *opts, *later], submit]
 

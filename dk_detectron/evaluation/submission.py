@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from .data.faults import ROUNDING, Findings, box_fault, is_number, overhang
+from ..data.faults import ROUNDING, Findings, box_fault, is_number, overhang
 
 DETECTIONS_PER_IMAGE = 100
 BOX_DECIMALS, SCORE_DECIMALS = 2, 5

@@ -1,47 +1,19 @@
-"""Convolutions that adapt to their input: deformable kernels and what the paper compares them with.
-
-All take ``nn.Conv2d``'s arguments in its order, and ``norm`` and ``activation`` as
-``detectron2.layers.Conv2d`` does. What adapts them is predicted from the input by small generators
-whose weights start at zero, so that every layer starts as a rigid convolution: a drawn one, or the
-given one (:meth:`AdaptiveConv2d.set_rigid_weight`). ``docs/start.md`` has the evidence for how.
-"""
+"""What all adaptive layers share, and those that the paper compares deformable kernels with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Callable
 
 import torch
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from .ops import (
-    axis_coefficients,
-    deform_kernel_conv2d,
-    per_image_conv2d,
-    rest_kernel,
-    sample_kernel,
-    tap_locations,
-)
-
-__all__ = [
-    "LocalDeformKernel2d",
-    "GlobalDeformKernel2d",
-    "DeformConv2d",
-    "DeformKernelConv2d",
-    "CondConv2d",
-    "msra_fill",
-]
-
-Size = int | Sequence[int]
+from ..ops import deform_kernel_conv2d, per_image_conv2d
+from ..ops.arguments import Size, check_groups, pair
 
 # Where symmetry would keep weights equal for ever, they start this much apart, in standard
 # deviations.
 PERTURBATION = 0.5
-
-
-def _pair(value: Size) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 class AdaptiveConv2d(nn.Module):
@@ -68,23 +40,26 @@ class AdaptiveConv2d(nn.Module):
         activation: Callable[[Tensor], Tensor] | None = None,
     ):
         """
+        Args:
+            padding: pixels, "valid" for none, or "same" for as many outputs as inputs.
+
         Raises:
-            ValueError: ``groups`` does not divide the channels, or another padding mode than zeros.
+            ValueError: a size, number or padding that does not work; another padding mode than
+                zeros.
         """
         super().__init__()
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups: expected a divisor of in_channels={in_channels} and "
-                f"out_channels={out_channels}, got {groups}"
-            )
+        for name, value in ("in_channels", in_channels), ("out_channels", out_channels):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+            check_groups(groups, value, name)
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode: expected 'zeros', got {padding_mode!r}")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = _pair(padding)
-        self.dilation = _pair(dilation)
+        self.kernel_size = tuple(pair("kernel_size", kernel_size, 1))
+        self.stride = tuple(pair("stride", stride, 1))
+        self.dilation = tuple(pair("dilation", dilation, 1))
+        self.padding = self._padding(padding)
         self.groups = groups
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(self._weight_shape(), **factory))
@@ -93,6 +68,23 @@ class AdaptiveConv2d(nn.Module):
         self.norm = norm
         self.activation = activation
         self.reset_parameters()
+
+    def _padding(self, padding: Size | str) -> tuple[int, ...]:
+        """Pixels on both sides of each axis, of what ``nn.Conv2d`` takes."""
+        if padding == "valid":
+            return 0, 0
+        if padding != "same":
+            if isinstance(padding, str):
+                raise ValueError(f"padding: expected pixels, 'same' or 'valid', got {padding!r}")
+            return tuple(pair("padding", padding, 0))
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if self.stride != (1, 1) or any(pixels % 2 for pixels in total):
+            raise ValueError(
+                "padding: expected pixels, as 'same' needs a stride of 1 and an even "
+                f"dilation * (kernel_size - 1), got 'same' with stride {self.stride}, dilation "
+                f"{self.dilation} and kernel_size {self.kernel_size}"
+            )
+        return tuple(pixels // 2 for pixels in total)
 
     def _weight_shape(self) -> list[int]:
         return self.rigid_shape
@@ -191,108 +183,6 @@ class AdaptiveConv2d(nn.Module):
         return text
 
 
-class ScopeConv2d(AdaptiveConv2d):
-    """A layer whose weight is a scope that the kernel is sampled from.
-
-    The scope starts as smooth as a rigid weight allows: the taps, spread evenly over it, read that
-    weight. From a given one the taps rest there (*"we initialize kernel grids to be uniformly
-    distributed within the scope size"*, section 4), by the generator's bias. From scratch nothing
-    has to be exact, and they rest in the centre, one cell apart.
-    """
-
-    def __init__(self, in_channels, out_channels, kernel_size, *args, scope_size=None, **kwargs):
-        kernel_size = _pair(kernel_size)
-        scope = tuple(k + 1 for k in kernel_size) if scope_size is None else _pair(scope_size)
-        if len(scope) != 2 or any(s < k for s, k in zip(scope, kernel_size, strict=True)):
-            raise ValueError(
-                f"scope_size: expected one or two integers, at least the kernel_size {kernel_size},"
-                f" got {scope_size!r}"
-            )
-        self.scope_size = scope
-        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
-
-    def _weight_shape(self) -> list[int]:
-        return [*self.rigid_shape[:2], *self.scope_size]
-
-    @torch.no_grad()
-    def set_rigid_weight(self, weight: Tensor) -> None:
-        super().set_rigid_weight(weight)
-        self.kernel_offset_generator.bias.copy_(spread_offset(self.scope_size, self.kernel_size))
-
-    @torch.no_grad()
-    def set_drawn_weight(self, weight: Tensor) -> None:
-        super().set_rigid_weight(weight)
-        self.weight.mul_(_centre_gain(self.scope_size, self.kernel_size))
-
-    def _from_rigid(self, weight: Tensor) -> Tensor:
-        scope = lift_to_scope(weight, self.scope_size)
-        if 1 not in self.kernel_size:
-            return scope
-        # Along an axis with a single tap the scope is constant: its offsets would get no gradient
-        # and its cells equal ones, for ever. Perturb them by what the tap does not see at rest.
-        noise = torch.randn_like(scope)
-        rest = spread_offset(self.scope_size, self.kernel_size).to(noise.device).unsqueeze(0)
-        read = sample_kernel(noise, rest, self.kernel_size)[0]
-        noise = noise - lift_to_scope(read, self.scope_size)
-        return scope + PERTURBATION * weight.std(correction=0) * noise
-
-    @torch.no_grad()
-    def sensitivity(self, distance: float = 0.2) -> float:
-        """How much the kernels change if all taps move from where they rest by ``distance`` cells.
-
-        Returns:
-            The change's norm over the kernels' own, as root mean square over the four directions.
-        """
-        generator = self.kernel_offset_generator
-        rest = generator.bias.double().unsqueeze(0)
-        steps = distance * torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]]).to(rest)
-        moved = rest + steps.repeat(1, generator.bias.numel() // 2)
-        kernels = sample_kernel(self.weight.double(), torch.cat([rest, moved]), self.kernel_size)
-        change = (kernels[1:] - kernels[0]).square().sum() / len(steps)
-        return float((change / kernels[0].square().sum()).sqrt())
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scope_size={self.scope_size}"
-
-
-class LocalDeformKernel2d(ScopeConv2d):
-    """Local deformable kernel (section 3.3, eq. 7): kernel offsets for every output location.
-
-    Args (beyond those of ``nn.Conv2d``):
-        scope_size: size of the stored weight, one more than the kernel by default.
-    """
-
-    def _make_generators(self, factory):
-        self.kernel_offset_generator = self._offset_convolution(factory)
-
-    def _convolve(self, x):
-        return deform_kernel_conv2d(
-            x,
-            self.weight,
-            self.bias,
-            kernel_offset=self.kernel_offset_generator(x),
-            kernel_size=self.kernel_size,
-            **self._conv_arguments,
-        )
-
-
-class GlobalDeformKernel2d(ScopeConv2d):
-    """Global deformable kernel (section 3.3): kernel offsets for every image.
-
-    Args (beyond those of ``nn.Conv2d``):
-        scope_size: size of the stored weight, one more than the kernel by default.
-    """
-
-    def _make_generators(self, factory):
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        self.kernel_offset_generator = nn.Linear(self.in_channels, 2 * taps, **factory)
-
-    def _convolve(self, x):
-        kernel_offset = self.kernel_offset_generator(x.mean((2, 3)))
-        kernels = sample_kernel(self.weight, kernel_offset, self.kernel_size)
-        return per_image_conv2d(x, kernels, self.bias, **self._conv_arguments)
-
-
 class DeformConv2d(AdaptiveConv2d):
     """Deformable convolution (eq. 9, Dai et al. 2017): data offsets for every output location."""
 
@@ -304,29 +194,6 @@ class DeformConv2d(AdaptiveConv2d):
             x,
             self.weight,
             self.bias,
-            data_offset=self.data_offset_generator(x),
-            kernel_size=self.kernel_size,
-            **self._conv_arguments,
-        )
-
-
-class DeformKernelConv2d(ScopeConv2d):
-    """Deformable convolution with deformable kernels (eq. 11): both offsets, learnt separately.
-
-    Args (beyond those of ``nn.Conv2d``):
-        scope_size: size of the stored weight, one more than the kernel by default.
-    """
-
-    def _make_generators(self, factory):
-        self.kernel_offset_generator = self._offset_convolution(factory)
-        self.data_offset_generator = self._offset_convolution(factory)
-
-    def _convolve(self, x):
-        return deform_kernel_conv2d(
-            x,
-            self.weight,
-            self.bias,
-            kernel_offset=self.kernel_offset_generator(x),
             data_offset=self.data_offset_generator(x),
             kernel_size=self.kernel_size,
             **self._conv_arguments,
@@ -371,68 +238,6 @@ class CondConv2d(AdaptiveConv2d):
 
     def extra_repr(self):
         return f"{super().extra_repr()}, num_experts={self.num_experts}"
-
-
-# ---- the start of a scope
-# --------------------------------------------------------------------------
-
-
-def _spread_taps(scope_size: int, kernel_size: int) -> Tensor:
-    """Places of the taps along an axis [K], evenly over the whole scope; a single one: its centre.
-
-    In float64, as everything here: what comes of it is exact in the type of the weight.
-    """
-    centre = (scope_size - 1) / 2
-    first = 0 if kernel_size > 1 else centre
-    return torch.linspace(first, 2 * centre, kernel_size, dtype=torch.float64)
-
-
-def spread_offset(scope_size: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
-    """The kernel offsets [2*K] that spread the taps evenly over the scope, in scope cells."""
-    spread = torch.meshgrid(*map(_spread_taps, scope_size, kernel_size), indexing="ij")
-    zero = torch.zeros(1, 2 * prod(kernel_size), dtype=torch.float64)
-    centre = tap_locations(zero, scope_size, kernel_size)
-    return torch.stack(
-        [s.flatten() - c[0] for s, c in zip(spread, centre, strict=True)], -1
-    ).flatten()
-
-
-def _smooth_inverse(scope_size: int, kernel_size: int) -> Tensor:
-    """[S, K]: the cells of least squared differences along an axis that the spread taps read so."""
-    read = axis_coefficients(_spread_taps(scope_size, kernel_size), scope_size)  # [K, S]
-    difference = torch.eye(scope_size, dtype=torch.float64).diff(dim=0)
-    # Lagrange: the gradient of |difference @ cells|^2 is a combination of the rows of `read`.
-    system = torch.zeros(2 * [scope_size + kernel_size], dtype=torch.float64)
-    system[:scope_size, :scope_size] = difference.t() @ difference
-    system[:scope_size, scope_size:] = read.t()
-    system[scope_size:, :scope_size] = read
-    return torch.linalg.inv(system)[:scope_size, scope_size:]
-
-
-def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
-    """The smoothest scope whose kernel, at :func:`spread_offset`, is exactly ``weight``.
-
-    Args:
-        weight: [C_out, C_in / groups, K_h, K_w].
-        scope_size: (S_h, S_w), no smaller than the kernel.
-
-    Returns:
-        [C_out, C_in / groups, S_h, S_w].
-    """
-    weight64 = weight.double()
-    rows, columns = (
-        _smooth_inverse(size, taps).to(weight64)
-        for size, taps in zip(_pair(scope_size), weight.shape[2:], strict=True)
-    )
-    return (rows @ weight64 @ columns.t()).to(weight.dtype)
-
-
-def _centre_gain(scope_size: Sequence[int], kernel_size: Sequence[int]) -> float:
-    """By how much taps in the centre of a lifted scope lower the deviation of independent draws."""
-    taps = prod(kernel_size)
-    units = torch.eye(taps, dtype=torch.float64).view(taps, 1, *kernel_size)
-    read = rest_kernel(lift_to_scope(units, scope_size), kernel_size)
-    return float(read.square().sum(0).mean()) ** -0.5
 
 
 def msra_fill(module: nn.Module) -> None:

@@ -1,19 +1,21 @@
-"""Backbones, registered with detectron2 on import."""
+"""Backbones: ordinary constructors, and their builders, registered with detectron2 on import."""
 
-from .build import to_channels_last
-from .classifier import ImageClassifier
-from .mobilenet_v2 import (
+from .build import (
     build_mobilenetv2_backbone,
     build_mobilenetv2_fpn_backbone,
-    build_retinanet_mobilenetv2_fpn_backbone,
-)
-from .resnet_dw import (
     build_resnet_dw_backbone,
     build_resnet_dw_fpn_backbone,
+    build_retinanet_mobilenetv2_fpn_backbone,
     build_retinanet_resnet_dw_fpn_backbone,
+    to_channels_last,
 )
+from .classifier import ImageClassifier
+from .features import FeatureList
+from .mobilenetv2 import mobilenet_v2
+from .resnetdw import resnet_dw
 
 __all__ = [
+    "FeatureList",
     "ImageClassifier",
     "build_mobilenetv2_backbone",
     "build_mobilenetv2_fpn_backbone",
@@ -21,5 +23,7 @@ __all__ = [
     "build_resnet_dw_fpn_backbone",
     "build_retinanet_mobilenetv2_fpn_backbone",
     "build_retinanet_resnet_dw_fpn_backbone",
+    "mobilenet_v2",
+    "resnet_dw",
     "to_channels_last",
 ]

@@ -1,93 +1,86 @@
-"""From the configuration to the convolutions and pyramids that both backbone families share."""
+"""The registered builders: from the configuration, read once, to the constructors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from math import gcd
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import reduce
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d
-from detectron2.modeling import FPN, Backbone
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.resnet import ResNet
 from torch import nn
 
-from ..layers import (
-    CondConv2d,
-    DeformConv2d,
-    DeformKernelConv2d,
-    GlobalDeformKernel2d,
-    LocalDeformKernel2d,
-)
+from .mobilenetv2 import mobilenet_v2
+from .resnetdw import resnet_dw
 
-STAGES = ("res2", "res3", "res4", "res5")
+# Arguments of the constructors, and the keys that they come from.
+CONVOLUTION_KEYS = {
+    "conv1x1": "MODEL.DEFORM_KERNEL.CONV_1X1",
+    "conv3x3": "MODEL.DEFORM_KERNEL.CONV_3X3",
+    "scope_size_1x1": "MODEL.DEFORM_KERNEL.SCOPE_SIZE_1X1",
+    "scope_size_3x3": "MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3",
+    "data_offset": "MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE",
+    "num_experts": "MODEL.DEFORM_KERNEL.NUM_EXPERTS",
+    "freeze_at": "MODEL.BACKBONE.FREEZE_AT",
+    "gradient_checkpointing": "MODEL.BACKBONE.GRADIENT_CHECKPOINTING",
+}
+MOBILENETV2_KEYS = CONVOLUTION_KEYS | {
+    "norm": "MODEL.MOBILENETV2.NORM",
+    "out_features": "MODEL.MOBILENETV2.OUT_FEATURES",
+    "res5_channels": "MODEL.MOBILENETV2.RES5_CHANNELS",
+}
+RESNET_DW_KEYS = CONVOLUTION_KEYS | {
+    "depth": "MODEL.RESNETS.DEPTH",
+    "width": "MODEL.RESNETS.WIDTH_PER_GROUP",
+    "stem_channels": "MODEL.RESNETS.STEM_OUT_CHANNELS",
+    "res2_channels": "MODEL.RESNETS.RES2_OUT_CHANNELS",
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+    "norm": "MODEL.RESNETS.NORM",
+    "out_features": "MODEL.RESNETS.OUT_FEATURES",
+}
 
 
-class BlockConvs(NamedTuple):
-    """Constructors of a residual block's convolutions, with the arguments of ``nn.Conv2d``."""
+def _construct(
+    constructor: Callable[..., ResNet], cfg: CfgNode, keys: Mapping[str, str], **arguments
+) -> ResNet:
+    """Calls ``constructor``; its errors name keys, which their reader has written."""
+    for argument, key in keys.items():
+        arguments[argument] = reduce(getattr, key.split("."), cfg)
+    try:
+        return constructor(**arguments)
+    except ValueError as error:
+        argument, _, text = str(error).partition(": ")
+        if argument not in keys:
+            raise
+        raise ValueError(f"{keys[argument]}: {text}") from error
 
-    conv1x1: Callable[..., nn.Module] = Conv2d
-    conv3x3: Callable[..., nn.Module] = Conv2d
 
-
-def block_convs(cfg: CfgNode, stage: str) -> BlockConvs:
-    """The constructors for the blocks of ``stage`` ("res2" ... "res5"; the stem counts as "stem").
+@BACKBONE_REGISTRY.register()
+def build_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """:func:`mobilenet_v2` as the configuration asks for it.
 
     Raises:
-        ValueError: a key of ``MODEL.DEFORM_KERNEL`` has an unknown value.
+        ValueError: a key has a value that this backbone does not know.
     """
-    # fmt: off
-    conv_1x1    = cfg.MODEL.DEFORM_KERNEL.CONV_1X1
-    conv_3x3    = cfg.MODEL.DEFORM_KERNEL.CONV_3X3
-    scope_1x1   = cfg.MODEL.DEFORM_KERNEL.SCOPE_SIZE_1X1
-    scope_3x3   = cfg.MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3
-    data_offset = cfg.MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE
-    num_experts = cfg.MODEL.DEFORM_KERNEL.NUM_EXPERTS
-    # fmt: on
-    if len(data_offset) != len(STAGES):
-        raise ValueError(
-            "MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE: expected one value for each of "
-            f"{', '.join(STAGES)}, got {data_offset}"
-        )
-
-    def constructor(key: str, value: str, scope_size: int) -> Callable[..., nn.Module]:
-        constructors = {
-            "rigid": Conv2d,
-            "local": partial(LocalDeformKernel2d, scope_size=scope_size),
-            "global": partial(GlobalDeformKernel2d, scope_size=scope_size),
-            "conditional": partial(CondConv2d, num_experts=num_experts),
-        }
-        if value not in constructors:
-            raise ValueError(
-                f"MODEL.DEFORM_KERNEL.{key}: expected one of {', '.join(constructors)}, "
-                f"got {value!r}"
-            )
-        return constructors[value]
-
-    conv1x1 = constructor("CONV_1X1", conv_1x1, scope_1x1)
-    conv3x3 = constructor("CONV_3X3", conv_3x3, scope_3x3)
-    if stage in STAGES and data_offset[STAGES.index(stage)]:
-        deformable = {
-            "rigid": DeformConv2d,
-            "local": partial(DeformKernelConv2d, scope_size=scope_3x3),
-        }
-        if conv_3x3 not in deformable:
-            raise ValueError(
-                "MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE: expected CONV_3X3 to be one of "
-                f"{', '.join(deformable)} where it is on, got {conv_3x3!r}"
-            )
-        conv3x3 = deformable[conv_3x3]
-    return BlockConvs(conv1x1, conv3x3)
+    return _construct(mobilenet_v2, cfg, MOBILENETV2_KEYS, in_channels=input_shape.channels)
 
 
-def norm_layer(name: str) -> str | Callable[[int], nn.Module]:
-    """What ``detectron2.layers.get_norm`` takes, with a "GN" for any number of channels.
+@BACKBONE_REGISTRY.register()
+def build_resnet_dw_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """:func:`resnet_dw` as the configuration asks for it.
 
-    detectron2's has 32 groups, which do not divide the 16, 24 or 144 channels of MobileNet-V2.
+    Raises:
+        ValueError: a key has a value that this backbone does not know.
     """
-    return (lambda channels: nn.GroupNorm(gcd(32, channels), channels)) if name == "GN" else name
+    for key in "NUM_GROUPS", "RES5_DILATION":
+        if cfg.MODEL.RESNETS[key] != 1:
+            raise ValueError(
+                f"MODEL.RESNETS.{key}: expected 1 for ResNet-DW, got {cfg.MODEL.RESNETS[key]}"
+            )
+    return _construct(resnet_dw, cfg, RESNET_DW_KEYS, in_channels=input_shape.channels)
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = None) -> FPN:
@@ -108,11 +101,28 @@ def build_retinanet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     return build_fpn(cfg, bottom_up, LastLevelP6P7(res5.channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
 
-def check_out_features(key: str, out_features: list[str]) -> None:
-    """Raises ``ValueError`` if a requested feature does not exist."""
-    known = ("stem", *STAGES)
-    if not out_features or not set(out_features) <= set(known):
-        raise ValueError(f"{key}: expected some of {', '.join(known)}, got {out_features}")
+@BACKBONE_REGISTRY.register()
+def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Feature pyramid over :func:`build_mobilenetv2_backbone`."""
+    return build_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_dw_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Feature pyramid over :func:`build_resnet_dw_backbone`."""
+    return build_fpn(cfg, build_resnet_dw_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """RetinaNet's feature pyramid over :func:`build_mobilenetv2_backbone`."""
+    return build_retinanet_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_resnet_dw_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """RetinaNet's feature pyramid over :func:`build_resnet_dw_backbone`."""
+    return build_retinanet_fpn(cfg, build_resnet_dw_backbone(cfg, input_shape))
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:

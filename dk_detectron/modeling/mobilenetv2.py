@@ -1,25 +1,24 @@
-"""MobileNet-V2 of width 1.0 (Sandler et al. 2018), as a detectron2 backbone."""
+"""MobileNet-V2 of width 1.0 (Sandler et al. 2018)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, FPN
+from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
 from ..layers import msra_fill
 from .block import Block, checkpoint_blocks
-from .build import (
+from .convolutions import (
+    STAGES,
     BlockConvs,
-    block_convs,
-    build_fpn,
-    build_retinanet_fpn,
+    Norm,
     check_out_features,
     norm_layer,
+    stage_convs,
 )
 
 
@@ -56,7 +55,7 @@ class InvertedResidualBlock(Block):
         expansion: int,
         convs: BlockConvs,
         stride: int = 1,
-        norm: str = "BN",
+        norm: Norm = "BN",
     ):
         """
         Args:
@@ -107,7 +106,7 @@ class InvertedResidualBlock(Block):
 class MobileNetV2Stem(CNNBlockBase):
     """The first convolution and the one block at half resolution."""
 
-    def __init__(self, in_channels: int, *, convs: BlockConvs, norm: str = "BN"):
+    def __init__(self, in_channels: int, *, convs: BlockConvs, norm: Norm = "BN"):
         super().__init__(in_channels, STEM_GROUP.out_channels, stride=2)
         self.conv1 = Conv2d(
             in_channels,
@@ -135,7 +134,9 @@ class MobileNetV2Stem(CNNBlockBase):
 class FinalConvBlock(Block):
     """The last 1x1 convolution, to the features that the classifier sees."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, convs: BlockConvs, norm: str = "BN"):
+    def __init__(
+        self, in_channels: int, out_channels: int, *, convs: BlockConvs, norm: Norm = "BN"
+    ):
         super().__init__(in_channels, out_channels, stride=1)
         self.conv1 = convs.conv1x1(
             in_channels,
@@ -151,60 +152,56 @@ class FinalConvBlock(Block):
         return self.conv1(x)
 
 
-@BACKBONE_REGISTRY.register()
-def build_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """MobileNet-V2 with the convolutions that ``MODEL.DEFORM_KERNEL`` asks for: res2 ... res5.
+def mobilenet_v2(
+    *,
+    norm: Norm = "BN",
+    out_features: Sequence[str] = STAGES,
+    res5_channels: int = 1280,
+    freeze_at: int = 0,
+    in_channels: int = 3,
+    gradient_checkpointing: bool = False,
+    **convs,
+) -> ResNet:
+    """MobileNet-V2 whose convolutions adapt as asked for.
 
-    detectron2's ResNet is the container: a stem and four stages of blocks, with freezing.
+    detectron2's ResNet is the container: a stem and the stages res2 ... res5, at strides of 4 to
+    32. It maps a batch of images [N, in_channels, H, W] to a dict of features by name.
+
+    Args:
+        norm: what ``detectron2.layers.get_norm`` takes.
+        out_features: which features it returns, of "stem", "res2", ..., "res5".
+        res5_channels: 1280, with the final 1x1 convolution, or 320, without.
+        freeze_at: how many of stem, res2, ... do not learn.
+        gradient_checkpointing: compute activations again instead of keeping them.
+        convs: which convolutions, as :func:`stage_convs` takes them: conv1x1, conv3x3, ...
 
     Raises:
-        ValueError: a key has a value that this backbone does not know.
+        ValueError: an argument has a value that does not work.
     """
-    # fmt: off
-    norm          = norm_layer(cfg.MODEL.MOBILENETV2.NORM)
-    out_features  = cfg.MODEL.MOBILENETV2.OUT_FEATURES
-    res5_channels = cfg.MODEL.MOBILENETV2.RES5_CHANNELS
-    freeze_at     = cfg.MODEL.BACKBONE.FREEZE_AT
-    checkpointing = cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING
-    # fmt: on
     last = GROUPS[-1].out_channels
     if res5_channels not in (last, 1280):
-        raise ValueError(
-            f"MODEL.MOBILENETV2.RES5_CHANNELS: expected {last} or 1280, got {res5_channels}"
-        )
-    check_out_features("MODEL.MOBILENETV2.OUT_FEATURES", out_features)
-    stem = MobileNetV2Stem(input_shape.channels, convs=block_convs(cfg, "stem"), norm=norm)
-    stages = {}
-    in_channels = stem.out_channels
+        raise ValueError(f"res5_channels: expected {last} or 1280, got {res5_channels}")
+    out_features, norm = check_out_features(out_features), norm_layer(norm)
+    stages, convs = {}, stage_convs(**convs)
+    stem = MobileNetV2Stem(in_channels, convs=convs["stem"], norm=norm)
+    channels = STEM_GROUP.out_channels
     for group in GROUPS:
         blocks = ResNet.make_stage(
             InvertedResidualBlock,
             group.num_blocks,
             stride_per_block=[group.stride] + [1] * (group.num_blocks - 1),
-            in_channels=in_channels,
+            in_channels=channels,
             out_channels=group.out_channels,
             expansion=group.expansion,
-            convs=block_convs(cfg, group.stage),
+            convs=convs[group.stage],
             norm=norm,
         )
         stages.setdefault(group.stage, []).extend(blocks)
-        in_channels = group.out_channels
+        channels = group.out_channels
     if res5_channels != last:
-        convs = block_convs(cfg, "res5")
-        stages["res5"].append(FinalConvBlock(last, res5_channels, convs=convs, norm=norm))
+        final = FinalConvBlock(last, res5_channels, convs=convs["res5"], norm=norm)
+        stages["res5"].append(final)
     backbone = ResNet(stem, list(stages.values()), out_features=out_features, freeze_at=freeze_at)
-    if checkpointing:
+    if gradient_checkpointing:
         checkpoint_blocks(backbone)
     return backbone
-
-
-@BACKBONE_REGISTRY.register()
-def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Feature pyramid over :func:`build_mobilenetv2_backbone`."""
-    return build_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """RetinaNet's feature pyramid over :func:`build_mobilenetv2_backbone`."""
-    return build_retinanet_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))

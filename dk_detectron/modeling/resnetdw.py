@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
-from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, FPN
+from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from torch import Tensor, nn
 
 from ..layers import msra_fill
 from .block import Block, checkpoint_blocks
-from .build import (
+from .convolutions import (
     STAGES,
     BlockConvs,
-    block_convs,
-    build_fpn,
-    build_retinanet_fpn,
+    Norm,
     check_out_features,
     norm_layer,
+    stage_convs,
 )
 
 BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -35,7 +34,7 @@ class DepthwiseBottleneckBlock(Block):
         bottleneck_channels: int,
         convs: BlockConvs,
         stride: int = 1,
-        norm: str = "BN",
+        norm: Norm = "BN",
         stride_in_1x1: bool = False,
     ):
         """
@@ -92,38 +91,46 @@ class DepthwiseBottleneckBlock(Block):
         return F.relu_(out)
 
 
-@BACKBONE_REGISTRY.register()
-def build_resnet_dw_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """ResNet-DW with the convolutions that ``MODEL.DEFORM_KERNEL`` asks for; outputs res2 ... res5.
+def resnet_dw(
+    *,
+    depth: int = 50,
+    width: int = 64,
+    stem_channels: int = 64,
+    res2_channels: int = 256,
+    stride_in_1x1: bool = False,
+    norm: Norm = "BN",
+    out_features: Sequence[str] = STAGES,
+    freeze_at: int = 0,
+    in_channels: int = 3,
+    gradient_checkpointing: bool = False,
+    **convs,
+) -> ResNet:
+    """ResNet-DW whose convolutions adapt as asked for.
+
+    It maps a batch of images [N, in_channels, H, W] to a dict of features by name, at strides of 4
+    to 32.
+
+    Args:
+        depth: 50, 101 or 152.
+        width: half the channels of res2's bottlenecks, as ResNet's own are before the paper's
+            doubling.
+        stem_channels, res2_channels: of the outputs; each later stage has twice as many.
+        stride_in_1x1: stride in the first 1x1 convolution of a block instead of in the 3x3.
+        norm: what ``detectron2.layers.get_norm`` takes.
+        out_features: which features it returns, of "stem", "res2", ..., "res5".
+        freeze_at: how many of stem, res2, ... do not learn.
+        gradient_checkpointing: compute activations again instead of keeping them.
+        convs: which convolutions, as :func:`stage_convs` takes them: conv1x1, conv3x3, ...
 
     Raises:
-        ValueError: a key has a value that this backbone does not know.
+        ValueError: an argument has a value that does not work.
     """
-    # fmt: off
-    depth         = cfg.MODEL.RESNETS.DEPTH
-    width         = cfg.MODEL.RESNETS.WIDTH_PER_GROUP
-    stem_channels = cfg.MODEL.RESNETS.STEM_OUT_CHANNELS
-    res2_channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
-    stride_in_1x1 = cfg.MODEL.RESNETS.STRIDE_IN_1X1
-    norm          = norm_layer(cfg.MODEL.RESNETS.NORM)
-    out_features  = cfg.MODEL.RESNETS.OUT_FEATURES
-    freeze_at     = cfg.MODEL.BACKBONE.FREEZE_AT
-    checkpointing = cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING
-    # fmt: on
     if depth not in BLOCKS_PER_STAGE:
-        raise ValueError(
-            f"MODEL.RESNETS.DEPTH: expected one of {', '.join(map(str, BLOCKS_PER_STAGE))} for "
-            f"ResNet-DW, got {depth}"
-        )
-    for key in "NUM_GROUPS", "RES5_DILATION":
-        if cfg.MODEL.RESNETS[key] != 1:
-            raise ValueError(
-                f"MODEL.RESNETS.{key}: expected 1 for ResNet-DW, got {cfg.MODEL.RESNETS[key]}"
-            )
-    check_out_features("MODEL.RESNETS.OUT_FEATURES", out_features)
-    stem = BasicStem(input_shape.channels, stem_channels, norm)
-    stages = []
-    in_channels = stem_channels
+        known = ", ".join(map(str, BLOCKS_PER_STAGE))
+        raise ValueError(f"depth: expected one of {known} for ResNet-DW, got {depth}")
+    out_features, norm = check_out_features(out_features), norm_layer(norm)
+    stages, convs = [], stage_convs(**convs)
+    channels = stem_channels
     for i, (stage, num_blocks) in enumerate(zip(STAGES, BLOCKS_PER_STAGE[depth], strict=True)):
         out_channels = res2_channels * 2**i
         first_stride = 1 if i == 0 else 2
@@ -132,28 +139,17 @@ def build_resnet_dw_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
                 DepthwiseBottleneckBlock,
                 num_blocks,
                 stride_per_block=[first_stride] + [1] * (num_blocks - 1),
-                in_channels=in_channels,
+                in_channels=channels,
                 out_channels=out_channels,
                 bottleneck_channels=2 * width * 2**i,
-                convs=block_convs(cfg, stage),
+                convs=convs[stage],
                 norm=norm,
                 stride_in_1x1=stride_in_1x1,
             )
         )
-        in_channels = out_channels
+        channels = out_channels
+    stem = BasicStem(in_channels, stem_channels, norm)
     backbone = ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
-    if checkpointing:
+    if gradient_checkpointing:
         checkpoint_blocks(backbone)
     return backbone
-
-
-@BACKBONE_REGISTRY.register()
-def build_resnet_dw_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Feature pyramid over :func:`build_resnet_dw_backbone`."""
-    return build_fpn(cfg, build_resnet_dw_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_resnet_dw_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """RetinaNet's feature pyramid over :func:`build_resnet_dw_backbone`."""
-    return build_retinanet_fpn(cfg, build_resnet_dw_backbone(cfg, input_shape))

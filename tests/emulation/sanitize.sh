@@ -21,7 +21,7 @@ for sanitizer in "${@:-address thread}"; do
           LD_PRELOAD="$(runtime asan) $(runtime ubsan)" \
           ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
           UBSAN_OPTIONS=print_stacktrace=1 \
-          "$python" -m pytest -q -s -p no:cacheprovider tests/test_emulated_cuda.py
+          "$python" -m pytest -q -s -p no:cacheprovider tests/test_csrc_emulated.py
         ;;
       thread)
         DK_EMULATED_LIBRARY=$library LD_PRELOAD=$(runtime tsan) OMP_NUM_THREADS=1 \

@@ -1,0 +1,20 @@
+"""Training and evaluation, from the command line on."""
+
+from .classification import AccuracyEvaluator, ClassificationTrainer
+from .command_line import check_weights, command_line, main, setup
+from .detection import Trainer
+from .divergence import DivergedError
+from .trainer import EVALUATION_FILE, BaseTrainer
+
+__all__ = [
+    "EVALUATION_FILE",
+    "AccuracyEvaluator",
+    "BaseTrainer",
+    "ClassificationTrainer",
+    "DivergedError",
+    "Trainer",
+    "check_weights",
+    "command_line",
+    "main",
+    "setup",
+]

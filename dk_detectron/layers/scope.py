@@ -1,0 +1,135 @@
+"""Deformable kernels: layers whose weight is a scope that the kernel is sampled from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import deform_kernel_conv2d, per_image_conv2d, sample_kernel
+from ..ops.arguments import pair
+from .adaptive import PERTURBATION, AdaptiveConv2d
+from .start import centre_gain, lift_to_scope, spread_offset
+
+
+class ScopeConv2d(AdaptiveConv2d):
+    """A layer whose weight is a scope that the kernel is sampled from.
+
+    The scope starts as smooth as a rigid weight allows: the taps, spread evenly over it, read that
+    weight. From a given one the taps rest there (*"we initialize kernel grids to be uniformly
+    distributed within the scope size"*, section 4), by the generator's bias. From scratch nothing
+    has to be exact, and they rest in the centre, one cell apart.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, *args, scope_size=None, **kwargs):
+        kernel_size = pair("kernel_size", kernel_size, 1)
+        scope = [k + 1 for k in kernel_size] if scope_size is None else scope_size
+        self.scope_size = tuple(pair("scope_size", scope, 1))
+        if any(s < k for s, k in zip(self.scope_size, kernel_size, strict=True)):
+            raise ValueError(
+                f"scope_size: expected at least the kernel_size {kernel_size}, got {scope_size!r}"
+            )
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+
+    def _weight_shape(self) -> list[int]:
+        return [*self.rigid_shape[:2], *self.scope_size]
+
+    @torch.no_grad()
+    def set_rigid_weight(self, weight: Tensor) -> None:
+        super().set_rigid_weight(weight)
+        self.kernel_offset_generator.bias.copy_(spread_offset(self.scope_size, self.kernel_size))
+
+    @torch.no_grad()
+    def set_drawn_weight(self, weight: Tensor) -> None:
+        super().set_rigid_weight(weight)
+        self.weight.mul_(centre_gain(self.scope_size, self.kernel_size))
+
+    def _from_rigid(self, weight: Tensor) -> Tensor:
+        scope = lift_to_scope(weight, self.scope_size)
+        if 1 not in self.kernel_size:
+            return scope
+        # Along an axis with a single tap the scope is constant: its offsets would get no gradient
+        # and its cells equal ones, for ever. Perturb them by what the tap does not see at rest.
+        noise = torch.randn_like(scope)
+        rest = spread_offset(self.scope_size, self.kernel_size).to(noise.device).unsqueeze(0)
+        read = sample_kernel(noise, rest, self.kernel_size)[0]
+        noise = noise - lift_to_scope(read, self.scope_size)
+        return scope + PERTURBATION * weight.std(correction=0) * noise
+
+    @torch.no_grad()
+    def sensitivity(self, distance: float = 0.2) -> float:
+        """How much the kernels change if all taps move from where they rest by ``distance`` cells.
+
+        Returns:
+            The change's norm over the kernels' own, as root mean square over the four directions.
+        """
+        generator = self.kernel_offset_generator
+        rest = generator.bias.double().unsqueeze(0)
+        steps = distance * torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]]).to(rest)
+        moved = rest + steps.repeat(1, generator.bias.numel() // 2)
+        kernels = sample_kernel(self.weight.double(), torch.cat([rest, moved]), self.kernel_size)
+        change = (kernels[1:] - kernels[0]).square().sum() / len(steps)
+        return float((change / kernels[0].square().sum()).sqrt())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scope_size={self.scope_size}"
+
+
+class LocalDeformKernel2d(ScopeConv2d):
+    """Local deformable kernel (section 3.3, eq. 7): kernel offsets for every output location.
+
+    Args (beyond those of ``nn.Conv2d``):
+        scope_size: size of the stored weight, one more than the kernel by default.
+    """
+
+    def _make_generators(self, factory):
+        self.kernel_offset_generator = self._offset_convolution(factory)
+
+    def _convolve(self, x):
+        return deform_kernel_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            kernel_offset=self.kernel_offset_generator(x),
+            kernel_size=self.kernel_size,
+            **self._conv_arguments,
+        )
+
+
+class GlobalDeformKernel2d(ScopeConv2d):
+    """Global deformable kernel (section 3.3): kernel offsets for every image.
+
+    Args (beyond those of ``nn.Conv2d``):
+        scope_size: size of the stored weight, one more than the kernel by default.
+    """
+
+    def _make_generators(self, factory):
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.kernel_offset_generator = nn.Linear(self.in_channels, 2 * taps, **factory)
+
+    def _convolve(self, x):
+        kernel_offset = self.kernel_offset_generator(x.mean((2, 3)))
+        kernels = sample_kernel(self.weight, kernel_offset, self.kernel_size)
+        return per_image_conv2d(x, kernels, self.bias, **self._conv_arguments)
+
+
+class DeformKernelConv2d(ScopeConv2d):
+    """Deformable convolution with deformable kernels (eq. 11): both offsets, learnt separately.
+
+    Args (beyond those of ``nn.Conv2d``):
+        scope_size: size of the stored weight, one more than the kernel by default.
+    """
+
+    def _make_generators(self, factory):
+        self.kernel_offset_generator = self._offset_convolution(factory)
+        self.data_offset_generator = self._offset_convolution(factory)
+
+    def _convolve(self, x):
+        return deform_kernel_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            kernel_offset=self.kernel_offset_generator(x),
+            data_offset=self.data_offset_generator(x),
+            kernel_size=self.kernel_size,
+            **self._conv_arguments,
+        )

@@ -1,0 +1,70 @@
+"""Where the scope of a deformable kernel starts (docs/start.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..ops import axis_coefficients, rest_kernel, tap_locations
+from ..ops.arguments import Size, pair
+
+
+def _spread_taps(scope_size: int, kernel_size: int) -> Tensor:
+    """Places of the taps along an axis [K], evenly over the whole scope; a single one: its centre.
+
+    In float64, as everything here: what comes of it is exact in the type of the weight.
+    """
+    centre = (scope_size - 1) / 2
+    first = 0 if kernel_size > 1 else centre
+    return torch.linspace(first, 2 * centre, kernel_size, dtype=torch.float64)
+
+
+def spread_offset(scope_size: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
+    """The kernel offsets [2*K] that spread the taps evenly over the scope, in scope cells."""
+    spread = torch.meshgrid(*map(_spread_taps, scope_size, kernel_size), indexing="ij")
+    zero = torch.zeros(1, 2 * prod(kernel_size), dtype=torch.float64)
+    centre = tap_locations(zero, scope_size, kernel_size)
+    return torch.stack(
+        [s.flatten() - c[0] for s, c in zip(spread, centre, strict=True)], -1
+    ).flatten()
+
+
+def _smooth_inverse(scope_size: int, kernel_size: int) -> Tensor:
+    """[S, K]: the cells of least squared differences along an axis that the spread taps read so."""
+    read = axis_coefficients(_spread_taps(scope_size, kernel_size), scope_size)  # [K, S]
+    difference = torch.eye(scope_size, dtype=torch.float64).diff(dim=0)
+    # Lagrange: the gradient of |difference @ cells|^2 is a combination of the rows of `read`.
+    system = torch.zeros(2 * [scope_size + kernel_size], dtype=torch.float64)
+    system[:scope_size, :scope_size] = difference.t() @ difference
+    system[:scope_size, scope_size:] = read.t()
+    system[scope_size:, :scope_size] = read
+    return torch.linalg.inv(system)[:scope_size, scope_size:]
+
+
+def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
+    """The smoothest scope whose kernel, at :func:`spread_offset`, is exactly ``weight``.
+
+    Args:
+        weight: [C_out, C_in / groups, K_h, K_w].
+        scope_size: (S_h, S_w), no smaller than the kernel.
+
+    Returns:
+        [C_out, C_in / groups, S_h, S_w].
+    """
+    weight64 = weight.double()
+    rows, columns = (
+        _smooth_inverse(size, taps).to(weight64)
+        for size, taps in zip(pair("scope_size", scope_size, 1), weight.shape[2:], strict=True)
+    )
+    return (rows @ weight64 @ columns.t()).to(weight.dtype)
+
+
+def centre_gain(scope_size: Sequence[int], kernel_size: Sequence[int]) -> float:
+    """By how much taps in the centre of a lifted scope lower the deviation of independent draws."""
+    taps = prod(kernel_size)
+    units = torch.eye(taps, dtype=torch.float64).view(taps, 1, *kernel_size)
+    read = rest_kernel(lift_to_scope(units, scope_size), kernel_size)
+    return float(read.square().sum(0).mean()) ** -0.5

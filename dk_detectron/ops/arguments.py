@@ -1,0 +1,108 @@
+"""What the operators accept, said in one wording, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Size = int | Sequence[int]
+
+
+def shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def pair(name: str, value: Size, least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or any(not isinstance(v, int | torch.SymInt) or v < least for v in pair):
+        raise ValueError(f"{name}: expected an integer >= {least} or two of them, got {value!r}")
+    return pair
+
+
+def output_size(input, kernel_size, stride, padding, dilation) -> list[int]:
+    return [
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
+        + 1
+        for i in range(2)
+    ]
+
+
+def output_format(input: Tensor) -> torch.memory_format:
+    """channels_last in, channels_last out; ``csrc/deform_kernel.h`` has the same rule."""
+    channels_last = input.shape[1] > 1 and input.stride(1) == 1
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raises on integers, of which rounding would make something else."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point type, got {tensor.dtype}")
+
+
+def check_groups(groups: int, channels: int, name: str = "input channels") -> None:
+    """Raises unless ``groups`` divides the channels, which are called ``name``."""
+    if not isinstance(groups, int | torch.SymInt) or groups < 1 or channels % groups:
+        raise ValueError(f"groups: expected a divisor of the {channels} {name}, got {groups!r}")
+
+
+def check(
+    input,
+    weight,
+    bias,
+    kernel_offset,
+    data_offset,
+    *,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+):
+    """Raises on every user error that :func:`deform_kernel_conv2d` names."""
+    if input.dim() != 4:
+        raise ValueError(f"input: expected [N, C_in, H, W], got {shape(input)}")
+    check_floating(input=input, kernel_offset=kernel_offset, data_offset=data_offset)
+    channels = input.shape[1]
+    check_groups(groups, channels)
+    if weight.dim() != 4 or weight.shape[1] != channels // groups or 0 in weight.shape[2:]:
+        raise ValueError(
+            f"weight: expected [C_out, {channels // groups}, S_h, S_w] "
+            f"({channels} input channels / {groups} groups), got {shape(weight)}"
+        )
+    if weight.shape[0] % groups:
+        raise ValueError(
+            f"weight: {weight.shape[0]} output channels do not divide into {groups} groups"
+        )
+    if bias is not None and shape(bias) != [weight.shape[0]]:
+        raise ValueError(f"bias: expected [{weight.shape[0]}], got {shape(bias)}")
+    out_size = output_size(input, kernel_size, stride, padding, dilation)
+    if any(size < 1 for size in out_size):  # not min, on which torch.compile guards
+        raise ValueError(
+            f"input: {shape(input)} with padding {padding} is smaller than the kernel "
+            f"{kernel_size} with dilation {dilation}"
+        )
+    expected = [input.shape[0], 2 * kernel_size[0] * kernel_size[1], *out_size]
+    for name, offset in ("kernel_offset", kernel_offset), ("data_offset", data_offset):
+        if offset is not None and shape(offset) != expected:
+            raise ValueError(
+                f"{name}: expected [N, 2*K_h*K_w, H_out, W_out] = {expected}, got {shape(offset)}"
+            )
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("kernel_offset", kernel_offset),
+        ("data_offset", data_offset),
+    ):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(
+                f"{name}: expected device {input.device} like input, got {tensor.device}"
+            )
+    if not torch.is_autocast_enabled(input.device.type):
+        for name, tensor in ("weight", weight), ("bias", bias):
+            if tensor is not None and tensor.dtype != input.dtype:
+                raise TypeError(
+                    f"{name}: expected type {input.dtype} like input, got {tensor.dtype}"
+                )

@@ -1,0 +1,85 @@
+"""The operator out of PyTorch's own, for every grouping, device and order of derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import output_format, output_size
+from .sampling import locate, rest_kernel, scope_coefficients, split_offset, tap_grid
+
+
+def _deformed_columns(
+    input: Tensor, data_offset: Tensor, kernel_size, stride, padding, dilation
+) -> Tensor:
+    """The data of every tap (eq. 9), [N, C_in, K, H_out*W_out]; the image is zero outside."""
+    channels, *size = input.shape[1:]
+    offsets = split_offset(data_offset)
+    located = []
+    for axis, tap in enumerate(tap_grid(kernel_size, offsets[0])):
+        pixel = torch.arange(offsets[0].shape[2 + axis], dtype=tap.dtype, device=tap.device)
+        rest = pixel.view([1, -1, 1] if axis == 0 else [1, 1, -1]) * stride[axis] - padding[axis]
+        located.append(locate(rest + tap * dilation[axis] + offsets[axis], size[axis]))
+    (row, share_row), (column, share_column) = located
+    columns = 0
+    for i, coef_row in enumerate((1 - share_row, share_row)):
+        for j, coef_column in enumerate((1 - share_column, share_column)):
+            y, x = row + i, column + j
+            inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+            coef = torch.where(inside, coef_row * coef_column, 0 * (share_row + share_column))
+            index = torch.where(inside, y * size[1] + x, 0).long().flatten(1).unsqueeze(1)
+            value = input.flatten(2).gather(2, index.expand(-1, channels, -1))
+            columns = columns + value * coef.flatten(1).unsqueeze(1).to(value.dtype)
+    return columns.unflatten(2, (kernel_size[0] * kernel_size[1], -1))
+
+
+def _at_least_float(offset: Tensor | None) -> Tensor | None:
+    """Locations need more bits than half precision has."""
+    return offset.float() if offset is not None and offset.element_size() < 4 else offset
+
+
+def composed_deform_kernel_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_offset: Tensor | None,
+    data_offset: Tensor | None,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    clip: bool,
+) -> Tensor:
+    """:func:`deform_kernel_conv2d` out of PyTorch's own operators, for every grouping and device.
+
+    The sum is regrouped so that the output channels meet the scope in an ordinary matrix product:
+
+        G[n,ci,l,p] = sum_t B[n,t,l,p] * I[n, ci, p + k_t (+ data_offset)]
+        O[n,co,p]   = sum_ci sum_l W[co,ci,l] * G[n,ci,l,p]
+
+    Differentiable any number of times. Needs memory for G, S times the input.
+    """
+    kernel_offset, data_offset = _at_least_float(kernel_offset), _at_least_float(data_offset)
+    if kernel_offset is None:
+        weight = rest_kernel(weight, kernel_size, clip)
+    if data_offset is None:
+        columns = F.unfold(input, kernel_size, dilation, padding, stride)
+        columns = columns.unflatten(1, (input.shape[1], -1))
+    else:
+        columns = _deformed_columns(input, data_offset, kernel_size, stride, padding, dilation)
+    if kernel_offset is not None:
+        coefficients = scope_coefficients(kernel_offset, weight.shape[2:], kernel_size, clip)
+        coefficients = coefficients.flatten(2, 3).to(columns.dtype)
+        columns = torch.einsum("nckp,nkps->ncsp", columns, coefficients)
+    grouped = columns.unflatten(1, (groups, -1)).flatten(2, 3)  # [N, groups, C_in/groups*S, p]
+    rows = weight.unflatten(0, (groups, -1)).flatten(2)  # [groups, C_out/groups, C_in/groups*S]
+    output = (rows @ grouped).flatten(1, 2)
+    if bias is not None:
+        output = output + bias.to(output.dtype).unsqueeze(-1)
+    out_size = output_size(input, kernel_size, stride, padding, dilation)
+    return output.unflatten(2, out_size).contiguous(memory_format=output_format(input))

@@ -1,0 +1,119 @@
+"""What other libraries and this project's networks call their tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..modeling.mobilenetv2 import GROUPS, STEM_GROUP
+from .files import CheckpointError
+
+# A backbone under a feature pyramid, one of its own, and one that was saved bare.
+BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "")
+# The first convolution of every backbone of this project, and of detectron2's ResNet.
+FIRST_WEIGHT = "stem.conv1.weight"
+CLASSIFIER = "linear."
+# Of any detector: pyramids, RPN and heads, RetinaNet's P6 and P7, and its head.
+DETECTION_PARTS = (
+    "backbone.fpn_",
+    "backbone.top_block.",
+    "proposal_generator.",
+    "roi_heads.",
+    "head.",
+)
+GENERATOR = re.compile(r"(kernel_offset|data_offset|gate)_generator(?=\.)")
+
+
+# Conversion
+def _blocks() -> Iterator[tuple[int, int, list[str]]]:
+    """MobileNet-V2's residual blocks: group, place in the group, our names of the convolutions."""
+    count = Counter()
+    for i, group in enumerate((STEM_GROUP, *GROUPS)):
+        for j in range(group.num_blocks):
+            block = "stem.block" if group is STEM_GROUP else f"{group.stage}.{count[group.stage]}"
+            count[group.stage] += 1
+            first = 2 if group.expansion == 1 else 1  # without expansion there is no conv1
+            yield i, j, [f"{block}.conv{k}" for k in range(first, 4)]
+
+
+# The convolution to 1280 channels, a block of its own after the last.
+FINAL_CONV = f"res5.{sum(g.num_blocks for g in GROUPS if g.stage == 'res5')}.conv1"
+
+
+def _torchvision_convs() -> Iterator[tuple[str, str, str]]:
+    """torchvision's MobileNet-V2: convolution, its norm, our name of both."""
+    yield "features.0.0", "features.0.1", "stem.conv1"
+    for i, (_, _, convs) in enumerate(_blocks(), start=1):
+        block, last = f"features.{i}.conv", len(convs) - 1
+        for k, conv in enumerate(convs[:-1]):
+            yield f"{block}.{k}.0", f"{block}.{k}.1", conv
+        yield f"{block}.{last}", f"{block}.{last + 1}", convs[-1]
+    yield f"features.{i + 1}.0", f"features.{i + 1}.1", FINAL_CONV
+
+
+def _timm_convs() -> Iterator[tuple[str, str, str]]:
+    """timm's mobilenetv2_100: convolution, its norm, our name of both."""
+    yield "conv_stem", "bn1", "stem.conv1"
+    for i, j, convs in _blocks():
+        kinds = ["conv_dw", "conv_pw"] if len(convs) == 2 else ["conv_pw", "conv_dw", "conv_pwl"]
+        for k, (kind, conv) in enumerate(zip(kinds, convs, strict=True), start=1):
+            yield f"blocks.{i}.{j}.{kind}", f"blocks.{i}.{j}.bn{k}", conv
+    yield "conv_head", "bn2", FINAL_CONV
+
+
+# Other libraries' networks: first weight, convolutions and classifier. Their norms have an epsilon
+# of 1e-5, as have BN and FrozenBN here, so that statistics are taken as they are.
+FOREIGN = {
+    "torchvision's MobileNet-V2": ("features.0.0.weight", _torchvision_convs, "classifier.1"),
+    "timm's MobileNet-V2": ("conv_stem.weight", _timm_convs, "classifier"),
+}
+
+
+def model_names(state: dict[str, Tensor], prefix: str, source: str) -> tuple[str, dict[str, str]]:
+    """What ``state`` is of, and its names in a model whose backbone's names start with ``prefix``.
+
+    Raises:
+        CheckpointError: it is of no known kind.
+    """
+    for kind, (first_weight, convs, classifier) in FOREIGN.items():
+        if first_weight in state:
+            modules = {classifier: CLASSIFIER[:-1]}
+            for conv, norm, ours in convs():
+                modules |= {conv: prefix + ours, norm: f"{prefix}{ours}.norm"}
+            names = {}
+            for name in state:
+                module, _, tensor = name.rpartition(".")
+                names[name] = f"{modules[module]}.{tensor}" if module in modules else name
+            return kind, names
+    for old in BACKBONE_PREFIXES:
+        if old + FIRST_WEIGHT in state:
+            return "this project's own", {
+                name: prefix + name[len(old) :] if name.startswith(old) else name for name in state
+            }
+    raise CheckpointError(
+        f"{source}: expected a MobileNet-V2 of torchvision (features.0.0.weight, ...) or timm "
+        f"(conv_stem.weight, ...), or a checkpoint of this project (backbone.{FIRST_WEIGHT}, ...), "
+        f"got another network: {', '.join(list(state)[:4])}, ..."
+    )
+
+
+def may_be_unused(name: str, target: dict[str, Tensor], prefix: str) -> bool:
+    """Whether a fitting source may have what ``target`` lacks; ``name`` as the model would say."""
+    if name.startswith(prefix + FINAL_CONV):
+        return not any(other.startswith(prefix + FINAL_CONV) for other in target)
+    if f"{CLASSIFIER}weight" in target:
+        return name.startswith(DETECTION_PARTS)
+    return name.startswith(CLASSIFIER)
+
+
+def part(name: str) -> str:
+    """The part of a network that a tensor belongs to, for summaries."""
+    generator = GENERATOR.search(name)
+    return (
+        generator[0]
+        if generator
+        else re.match(r"backbone\.(bottom_up|fpn|top_block)|[^.]+", name)[0]
+    )
