@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
 
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -160,6 +161,16 @@ class BuildOperators(build_ext):
         command.run()
 
 
+class BuildPackage(build_py):
+    """Puts configs/ into the package, beside which a clone has it (dk_detectron/model_zoo.py)."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "dk_detectron", "configs")
+            shutil.copytree("configs", target, dirs_exist_ok=True)
+
+
 setup(
     ext_modules=[
         Extension(
@@ -169,7 +180,7 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildOperators},
+    cmdclass={"build_ext": BuildOperators, "build_py": BuildPackage},
     # The operators are registered with torch's dispatcher: one build serves every Python from 3.10.
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,8 +1,21 @@
-"""Deformable Kernels (ICLR 2020) for detectron2. Importing this package registers everything."""
+"""Deformable Kernels (ICLR 2020) for detectron2.
 
-from . import data, modeling, ops
+:func:`add_dk_config` registers the backbones and data sets; the operators need torch alone.
+"""
+
+from importlib import import_module
+
+from . import ops
 from .config import add_dk_config
 from .ops import deform_kernel_conv2d, sample_kernel
 
 __version__ = "0.2.0"
 __all__ = ["add_dk_config", "data", "deform_kernel_conv2d", "modeling", "ops", "sample_kernel"]
+# Imported when they are first asked for, since detectron2's models take as long to import as torch.
+ROOMS = "analysis", "data", "engine", "evaluation", "layers", "model_zoo", "modeling", "weights"
+
+
+def __getattr__(name: str):
+    if name in ROOMS:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

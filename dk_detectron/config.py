@@ -1,10 +1,23 @@
 """The configuration keys of this project, added to detectron2's defaults."""
 
-from detectron2.config import CfgNode as CN
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 
-def add_dk_config(cfg: CN) -> None:
-    """Adds every key of dk_detectron to ``cfg``, all off: a plain config is unchanged."""
+def add_dk_config(cfg: CfgNode) -> None:
+    """Adds every key of dk_detectron to ``cfg``, all off: a plain config is unchanged.
+
+    Also registers with detectron2 what the keys can name: backbones, the classifier, data sets.
+    """
+    # Here, and not above: whoever wants the operators alone need not wait for detectron2's models.
+    from detectron2.config import CfgNode as CN
+
+    from . import data, modeling  # noqa: F401
+
     # Which convolutions of the residual blocks adapt, and how.
     cfg.MODEL.DEFORM_KERNEL = CN()
     # The 1x1 convolutions (not the shortcut projections) and the depthwise 3x3 ones, each one of:

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools.coco import COCO
 
-from dk_detectron.data import datasets, shapes, trees
+from dk_detectron.data import datasets, outlines, shapes, trees
 from dk_detectron.data.writing import make_folder
 
 ROOT = Path(__file__).parent.parent
@@ -72,24 +72,24 @@ def test_shapes_vary_as_promised(shapes_folder):
     sizes = [a["area"] ** 0.5 for a in annotations["annotations"]]
     assert max(sizes) / min(sizes) > 8
     counts = np.bincount([a["category_id"] for a in annotations["annotations"]])[1:]
-    assert len(counts) == len(shapes.OUTLINES) and counts.min() > counts.mean() / 3
+    assert len(counts) == len(outlines.OUTLINES) and counts.min() > counts.mean() / 3
 
 
-@pytest.mark.parametrize("name", shapes.OUTLINES)
+@pytest.mark.parametrize("name", outlines.OUTLINES)
 def test_deformations_do_what_they_say(name):
-    outline = shapes.OUTLINES[name]()
-    rest = shapes.Deformation(bend=0, stretch=1, stretch_angle=0, rotation=0, size=50)
-    plain = shapes.deform(outline, rest)
+    outline = outlines.OUTLINES[name]()
+    rest = outlines.Deformation(bend=0, stretch=1, stretch_angle=0, rotation=0, size=50)
+    plain = outlines.deform(outline, rest)
     extent = np.ptp(plain, axis=0)
     assert np.prod(extent) ** 0.5 == pytest.approx(50)
     np.testing.assert_allclose(plain.max(0), -plain.min(0))
-    turned = shapes.deform(outline, rest._replace(rotation=np.pi / 2))
+    turned = outlines.deform(outline, rest._replace(rotation=np.pi / 2))
     np.testing.assert_allclose(np.ptp(turned, axis=0), extent[::-1])
-    double = shapes.deform(outline, rest._replace(size=100))
+    double = outlines.deform(outline, rest._replace(size=100))
     np.testing.assert_allclose(double, 2 * plain)
-    stretched = np.ptp(shapes.deform(outline, rest._replace(stretch=2)), axis=0)
+    stretched = np.ptp(outlines.deform(outline, rest._replace(stretch=2)), axis=0)
     assert stretched[0] / stretched[1] == pytest.approx(2 * extent[0] / extent[1])
-    bent = shapes.deform(outline, rest._replace(bend=0.8))
+    bent = outlines.deform(outline, rest._replace(bend=0.8))
     assert np.abs(bent - plain).max() > 2
 
 
@@ -151,7 +151,7 @@ def test_registered_under_their_names(shapes_folder, tmp_path):
             MetadataCatalog.remove(name)
         datasets.register_all(tmp_path)
         assert len(DatasetCatalog.get("shapes_train")) == 60
-        assert MetadataCatalog.get("shapes_train").thing_classes == list(shapes.OUTLINES)
+        assert MetadataCatalog.get("shapes_train").thing_classes == list(outlines.OUTLINES)
         unlabelled = DatasetCatalog.get("shapes_test")
         assert len(unlabelled) == 4 and not any(r.get("annotations") for r in unlabelled)
     finally:

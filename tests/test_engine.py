@@ -452,7 +452,7 @@ def arguments(**changes) -> Namespace:
         (
             {"config_file": "none.yaml"},
             FileNotFoundError,
-            "--config-file: expected a YAML file, got 'none",
+            "--config-file: expected a YAML file, .* got 'none",
         ),
         ({"opts": ["MODEL.DEFORM_KERNEL.SCOPE", 4]}, AssertionError, "Non-existent key: .*SCOPE"),
         (

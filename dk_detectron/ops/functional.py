@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .arguments import Size, check, check_floating, check_groups, output_format, pair, shape
 from .composed import composed_deform_kernel_conv2d
-from .registration import DEVICES_WITH_KERNEL
+from .dispatch import warn_composed, why_composed
 from .sampling import rest_kernel
 
 
@@ -86,12 +86,10 @@ def deform_kernel_conv2d(
         if data_offset is None:
             del sizes["kernel_size"]
             return F.conv2d(input, weight, bias, groups=groups, **sizes)
-    depthwise = groups == input.shape[1] == weight.shape[0]
-    function = (
-        torch.ops.dk_detectron.deform_kernel_conv2d
-        if depthwise and input.device.type in DEVICES_WITH_KERNEL
-        else composed_deform_kernel_conv2d
-    )
+    function = torch.ops.dk_detectron.deform_kernel_conv2d
+    if reason := why_composed(input, weight, groups):
+        warn_composed(reason)
+        function = composed_deform_kernel_conv2d
     return function(
         input, weight, bias, kernel_offset, data_offset, groups=groups, clip=clip, **sizes
     )

@@ -3,11 +3,38 @@
 Schemas are in ``csrc/deform_kernel.cpp``, kernels in ``csrc/cpu`` and ``csrc/cuda``.
 """
 
-try:
-    from .. import _C  # noqa: F401
-except ImportError as error:
-    raise ImportError(
+from importlib import import_module
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def explain(error: ImportError) -> str:
+    """What is wrong, and what helps."""
+    for distribution in distributions(name="dk_detectron"):
+        installed = Path(distribution.locate_file("dk_detectron")).resolve()
+        if installed != PACKAGE and any(installed.glob("_C*")):
+            return (
+                f"{PACKAGE} is a clone without compiled operators, and hides the installed "
+                f"{installed}: start Python in another folder, or make the installation of the "
+                "clone itself, `pip install --no-build-isolation -e .`"
+            )
+    return (
         "dk_detectron._C, the compiled operators, is missing or was built for another PyTorch: "
-        f"{error}. Build it with `python setup.py build_ext --inplace` in a clone, or "
-        "`pip install --no-build-isolation .`"
-    ) from error
+        f"{error}. Build it, in a clone with `pip install --no-build-isolation -e .`"
+    )
+
+
+try:
+    import_module("dk_detectron._C")
+except ImportError as error:
+    raise ImportError(explain(error)) from error
+
+
+def has_kernel(device: str) -> bool:
+    """Whether the extension has kernels for a type of device, such as "cuda"."""
+    key = "Meta" if device == "meta" else device.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key("dk_detectron::deform_kernel_conv2d", key)

@@ -76,10 +76,3 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "dk_detectron::deform_kernel_conv2d_backward", _refuse_double_backward
 )
-DEVICES_WITH_KERNEL = {
-    device
-    for device in ("cpu", "cuda", "meta")
-    if torch._C._dispatch_has_kernel_for_dispatch_key(
-        "dk_detectron::deform_kernel_conv2d", device.upper() if device != "meta" else "Meta"
-    )
-}
