@@ -277,3 +277,69 @@ def test_bad_arguments_are_refused():
         CondConv2d(4, 4, 3, num_experts=0)
     with pytest.raises(ValueError, match=r"weight: expected \[4, 1, 3, 3\], got \[4, 1, 4, 4\]"):
         LocalDeformKernel2d(4, 4, 3, groups=4).set_rigid_weight(torch.zeros(4, 1, 4, 4))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"in_channels": 0}, "in_channels: expected an integer >= 1, got 0"),
+        ({"out_channels": 4.0}, "out_channels: expected an integer >= 1, got 4.0"),
+        ({"kernel_size": 0}, "kernel_size: expected an integer >= 1 .* got 0"),
+        ({"kernel_size": (3, 3, 3)}, "kernel_size: expected an integer >= 1 or two of them"),
+        ({"stride": 0}, "stride: expected an integer >= 1 .* got 0"),
+        ({"dilation": 1.5}, "dilation: expected an integer >= 1 .* got 1.5"),
+        ({"padding": -1}, "padding: expected an integer >= 0 .* got -1"),
+        ({"padding": "reflect"}, "padding: expected pixels, 'same' or 'valid', got 'reflect'"),
+        ({"padding": "same", "stride": 2}, "padding: .* 'same' needs a stride of 1"),
+        ({"padding": "same", "kernel_size": 4}, "padding: .* an even dilation"),
+        ({"groups": 0}, "groups: expected a divisor of the 4 in_channels, got 0"),
+        ({"out_channels": 6, "groups": 4}, "groups: expected a divisor of the 6 out_channels"),
+    ],
+)
+def test_layers_check_their_arguments(layer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3} | arguments)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("padding, dilation", [("same", (1, 2)), ("same", 1), ("valid", 1)])
+def test_padding_by_name_is_that_of_conv2d(layer, padding, dilation):
+    shape = {"kernel_size": (3, 5), "padding": padding, "dilation": dilation, "groups": 2}
+    rigid = nn.Conv2d(4, 4, **shape).double()
+    adaptive = layer(4, 4, **shape).double()
+    adaptive.set_rigid_weight(rigid.weight.detach())
+    adaptive.bias.data.copy_(rigid.bias.data)
+    x = torch.randn(2, 4, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(adaptive(x), rigid(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"kernels": (3, 4, 2, 3, 3)}, ValueError, r"kernels: expected \[2, C_out, 2, .* got \[3"),
+        ({"kernels": (2, 4, 4, 3, 3)}, ValueError, r"kernels: expected \[2, C_out, 2, .* got"),
+        ({"kernels": (4, 2, 3, 3)}, ValueError, "kernels: expected"),
+        ({"input": (4, 8, 8)}, ValueError, r"input: expected \[N, C_in, H, W\], got \[4, 8, 8\]"),
+        ({"groups": 3}, ValueError, "groups: expected a divisor of the 4 input channels, got 3"),
+        ({"stride": 0}, ValueError, "stride: expected an integer >= 1"),
+        ({"dilation": 0}, ValueError, "dilation: expected an integer >= 1"),
+    ],
+)
+def test_per_image_convolutions_check_their_arguments(change, error, message):
+    """One kernel too many used to convolve images with one another's kernels."""
+    call = {"input": (2, 4, 8, 8), "kernels": (2, 4, 2, 3, 3), "groups": 2} | change
+    for name in "input", "kernels":
+        call[name] = torch.zeros(call[name])
+    with pytest.raises(error, match=message):
+        per_image_conv2d(**call)
+
+
+def test_integers_are_not_rounded_in_silence():
+    offset = torch.full((1, 18), 0.5)
+    with pytest.raises(TypeError, match="weight: expected a floating point type, got torch.int64"):
+        sample_kernel(torch.arange(16).view(1, 1, 4, 4), offset, 3)
+    with pytest.raises(TypeError, match="kernel_offset: expected a floating point type"):
+        sample_kernel(torch.zeros(1, 1, 4, 4), offset.int(), 3)
+    with pytest.raises(TypeError, match="input: expected a floating point type, got torch.int64"):
+        per_image_conv2d(torch.ones(1, 1, 3, 3).long(), torch.ones(1, 1, 1, 1, 1))

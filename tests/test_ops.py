@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import warnings
 
 import pytest
 import reference
@@ -27,6 +28,8 @@ from emulation import plugin
 from dk_detectron.ops import (
     composed_deform_kernel_conv2d,
     deform_kernel_conv2d,
+    dispatch,
+    implementation,
     sample_kernel,
 )
 
@@ -917,3 +920,46 @@ def test_bad_grad_output(change):
 def test_sample_kernel_bad_input(weight, offset, kernel_size, message):
     with pytest.raises(ValueError, match=message):
         sample_kernel(torch.zeros(weight), torch.zeros(offset), kernel_size)
+
+
+# ---- which implementation runs
+# ---------------------------------------------------------------------
+
+
+def case_of(groups: int) -> dict:
+    offset = torch.zeros(1, 18, 6, 6)
+    weight = torch.randn(4, 4 // groups, 4, 4)
+    return {"input": torch.randn(1, 4, 8, 8), "weight": weight, "kernel_offset": offset} | {
+        "kernel_size": 3, "groups": groups,
+    }  # fmt: skip
+
+
+def test_the_implementation_has_a_name():
+    level = torch.backends.cpu.get_cpu_capability()
+    assert implementation(**case_of(4)) == f"compiled CPU {level}"
+    assert implementation(**case_of(2)) == "composed"
+    rest = case_of(4) | {"kernel_offset": None}
+    assert implementation(**rest) == "torch.nn.functional.conv2d"
+    data = {**rest, "data_offset": torch.zeros(1, 18, 6, 6), "weight": torch.randn(4, 1, 3, 3)}
+    assert implementation(**data) == f"compiled CPU {level}"
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in case_of(4).items()}
+    assert implementation(**meta) == "compiled META"
+
+
+def test_a_slow_implementation_warns_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "WARNED", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        deform_kernel_conv2d(**case_of(4))
+        assert not caught
+        for _ in range(2):
+            deform_kernel_conv2d(**case_of(2))
+        (warning,) = caught
+        assert "the convolution is not depthwise" in str(warning.message)
+        assert warning.filename == __file__
+        # As where the extension was built without CUDA.
+        monkeypatch.setattr(dispatch, "has_kernel", lambda device: False)
+        for _ in range(2):
+            expected = deform_kernel_conv2d(**case_of(4))
+        assert "built without kernels for cpu" in str(caught[1].message) and len(caught) == 2
+    assert expected.shape == (1, 4, 6, 6)

@@ -18,6 +18,7 @@ import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -40,6 +41,7 @@ SPLITS = ("train", "val", "test")
 SIDES = (7 / 8, 5 / 4)  # image sides, in units of the side argument
 MIN_VISIBLE = 0.75  # of an object's pixels, once all others are drawn
 JPEG_QUALITY = 92
+FEW = 64  # images, for which it is quicker to start no processes
 
 
 def rasterize(points: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -273,9 +275,13 @@ def _start_worker():
 
 def _draw_all(write_image, split, count):
     """The results of `write_image` for the indices of a split, in order, drawn in parallel."""
-    with ProcessPoolExecutor(os.cpu_count(), initializer=_start_worker) as pool:
-        results = pool.map(write_image, range(count), chunksize=8)
-        return list(tqdm(results, total=count, desc=split, unit="image"))
+    show = partial(tqdm, total=count, desc=split, unit="image")
+    if count < FEW:
+        return list(show(map(write_image, range(count))))
+    # Not a fork of this process, in which the threads of OpenCV may hold what a child waits for.
+    context = get_context("forkserver")
+    with ProcessPoolExecutor(os.cpu_count(), context, _start_worker) as pool:
+        return list(show(pool.map(write_image, range(count), chunksize=8)))
 
 
 def write_class_split(folder: Path, split: str, count: int, *, seed: int, side: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..weights import Checkpointer, non_finite
 from .monitoring import OffsetMonitor, Offsets
+from .optimizer import GENERATOR
 
 # The loss is blowing up when the median of a window of steps is this many times the lowest so far.
 # Twice is healthy: a detector from scratch begins by calling everything background, at a low loss.
@@ -28,7 +29,6 @@ WINDOW, GROWTH = 20, 3.0
 # A single loss that is this many times as high is no chance.
 OUTLIER = 10.0
 
-GENERATOR = "offset_generator"
 # Seconds for which another process leaves it to the main one to say why the job stops.
 PATIENCE = 60
 

@@ -14,11 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook
-from detectron2.solver.build import (
-    get_default_optimizer_params,
-    maybe_add_gradient_clipping,
-    reduce_param_groups,
-)
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -28,10 +24,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.stream import seed_from
 from ..modeling import to_channels_last
-from ..weights import Checkpointer, replacing, state_by_name, write_checkpoint
+from ..weights import Checkpointer, replacing, write_checkpoint
 from .amp import build_loop
 from .divergence import DivergenceGuard
 from .monitoring import OffsetMonitor
+from .optimizer import build_optimizer, parameter_groups
 
 EVALUATION_FILE = "evaluation.json"
 OPTIMIZERS = ("SGD", "AdamW")
@@ -176,47 +173,25 @@ class BaseTrainer(DefaultTrainer):
         norm of their gradients limited by ``SOLVER.CLIP_OFFSET_GRADIENTS``. Their biases, which
         hold where the taps rest, do not decay.
         """
-        # fmt: off
-        base_lr       = cfg.SOLVER.BASE_LR
-        weight_decay  = cfg.SOLVER.WEIGHT_DECAY
-        offset_factor = cfg.SOLVER.OFFSET_LR_FACTOR
-        bias_factor   = cfg.SOLVER.BIAS_LR_FACTOR
-        # fmt: on
-
-        def lr_factor(name: str) -> float:
-            # The bias factor is folded in here, because detectron2's own would undo the other.
-            return (offset_factor if "offset_generator." in name else 1.0) * (
-                bias_factor if name.endswith(".bias") else 1.0
-            )
-
-        params = get_default_optimizer_params(
+        solver = cfg.SOLVER
+        params = parameter_groups(
             model,
-            base_lr=base_lr,
-            weight_decay=weight_decay,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-            lr_factor_func=lr_factor,
+            base_lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            offset_lr_factor=solver.OFFSET_LR_FACTOR,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
         )
-        generators = [
-            module
-            for name, module in model.named_modules()
-            if name.endswith("offset_generator") and module.weight.requires_grad
-        ]
-        if generators:
-            resting = {"params": [generator.bias for generator in generators], "weight_decay": 0.0}
-            params = reduce_param_groups([*params, resting])
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        for group in params:
-            group["param_names"] = [names[parameter] for parameter in group["params"]]
-        options = {"lr": base_lr, "weight_decay": weight_decay}
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            options |= {"momentum": cfg.SOLVER.MOMENTUM, "nesterov": cfg.SOLVER.NESTEROV}
-        kind = maybe_add_gradient_clipping(cfg, getattr(torch.optim, cfg.SOLVER.OPTIMIZER))
-        optimizer = kind(params, **options)
-        if limit := cfg.SOLVER.CLIP_OFFSET_GRADIENTS:
-            optimizer.register_step_pre_hook(partial(_clip_each, generators, limit))
-        optimizer.register_load_state_dict_pre_hook(state_by_name)
-        return optimizer
+        options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+        if solver.OPTIMIZER == "SGD":
+            options |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+        return build_optimizer(
+            params,
+            kind=maybe_add_gradient_clipping(cfg, getattr(torch.optim, solver.OPTIMIZER)),
+            clip_offset_gradients=solver.CLIP_OFFSET_GRADIENTS,
+            **options,
+        )
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -242,12 +217,6 @@ class BaseTrainer(DefaultTrainer):
         results = super().test(cfg, model, evaluators)
         write_evaluation(cfg, results)
         return results
-
-
-def _clip_each(modules: list[nn.Module], limit: float, *_) -> None:
-    """Scales down the gradient of each module, weight and bias together, to a norm of ``limit``."""
-    for module in modules:
-        nn.utils.clip_grad_norm_(module.parameters(), limit)
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:

@@ -15,7 +15,7 @@ def shape(tensor: Tensor) -> list[int]:
 
 
 def pair(name: str, value: Size, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
     if len(pair) != 2 or any(not isinstance(v, int | torch.SymInt) or v < least for v in pair):
         raise ValueError(f"{name}: expected an integer >= {least} or two of them, got {value!r}")
     return pair

@@ -1,0 +1,59 @@
+"""The rooms of the package: who may import whom, and how large a file is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "dk_detectron").rglob("*.py"))
+
+
+def test_rooms_import_from_the_floors_below_them_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the floors are in pyproject.toml
+    assert lint_imports(no_cache=True) == 0
+
+
+def test_an_import_from_a_higher_floor_is_found(tmp_path, monkeypatch, capsys):
+    package = tmp_path / "dk_detectron"
+    for path in MODULES:
+        target = package / path.relative_to(ROOT / "dk_detectron")
+        target.parent.mkdir(exist_ok=True, parents=True)
+        target.write_text(path.read_text())
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    with open(package / "ops" / "sampling.py", "a") as file:
+        file.write("\nfrom ..engine import launch\n")
+    program = "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "dk_detectron.ops is not allowed to import dk_detectron.engine" in result.stdout
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_the_operators_need_torch_alone():
+    """What takes long to import is not imported before it is used."""
+    program = (
+        "import sys, dk_detectron; dk_detectron.deform_kernel_conv2d; "
+        "print([m for m in ('detectron2', 'torchvision', 'cv2', 'matplotlib', 'pycocotools', "
+        "'sklearn', 'tensorboard') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_rooms_are_there_when_they_are_asked_for():
+    program = (
+        "import dk_detectron; print(dk_detectron.modeling.mobilenet_v2.__name__, "
+        "dk_detectron.model_zoo.get_config_file('ImageNet/MNV2.yaml').endswith('MNV2.yaml'), "
+        "hasattr(dk_detectron, 'cellar'))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "mobilenet_v2 True False\n", result.stderr
