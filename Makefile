@@ -39,9 +39,10 @@ test: setup ## Run the tests
 sanitize: setup ## Run the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	PYTHON=$(BIN)/python tests/emulation/sanitize.sh
 
-lint: .venv/.requirements ## Check style and format
+lint: .venv/.requirements ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: .venv/.requirements ## Correct style and format
@@ -54,7 +55,7 @@ lock: .venv/.requirements ## Pin the dependencies anew (OPTS=--upgrade: to their
 	$(LOCK) $(OPTS) -c requirements-build.txt -o requirements.txt pyproject.toml requirements.in
 
 clean: ## Remove what was compiled, and caches
-	rm -rf build dist *.egg-info dk_detectron/_C*.so .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info dk_detectron/_C*.so .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from importlinter.cli import lint_imports
 
+import dk_detectron
+
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "dk_detectron").rglob("*.py"))
 
@@ -57,3 +59,19 @@ def test_rooms_are_there_when_they_are_asked_for():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "mobilenet_v2 True False\n", result.stderr
+
+
+def test_the_environment_for_issues():
+    command = [sys.executable, "-m", "dk_detectron.collect_env"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines()[-8:] if " " in line)
+    assert lines["dk_detectron"].startswith(f"{dk_detectron.__version__} @")
+    assert lines["operators"].endswith("_C.abi3.so")
+    assert "PyTorch" in result.stdout and "detectron2" in result.stdout
+
+
+def test_the_version_is_the_same_everywhere():
+    version = dk_detectron.__version__
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()

@@ -5,6 +5,7 @@
 """
 
 import argparse
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -68,9 +69,9 @@ def print_paper_tables() -> None:
     print_architectures()
 
 
-def describe_stage(stage: nn.Module) -> str:
+def describe_stage(stage: nn.Sequential) -> str:
     """A stage as Table 5 prints it: the convolutions of its blocks, and their number."""
-    convs = [c for c in (stage[0].conv1, stage[0].conv2, stage[0].conv3)]
+    convs: list[Any] = [getattr(stage[0], f"conv{i}") for i in (1, 2, 3)]
     parts = []
     for conv in convs:
         size = "x".join(map(str, conv.kernel_size))

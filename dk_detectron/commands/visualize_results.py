@@ -72,7 +72,7 @@ def draw(cfg: CfgNode, dataset: str, count: int, threshold: float) -> Path:
     records = DatasetCatalog.get(dataset)
     metadata = MetadataCatalog.get(dataset)
     if not metadata.get("thing_colors"):
-        palette = colormaps["Set1"].colors
+        palette = colormaps["Set1"](range(colormaps["Set1"].N))[:, :3]
         colours = (palette[i % len(palette)] for i in range(len(metadata.thing_classes)))
         metadata.thing_colors = [tuple(int(255 * c) for c in colour) for colour in colours]
     folder = Path(cfg.OUTPUT_DIR, "pictures")

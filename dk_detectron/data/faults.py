@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from math import isfinite
+from typing import cast
 
 EXAMPLES = 3
 # Boxes may stick out of their image by this many pixels: it is rounding, of float32 or of decimals.
@@ -32,7 +33,8 @@ class Findings:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and isfinite(value)
+    # Not of bool, which is an int as well.
+    return type(value) in (int, float) and isfinite(cast(float, value))
 
 
 def overhang(box: list[float], size: tuple[int, int]) -> float:

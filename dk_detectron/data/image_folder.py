@@ -209,7 +209,7 @@ class PictureDataset(Dataset):
         return {"skipped": skipped}
 
 
-def collate(samples: list[dict]) -> dict[str, Tensor | list[str]]:
+def collate(samples: list[dict]) -> dict[str, Tensor | list[str] | None]:
     """A batch of those samples that have an image.
 
     Returns:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+Loader = TypeVar("Loader", bound=DataLoader)
 
 
 def seed_from(*key: int) -> int:
@@ -114,9 +116,9 @@ def build_stream_loader(
     total_batch_size: int,
     seed: int,
     groups: Sequence | None = None,
-    loader: type[DataLoader] = DataLoader,
+    loader: Callable[..., Loader] = DataLoader,  # type: ignore[assignment]
     **options,
-) -> DataLoader:
+) -> Loader:
     """An endless loader whose ``batch_sampler`` is a :class:`SampleStream`.
 
     Args:

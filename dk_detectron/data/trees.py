@@ -64,7 +64,7 @@ def check_wheel(wheel: Path) -> None:
 def read_boxes(xml: bytes) -> np.ndarray:
     """The boxes of a Pascal VOC annotation, xyxy in pixels, [boxes, 4]."""
     boxes = ElementTree.fromstring(xml).iter("bndbox")
-    corners = [[float(b.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")] for b in boxes]
+    corners = [[float(b.findtext(k, "")) for k in ("xmin", "ymin", "xmax", "ymax")] for b in boxes]
     # VOC counts pixels from 1 and includes the last one.
     return np.array(corners).reshape(-1, 4) - [1, 1, 0, 0]
 

@@ -35,7 +35,7 @@ class PictureLoader(DataLoader):
 
     skipped = 0
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]
         for batch in super().__iter__():
             for message in batch.pop("skipped"):
                 self.skipped += 1

@@ -187,7 +187,7 @@ class DivergenceGuard(HookBase):
             self._losses(str(error)),
             "learning rate: "
             + ", ".join(f"{rate:.4g} of {part}" for part, rate in self._rates.items()),
-            weights and f"weights that are not finite: {len(weights)}, first {weights[0]}",
+            f"weights that are not finite: {len(weights)}, first {weights[0]}" if weights else "",
             culprit,
             *(f"in this batch, {found}" for found in offsets),
             *(f"at iteration {monitor.iteration}, {text}" for text in monitor.latest),

@@ -12,7 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..layers import AdaptiveConv2d
+from ..layers import ScopeConv2d
 from ..ops import outside_scope
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
@@ -82,14 +82,14 @@ class Offsets:
         )
 
 
-def _clipped(offset: Tensor, layer: AdaptiveConv2d) -> Tensor:
+def _clipped(offset: Tensor, layer: ScopeConv2d) -> Tensor:
     """Whether each tap is outside the scope; of offsets [N, 2*K, ...], [N, K, ...]."""
     row, column = outside_scope(offset, layer.scope_size, layer.kernel_size)
     return row | column
 
 
 @torch.no_grad()
-def _measure(offset: Tensor, kind: str, layer: AdaptiveConv2d) -> Tensor:
+def _measure(offset: Tensor, kind: str, layer: ScopeConv2d) -> Tensor:
     """[3]: ``clipped``, ``mean`` and ``largest`` of a generator's output, on its device."""
     offset = offset.detach().float()
     length = offset.abs().nan_to_num(nan=math.inf, posinf=math.inf)

@@ -98,7 +98,7 @@ class BaseTrainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self.ema = None
+        self.ema: WeightAverage | None = None
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:

@@ -285,7 +285,7 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _render_line(line: dict, comparison: tuple[str, str]) -> list[str]:
+def _render_line(line: dict, comparison: Iterable[str]) -> list[str]:
     cells = [line["row"], str(line["runs"])]
     for metric in METRICS:
         spread = line[f"{metric}_std"]
@@ -307,7 +307,7 @@ def render(lines: list[dict], scale: str) -> str:
     header += ["#P (M)", "train (s/iter)", "inference (s/image)"]
     parts = []
     for table in TABLES:
-        rendered = [_render_line(x, tuple(comparison)) for x in lines if x["table"] == table]
+        rendered = [_render_line(x, comparison) for x in lines if x["table"] == table]
         if rendered:
             text = tabulate(rendered, header, tablefmt="github", disable_numparse=True)
             parts.append(f"Table {table}\n\n{text}\n")

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..data.faults import ROUNDING, Findings, box_fault, is_number, overhang
 
@@ -55,7 +55,8 @@ class _JsonReader:
     def peek(self) -> str:
         """The next character that is no space; empty at the end."""
         while True:
-            self.position = SPACE.match(self.buffer, self.position).end()
+            if space := SPACE.match(self.buffer, self.position):
+                self.position = space.end()
             if self.position < len(self.buffer) or not self.fill():
                 return self.buffer[self.position : self.position + 1]
 
@@ -67,7 +68,7 @@ class _JsonReader:
         self.position += 1
         return found
 
-    def value(self) -> object:
+    def value(self) -> Any:
         while True:
             try:
                 value, self.position = self.decoder.raw_decode(self.buffer, self.position)

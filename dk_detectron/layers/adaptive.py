@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fvcore.nn import weight_init
@@ -14,6 +15,8 @@ from ..ops.arguments import Size, check_groups, pair
 # Where symmetry would keep weights equal for ever, they start this much apart, in standard
 # deviations.
 PERTURBATION = 0.5
+
+Generator = Any  # nn.Conv2d or nn.Linear, which torch declares as though it had no bias
 
 
 class AdaptiveConv2d(nn.Module):
@@ -56,9 +59,9 @@ class AdaptiveConv2d(nn.Module):
             raise ValueError(f"padding_mode: expected 'zeros', got {padding_mode!r}")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = tuple(pair("kernel_size", kernel_size, 1))
-        self.stride = tuple(pair("stride", stride, 1))
-        self.dilation = tuple(pair("dilation", dilation, 1))
+        self.kernel_size = pair("kernel_size", kernel_size, 1)
+        self.stride = pair("stride", stride, 1)
+        self.dilation = pair("dilation", dilation, 1)
         self.padding = self._padding(padding)
         self.groups = groups
         factory = {"device": device, "dtype": dtype}
@@ -69,14 +72,14 @@ class AdaptiveConv2d(nn.Module):
         self.activation = activation
         self.reset_parameters()
 
-    def _padding(self, padding: Size | str) -> tuple[int, ...]:
+    def _padding(self, padding: Size | str) -> tuple[int, int]:
         """Pixels on both sides of each axis, of what ``nn.Conv2d`` takes."""
         if padding == "valid":
             return 0, 0
         if padding != "same":
             if isinstance(padding, str):
                 raise ValueError(f"padding: expected pixels, 'same' or 'valid', got {padding!r}")
-            return tuple(pair("padding", padding, 0))
+            return pair("padding", padding, 0)
         total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         if self.stride != (1, 1) or any(pixels % 2 for pixels in total):
             raise ValueError(
@@ -84,7 +87,7 @@ class AdaptiveConv2d(nn.Module):
                 f"dilation * (kernel_size - 1), got 'same' with stride {self.stride}, dilation "
                 f"{self.dilation} and kernel_size {self.kernel_size}"
             )
-        return tuple(pixels // 2 for pixels in total)
+        return total[0] // 2, total[1] // 2
 
     def _weight_shape(self) -> list[int]:
         return self.rigid_shape
@@ -116,7 +119,7 @@ class AdaptiveConv2d(nn.Module):
         return nn.Conv2d(self.in_channels, 2 * taps, self.kernel_size, **arguments, **factory)
 
     @property
-    def generators(self) -> list[nn.Module]:
+    def generators(self) -> list[Generator]:
         """The modules that predict what adapts the layer."""
         return [m for name, m in self.named_children() if name.endswith("_generator")]
 
@@ -127,7 +130,7 @@ class AdaptiveConv2d(nn.Module):
             bias=self.bias is not None,
         )  # fmt: skip
         self.set_drawn_weight(rigid.weight.detach())
-        if self.bias is not None:
+        if self.bias is not None and rigid.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(rigid.bias)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import deform_kernel_conv2d, per_image_conv2d, sample_kernel
 from ..ops.arguments import pair
-from .adaptive import PERTURBATION, AdaptiveConv2d
+from .adaptive import PERTURBATION, AdaptiveConv2d, Generator
 from .start import centre_gain, lift_to_scope, spread_offset
 
 
@@ -20,10 +20,12 @@ class ScopeConv2d(AdaptiveConv2d):
     has to be exact, and they rest in the centre, one cell apart.
     """
 
+    kernel_offset_generator: Generator
+
     def __init__(self, in_channels, out_channels, kernel_size, *args, scope_size=None, **kwargs):
         kernel_size = pair("kernel_size", kernel_size, 1)
         scope = [k + 1 for k in kernel_size] if scope_size is None else scope_size
-        self.scope_size = tuple(pair("scope_size", scope, 1))
+        self.scope_size = pair("scope_size", scope, 1)
         if any(s < k for s, k in zip(self.scope_size, kernel_size, strict=True)):
             raise ValueError(
                 f"scope_size: expected at least the kernel_size {kernel_size}, got {scope_size!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from detectron2.layers import CNNBlockBase
@@ -27,7 +28,8 @@ class Block(CNNBlockBase):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return self.convolve(x)
-        options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+        options: dict[str, Any] = {"use_reentrant": False}
+        options["preserve_rng_state"] = False  # nothing here is random
         # A compiled graph updates the statistics once, whatever it computes again.
         if not torch.compiler.is_compiling():
             options["context_fn"] = self._contexts

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 class ImageClassifier(nn.Module):
     """Global average pool and a linear layer over the last feature of a backbone."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     @configurable
     def __init__(
         self,

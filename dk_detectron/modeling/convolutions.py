@@ -81,8 +81,10 @@ def _by_stage(name: str, kinds: Kinds) -> dict[str, str]:
     return {stage: kinds.get(stage, "rigid") for stage in stages}
 
 
-def _constructor(name: str, kind: str, scope_size: int, num_experts: int) -> Callable:
-    constructors = {
+def _constructor(
+    name: str, kind: str, scope_size: int, num_experts: int
+) -> Callable[..., nn.Module]:
+    constructors: dict[str, Callable[..., nn.Module]] = {
         "rigid": Conv2d,
         "local": partial(LocalDeformKernel2d, scope_size=scope_size),
         "global": partial(GlobalDeformKernel2d, scope_size=scope_size),
@@ -94,7 +96,7 @@ def _constructor(name: str, kind: str, scope_size: int, num_experts: int) -> Cal
 
 
 def _deformable(kind: str, scope_size: int) -> Callable[..., nn.Module]:
-    constructors = {
+    constructors: dict[str, Callable[..., nn.Module]] = {
         "rigid": DeformConv2d,
         "local": partial(DeformKernelConv2d, scope_size=scope_size),
     }

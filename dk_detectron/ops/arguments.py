@@ -14,8 +14,9 @@ def shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def pair(name: str, value: Size, least: int) -> list[int]:
-    pair = list(value) if isinstance(value, Sequence) else [value, value]
+def pair(name: str, value: Size, least: int) -> tuple[int, int]:
+    """Both of two numbers, or one for both."""
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or any(not isinstance(v, int | torch.SymInt) or v < least for v in pair):
         raise ValueError(f"{name}: expected an integer >= {least} or two of them, got {value!r}")
     return pair

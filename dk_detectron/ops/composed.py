@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +22,7 @@ def _deformed_columns(
         rest = pixel.view([1, -1, 1] if axis == 0 else [1, 1, -1]) * stride[axis] - padding[axis]
         located.append(locate(rest + tap * dilation[axis] + offsets[axis], size[axis]))
     (row, share_row), (column, share_column) = located
-    columns = 0
+    columns = torch.zeros((), dtype=input.dtype, device=input.device)
     for i, coef_row in enumerate((1 - share_row, share_row)):
         for j, coef_column in enumerate((1 - share_column, share_column)):
             y, x = row + i, column + j
@@ -48,10 +46,10 @@ def composed_deform_kernel_conv2d(
     kernel_offset: Tensor | None,
     data_offset: Tensor | None,
     *,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
     groups: int,
     clip: bool,
 ) -> Tensor:

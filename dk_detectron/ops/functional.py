@@ -12,6 +12,8 @@ Shapes, used throughout:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,7 +88,7 @@ def deform_kernel_conv2d(
         if data_offset is None:
             del sizes["kernel_size"]
             return F.conv2d(input, weight, bias, groups=groups, **sizes)
-    function = torch.ops.dk_detectron.deform_kernel_conv2d
+    function: Callable[..., Tensor] = torch.ops.dk_detectron.deform_kernel_conv2d
     if reason := why_composed(input, weight, groups):
         warn_composed(reason)
         function = composed_deform_kernel_conv2d
@@ -163,7 +165,7 @@ def per_image_conv2d(
         )
     kernels = kernels.to(input.dtype)
     memory_format = output_format(input)
-    if list(kernels.shape[3:]) == [1, 1] and groups == 1 and padding == [0, 0]:
+    if list(kernels.shape[3:]) == [1, 1] and groups == 1 and padding == (0, 0):
         # A batch of matrix products, without any copy in either memory format.
         x = input[:, :, :: stride[0], :: stride[1]]
         matrices = kernels.flatten(2)

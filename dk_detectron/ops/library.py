@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1]
 def explain(error: ImportError) -> str:
     """What is wrong, and what helps."""
     for distribution in distributions(name="dk_detectron"):
-        installed = Path(distribution.locate_file("dk_detectron")).resolve()
+        installed = Path(str(distribution.locate_file("dk_detectron"))).resolve()
         if installed != PACKAGE and any(installed.glob("_C*")):
             return (
                 f"{PACKAGE} is a clone without compiled operators, and hides the installed "
@@ -29,7 +29,7 @@ def explain(error: ImportError) -> str:
 
 
 try:
-    import_module("dk_detectron._C")
+    _EXTENSION = import_module("dk_detectron._C")
 except ImportError as error:
     raise ImportError(explain(error)) from error
 
@@ -38,3 +38,7 @@ def has_kernel(device: str) -> bool:
     """Whether the extension has kernels for a type of device, such as "cuda"."""
     key = "Meta" if device == "meta" else device.upper()
     return torch._C._dispatch_has_kernel_for_dispatch_key("dk_detectron::deform_kernel_conv2d", key)
+
+
+def extension_file() -> Path:
+    return Path(str(_EXTENSION.__file__))

@@ -124,7 +124,7 @@ def convert(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         for name, old in target.items():
-            new = state.get(origins.get(name))
+            new = state.get(origins.get(name, ""))
             if new is None:
                 report.initialised.append(name)
             elif new.shape == old.shape:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -47,6 +48,7 @@ def read_checkpoint(path: str) -> dict:
     """
     refuse_pickle(path)
     with open(path, "rb") as f:
+        content: Any
         try:
             if path.endswith(".safetensors"):
                 content = safetensors.torch.load_file(path)

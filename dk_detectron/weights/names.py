@@ -111,9 +111,7 @@ def may_be_unused(name: str, target: dict[str, Tensor], prefix: str) -> bool:
 
 def part(name: str) -> str:
     """The part of a network that a tensor belongs to, for summaries."""
-    generator = GENERATOR.search(name)
-    return (
-        generator[0]
-        if generator
-        else re.match(r"backbone\.(bottom_up|fpn|top_block)|[^.]+", name)[0]
-    )
+    if generator := GENERATOR.search(name):
+        return generator[0]
+    room = re.match(r"backbone\.(bottom_up|fpn|top_block)", name)
+    return room[0] if room else name.partition(".")[0]
