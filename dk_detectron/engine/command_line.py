@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 
-from ..model_zoo import get_config
+from ..model_zoo import get_config, get_config_file
 from ..weights import LAST_CHECKPOINT, Checkpointer, refuse_pickle
 from .amp import check_amp
 from .detection import Trainer
@@ -46,6 +46,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     Raises:
         ValueError, FileNotFoundError: the configuration cannot work; nothing has been written yet.
     """
+    args.config_file = get_config_file(args.config_file)  # detectron2 reads it again, for its log
     cfg = get_config(args.config_file)
     cfg.merge_from_list(args.opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,116 @@
+"""The wheel and the source distribution, each in an environment and a folder of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_engine import OPTIONS, datasets_root, losses  # noqa: F401
+
+from dk_detectron.model_zoo import CONFIGS
+
+ROOT = Path(__file__).parent.parent
+# The kernels for CUDA are another stage's; without them it takes two minutes.
+ENVIRONMENT = {**os.environ, "FORCE_CPU": "1", "FORCE_CUDA": "0", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("PYTHONPATH", None)
+
+
+def run(*command, cwd: Path, **environment) -> str:
+    result = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    return result.stdout
+
+
+def copy_sources(folder: Path) -> Path:
+    """What a release is made of: no caches, nothing compiled."""
+    names = "setup.py pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md CITATION.cff"
+    for name in names.split():
+        shutil.copy(ROOT / name, folder / name)
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in "dk_detectron", "csrc", "configs", "tools", "docs":
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> dict[str, Path]:
+    """The source distribution of the sources, and the wheel that pip builds of them."""
+    sources = copy_sources(tmp_path_factory.mktemp("sources"))
+    target = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", target, cwd=sources)
+    (sdist,) = target.glob("*.tar.gz")
+    # What pip does with either: the wheel comes out of the source distribution alone.
+    pip = sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"
+    run(*pip, sdist, "-w", target, cwd=target)
+    (wheel,) = target.glob("*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+@pytest.fixture(scope="module")
+def environment(distributions, tmp_path_factory) -> Path:
+    """The bin/ of an environment that has the wheel, and all it needs from this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A folder that a .pth file adds has its own .pth files ignored: not the clone's.
+    (site / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "-q"
+    run(*pip, "--no-deps", "--no-index", distributions["wheel"], cwd=folder)
+    return folder / "bin"
+
+
+def test_the_wheel_has_all_that_the_clone_has(distributions):
+    names = set(zipfile.ZipFile(distributions["wheel"]).namelist())
+    configs = {f"dk_detectron/configs/{p.relative_to(CONFIGS)}" for p in CONFIGS.rglob("*.*")}
+    assert {name for name in configs if "__pycache__" not in name} <= names
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "dk_detectron").rglob("*.py")}
+    assert modules | {"dk_detectron/py.typed", "dk_detectron/_C.abi3.so"} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"dk_detectron"}
+    assert "cp310-abi3" in distributions["wheel"].name
+
+
+def test_an_installed_package_trains_in_another_folder(environment, datasets_root, tmp_path):  # noqa: F811
+    run(
+        environment / "dk-train", "--config-file", "demo/shapes_MNV2_FPN_dk_l3.yaml", *OPTIONS,
+        "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", "run",
+        cwd=tmp_path, DETECTRON2_DATASETS=str(datasets_root),
+    )  # fmt: skip
+    assert list(losses(tmp_path / "run")) == [1]
+    assert (tmp_path / "run" / "model_final.pth").is_file()
+
+
+def test_the_commands_work_without_a_clone(environment, tmp_path):
+    command = environment / "dk-analyze-model", "--config-file", "ImageNet/MNV2_dk_l3.yaml"
+    assert "total" in run(*command, cwd=tmp_path)
+    plan = run(
+        environment / "dk-reproduce-tables", "--scale", "shapes", "--rows", "MNV2", "--seeds", 0,
+        "--dry-run", cwd=tmp_path,
+    )  # fmt: skip
+    assert str(environment.parent) in plan and "dk_detectron.commands.train_net" in plan
+    program = (
+        "from importlib.metadata import distribution; "
+        "print(sum(callable(e.load()) for e in distribution('dk_detectron').entry_points))"
+    )
+    commands = len(list(environment.glob("dk-*")))
+    assert run(environment / "python", "-c", program, cwd=tmp_path) == f"{commands}\n"
+
+
+def test_the_clone_says_how_to_use_the_installed_package(environment, tmp_path):
+    """There, the clone hides it, and has no operators of its own."""
+    clone = copy_sources(tmp_path)
+    program = "import dk_detectron; print(dk_detectron.__file__)"
+    result = subprocess.run(
+        [environment / "python", "-c", program],
+        cwd=clone, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode and "pip install --no-build-isolation -e ." in result.stderr
+    assert f"{clone / 'dk_detectron'} is a clone without compiled operators" in result.stderr
+    elsewhere = clone / "docs"
+    assert str(environment.parent) in run(environment / "python", "-c", program, cwd=elsewhere)
