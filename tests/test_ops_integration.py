@@ -69,16 +69,6 @@ def test_opcheck_sample_kernel(clip, device):
     )
 
 
-@every_offset
-def test_double_backward_is_refused(which, device):
-    case = Case(**which)
-    tensors = require_gradients(case.tensors(device=device))
-    output = deform_kernel_conv2d(**tensors, **case.arguments)
-    (gradient,) = torch.autograd.grad(output.square().sum(), tensors["input"], create_graph=True)
-    with pytest.raises(RuntimeError, match="composed_deform_kernel_conv2d has"):
-        gradient.sum().backward()
-
-
 # ---- autocast ------------------------------------------------------------------------------------
 
 

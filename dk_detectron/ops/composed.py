@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,3 +83,12 @@ def composed_deform_kernel_conv2d(
         output = output + bias.to(output.dtype).unsqueeze(-1)
     out_size = output_size(input, kernel_size, stride, padding, dilation)
     return output.unflatten(2, out_size).contiguous(memory_format=output_format(input))
+
+
+def composed_sample_kernel(
+    weight: Tensor, kernel_offset: Tensor, kernel_size: Sequence[int], *, clip: bool
+) -> Tensor:
+    """:func:`sample_kernel`, which has no other implementation."""
+    coefficients = scope_coefficients(kernel_offset, weight.shape[2:], kernel_size, clip)
+    kernels = weight.flatten(0, 1).flatten(1) @ coefficients.to(weight.dtype).transpose(1, 2)
+    return kernels.unflatten(2, list(kernel_size)).unflatten(1, weight.shape[:2])

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import Size, check, check_floating, check_groups, output_format, pair, shape
-from .composed import composed_deform_kernel_conv2d
+from .composed import composed_deform_kernel_conv2d, composed_sample_kernel
+from .derivatives import Forward, in_forward_mode, in_transform
 from .dispatch import warn_composed, why_composed
 from .sampling import rest_kernel
 
@@ -92,9 +93,13 @@ def deform_kernel_conv2d(
     if reason := why_composed(input, weight, groups):
         warn_composed(reason)
         function = composed_deform_kernel_conv2d
-    return function(
-        input, weight, bias, kernel_offset, data_offset, groups=groups, clip=clip, **sizes
-    )
+    elif in_forward_mode():
+        function = composed_deform_kernel_conv2d
+    arguments = {"groups": groups, "clip": clip, **sizes}
+    tensors = input, weight, bias, kernel_offset, data_offset
+    if in_transform() and function is not composed_deform_kernel_conv2d:
+        return Forward.apply(*tensors, arguments)
+    return function(*tensors, **arguments)
 
 
 def sample_kernel(
@@ -125,7 +130,10 @@ def sample_kernel(
             f"kernel_offset: expected [N, {channels}] for kernel_size {size}, "
             f"got {shape(kernel_offset)}"
         )
-    return torch.ops.dk_detectron.sample_kernel(weight, kernel_offset, size, clip=clip)
+    # torch.func sees through Python, not through an operator of it.
+    operator = torch.ops.dk_detectron.sample_kernel
+    function = composed_sample_kernel if in_transform() else operator
+    return function(weight, kernel_offset, size, clip=clip)
 
 
 def per_image_conv2d(

@@ -6,7 +6,8 @@ import torch
 
 from . import library  # noqa: F401  (registers the operators)
 from .arguments import check, output_format, output_size
-from .sampling import scope_coefficients
+from .composed import composed_sample_kernel
+from .derivatives import gradients, second_gradients
 
 _library = torch.library.Library("dk_detectron", "FRAGMENT")
 _library.define(
@@ -17,9 +18,7 @@ _library.define(
 
 @torch.library.impl(_library, "sample_kernel", "CompositeImplicitAutograd")
 def _(weight, kernel_offset, kernel_size, *, clip=True):
-    coefficients = scope_coefficients(kernel_offset, weight.shape[2:], kernel_size, clip)
-    kernels = weight.flatten(0, 1).flatten(1) @ coefficients.to(weight.dtype).transpose(1, 2)
-    return kernels.unflatten(2, list(kernel_size)).unflatten(1, weight.shape[:2])
+    return composed_sample_kernel(weight, kernel_offset, kernel_size, clip=clip)
 
 
 @torch.library.register_fake("dk_detectron::deform_kernel_conv2d")
@@ -50,29 +49,32 @@ def _save_for_backward(ctx, inputs, keyword_only_inputs, output):
     ctx.arguments = keyword_only_inputs
 
 
+def _run_backward(*arguments):
+    *tensors, output_mask, keyword_only = arguments
+    run = torch.ops.dk_detectron.deform_kernel_conv2d_backward
+    return run(*tensors, output_mask=output_mask, **keyword_only)
+
+
 def _backward(ctx, grad_output):
-    need_input, need_weight, need_bias, *need_offsets = ctx.needs_input_grad[:5]
-    output_mask = [need_input, need_weight, *need_offsets]
-    gradients = [None] * 4
-    if any(output_mask):
-        needed = torch.ops.dk_detectron.deform_kernel_conv2d_backward(
-            grad_output, *ctx.saved_tensors, output_mask=output_mask, **ctx.arguments
-        )
-        gradients = [needed.pop(0) if mask else None for mask in output_mask]
-    grad_bias = grad_output.sum((0, 2, 3)) if need_bias else None
-    return gradients[0], gradients[1], grad_bias, gradients[2], gradients[3]
+    return tuple(gradients(ctx, grad_output, _run_backward))
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "deform_kernel_conv2d: the compiled operator has no second derivative; "
-        "dk_detectron.ops.composed_deform_kernel_conv2d has"
-    )
+def _save_for_second_backward(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.arguments = dict(keyword_only_inputs)
+    ctx.output_mask = ctx.arguments.pop("output_mask")
+
+
+def _second_backward(ctx, cotangents):
+    found = second_gradients(ctx.saved_tensors, ctx.output_mask, ctx.arguments, cotangents)
+    return tuple(found)
 
 
 torch.library.register_autograd(
     "dk_detectron::deform_kernel_conv2d", _backward, setup_context=_save_for_backward
 )
 torch.library.register_autograd(
-    "dk_detectron::deform_kernel_conv2d_backward", _refuse_double_backward
+    "dk_detectron::deform_kernel_conv2d_backward",
+    _second_backward,
+    setup_context=_save_for_second_backward,
 )

@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 class _Clip(torch.autograd.Function):
-    """Clips a location to [0, size - 1]; ``inward`` of ``csrc/bilinear.h`` is its backward."""
+    """Clips a location to [0, size - 1]; ``inward`` of ``csrc/bilinear.h`` is its backward.
+
+    Forward mode has the true derivative, zero outside: there is no descent that could lead back.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(location: Tensor, size: int) -> Tensor:
@@ -19,12 +24,18 @@ class _Clip(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         location, ctx.size = inputs
         ctx.save_for_backward(location)
+        ctx.save_for_forward(location)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (location,) = ctx.saved_tensors
         outward = (location < 0) & (grad > 0) | (location > ctx.size - 1) & (grad < 0)
         return grad.masked_fill(outward, 0), None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _):
+        (location,) = ctx.saved_tensors
+        return tangent.masked_fill((location < 0) | (location > ctx.size - 1), 0)
 
 
 def locate(

@@ -1,0 +1,229 @@
+"""Derivatives by every way that torch has: all agree with the composed function, in float64."""
+
+import pytest
+import torch
+from conftest import Case, every_offset
+from torch.autograd import forward_ad, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+from dk_detectron.layers import (
+    CondConv2d,
+    DeformConv2d,
+    DeformKernelConv2d,
+    GlobalDeformKernel2d,
+    LocalDeformKernel2d,
+)
+from dk_detectron.ops import (
+    composed_deform_kernel_conv2d,
+    deform_kernel_conv2d,
+    derivatives,
+    per_image_conv2d,
+    sample_kernel,
+)
+
+LAYERS = [LocalDeformKernel2d, GlobalDeformKernel2d, DeformConv2d, DeformKernelConv2d, CondConv2d]
+
+
+def inside(case: Case) -> dict:
+    """The case's tensors, with taps that stay inside the scope, where all derivatives agree."""
+    tensors = case.tensors(torch.float64)
+    if tensors["kernel_offset"] is not None:
+        tensors["kernel_offset"] = tensors["kernel_offset"].clamp(-0.4, 0.4)
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def functions(which: dict, **shape):
+    """The operator and the composed function, of the tensors in their order; and these."""
+    case = Case(**which, **shape)
+    tensors = inside(case)
+    given = {"bias": None, "kernel_offset": None, "data_offset": None}
+
+    def function(operator):
+        return lambda *values: operator(
+            **given | dict(zip(tensors, values, strict=True)), **case.arguments
+        )
+
+    return function(deform_kernel_conv2d), function(composed_deform_kernel_conv2d), tensors
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def every_argument(tensors) -> tuple[int, ...]:
+    return tuple(range(len(tensors)))
+
+
+@every_offset
+def test_torch_func_grad(which):
+    operator, composed, tensors = functions(which)
+    places = every_argument(tensors)
+    found, expected = (
+        grad(lambda *t, f=f: f(*t).square().sum(), places)(*tensors.values())
+        for f in (operator, composed)
+    )
+    assert_same(found, expected)
+
+
+@every_offset
+def test_the_compiled_kernels_run_under_torch_func(which, monkeypatch):
+    """And not the composed function, which is slow."""
+    operator, _, tensors = functions(which)
+    called = []
+    monkeypatch.setattr(derivatives, "composed_deform_kernel_conv2d", called.append)
+    grad(lambda *t: operator(*t).square().sum(), every_argument(tensors))(*tensors.values())
+    assert not called
+
+
+@every_offset
+@pytest.mark.parametrize("jacobian", [jacrev, jacfwd], ids=["jacrev", "jacfwd"])
+def test_jacobians(which, jacobian):
+    operator, composed, tensors = functions(which)
+    places = every_argument(tensors)
+    values = tuple(tensors.values())
+    found = jacobian(lambda *t: operator(*t).sum((0, 2)), places)(*values)
+    assert_same(found, jacrev(lambda *t: composed(*t).sum((0, 2)), places)(*values))
+
+
+@every_offset
+def test_forward_mode(which):
+    operator, composed, tensors = functions(which)
+    values = tuple(tensors.values())
+    tangents = tuple(torch.randn_like(value) for value in values)
+    _, expected = jvp(composed, values, tangents)
+    _, found = jvp(operator, values, tangents)
+    assert_same(found, expected)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(values, tangents, strict=True)]
+        assert_same(forward_ad.unpack_dual(operator(*duals)).tangent, expected)
+    # A number of its own: the slope along the tangents.
+    step = 1e-6
+    ahead, behind = (
+        operator(*(v + sign * step * t for v, t in zip(values, tangents, strict=True)))
+        for sign in (1, -1)
+    )
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+@every_offset
+def test_second_derivatives(which):
+    operator, _, tensors = functions(which, batch=1, channels=2, size=(3, 4))
+    assert gradgradcheck(operator, tuple(t.requires_grad_() for t in tensors.values()))
+
+
+@every_offset
+def test_second_derivatives_by_torch_func(which):
+    operator, composed, tensors = functions(which, batch=1, channels=2, size=(4, 3))
+    input, *others = tensors.values()
+
+    def loss(f):
+        return lambda x: f(x, *others).pow(3).sum()
+
+    expected = hessian(loss(composed))(input)
+    for way in hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f)):
+        assert_same(way(loss(operator))(input), expected)
+
+
+@every_offset
+@pytest.mark.parametrize(
+    "mapped",
+    [("input", "kernel_offset", "data_offset"), ("weight", "bias"), ("kernel_offset", "weight")],
+    ids=["data", "weights", "some"],
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_vmap_is_a_loop(which, mapped, dim):
+    operator, _, tensors = functions(which)
+    if "data_offset" in tensors and "kernel_offset" in mapped and len(mapped) == 2:
+        mapped = ("data_offset", "weight")
+    scales = 1.0, 0.9, 0.8
+    dims = tuple(dim if name in mapped else None for name in tensors)
+    values = [
+        value if d is None else torch.stack([scale * value for scale in scales], d)
+        for value, d in zip(tensors.values(), dims, strict=True)
+    ]
+    loop = [
+        operator(*(scale * v if n in mapped else v for n, v in tensors.items())) for scale in scales
+    ]
+    assert_same(vmap(operator, dims)(*values), torch.stack(loop))
+
+
+@every_offset
+@pytest.mark.parametrize("of_weight", [False, True], ids=["data", "weight"])
+def test_gradients_of_every_sample(which, of_weight):
+    operator, composed, tensors = functions(which)
+    shared = {k: v for k, v in tensors.items() if k in ("weight", "bias")}
+    samples = {k: v.unsqueeze(1) for k, v in tensors.items() if k not in shared}
+    names = [*tensors]
+
+    def loss(f):
+        return lambda *t: f(*t).pow(2).sum()
+
+    dims = tuple(None if name in shared else 0 for name in names)
+    places = tuple(i for i, name in enumerate(names) if of_weight or name not in shared)
+    values = [samples.get(name, tensors[name]) for name in names]
+    found = vmap(grad(loss(operator), places), dims)(*values)
+    for i in range(len(tensors["input"])):
+        item = [samples[n][i] if n in samples else tensors[n] for n in names]
+        assert_same([f[i] for f in found], list(grad(loss(composed), places)(*item)))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers(layer):
+    """Each way against .backward(), which the other tests hold against the oracle."""
+    layer = layer(4, 4, 3, padding=1, groups=4).double()
+    for generator in layer.generators:
+        torch.nn.init.normal_(generator.weight, std=0.01)
+        torch.nn.init.normal_(generator.bias, std=0.01)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    v = torch.randn_like(x)
+
+    def loss(x):
+        return layer(x).pow(3).sum()
+
+    (expected,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    x = x.detach()
+    assert_same(grad(loss)(x), expected)
+    assert_same(jacfwd(loss)(x), expected)
+    assert_same(vmap(grad(lambda sample: loss(sample[None])))(x), expected)
+    assert_same(jvp(loss, (x,), (v,))[1], (expected * v).sum())
+    # Along v, the slope of the gradient is the second derivative.
+    _, second = jvp(grad(loss), (x,), (v,))
+    step = 1e-6
+    slope = (grad(loss)(x + step * v) - grad(loss)(x - step * v)) / (2 * step)
+    torch.testing.assert_close(second, slope, rtol=1e-4, atol=1e-6)
+    y = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(y), y, create_graph=True)
+    (twice,) = torch.autograd.grad((first * v).sum(), y)
+    torch.testing.assert_close(twice, slope, rtol=1e-4, atol=1e-6)
+
+
+def test_the_global_kernels():
+    weight = torch.randn(4, 2, 4, 4, dtype=torch.float64)
+    offset = torch.rand(3, 18, dtype=torch.float64) * 0.8 - 0.4
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+
+    def loss(weight, offset):
+        kernels = sample_kernel(weight, offset, 3)
+        return per_image_conv2d(x, kernels, padding=1, groups=2).pow(3).sum()
+
+    values = weight.requires_grad_(), offset.requires_grad_()
+    expected = torch.autograd.grad(loss(*values), values)
+    values = weight.detach(), offset.detach()
+    for way in grad, jacrev, jacfwd:
+        assert_same(way(loss, (0, 1))(*values), expected)
+    assert gradgradcheck(loss, tuple(v.requires_grad_() for v in values))
+
+
+def test_forward_mode_is_the_true_derivative_at_clipped_taps():
+    """Zero, since the output does not change; the backward pass leads back inside instead."""
+    x, weight = torch.ones(1, 1, 1, 1).double(), torch.arange(4.0).double().view(1, 1, 2, 2)
+    offset = torch.full((1, 2, 1, 1), -3.0).double()
+    tangent = torch.ones_like(offset)
+
+    def output(offset):
+        return deform_kernel_conv2d(x, weight, kernel_offset=offset, kernel_size=1)
+
+    _, found = jvp(output, (offset,), (tangent,))
+    assert found.item() == 0
+    # Descent on the negative output moves the tap to larger values, back inside.
+    assert (grad(lambda o: -output(o).sum())(offset) < 0).all()
