@@ -6,6 +6,9 @@ The kernels for CUDA are built if torch has CUDA and a toolkit is found. The env
     CUDA_HOME: the toolkit to use, instead of that of the nvcc on PATH.
     TORCH_CUDA_ARCH_LIST: the architectures to build for, such as "8.0 9.0+PTX". Default: those of
         the visible GPUs; where none is visible, DEFAULT_ARCHITECTURES.
+
+The operators use torch's stable ABI (csrc/stable.h): what one torch compiled, newer ones load, and
+older ones down to 2.10; with kernels for CUDA, those of the same major version of CUDA.
 """
 
 import os
@@ -38,8 +41,8 @@ def import_torch():
         import torch
     except ModuleNotFoundError as error:
         raise SetupError(
-            "dk_detectron is compiled against the torch it will run with, and this build sees "
-            "none: install torch first, then dk_detectron with `pip install --no-build-isolation`"
+            "dk_detectron is compiled with the headers of torch, and this build sees none: install "
+            "torch first, then dk_detectron with `pip install --no-build-isolation`"
         ) from error
     return torch
 
@@ -128,10 +131,9 @@ def configure(extension, debug):
 
     # -g0: Python's own flags ask for debug information, which takes longer than the code itself.
     # -fno-math-errno, -fno-trapping-math: as torch itself; without, rounding is not vectorised.
-    # -fopenmp: at::parallel_for is inlined here, and stays serial without.
     # No -std: torch sets the one that its headers need.
     cxx_flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-    cxx_flags += ["-Wno-unknown-pragmas", "-fopenmp"]
+    cxx_flags += ["-Wno-unknown-pragmas"]
     configured = (CUDAExtension if nvcc else CppExtension)(
         extension.name,
         CPU_SOURCES + (CUDA_SOURCES if nvcc else []),
@@ -140,9 +142,11 @@ def configure(extension, debug):
             "cxx": [*cxx_flags, "-g" if debug else "-g0"],
             "nvcc": ["-O3", "-lineinfo", *(architecture_flags(nvcc, torch) if nvcc else [])],
         },
-        extra_link_args=["-fopenmp"],
         py_limited_api=extension.py_limited_api,
     )
+    # Of torch's libraries, those that have the C shim of its stable ABI.
+    shims = ["torch_cpu", "torch_cuda", "cudart"]
+    configured.libraries = [name for name in configured.libraries if name in shims]
     vars(extension).update(vars(configured))
 
 

@@ -25,7 +25,8 @@ try:
     from . import _C  # noqa: F401  (registers the operators)
 except ImportError as error:
     raise ImportError(
-        "dk_detectron._C, the compiled operators, is missing or was built for another PyTorch: "
+        "dk_detectron._C, the compiled operators, is missing, or does not load into torch "
+        f"{torch.__version__}, which must be 2.10 or newer and have the CUDA it was built for: "
         f"{error}. Build it with `python setup.py build_ext --inplace` in a clone, or "
         "`pip install --no-build-isolation .`"
     ) from error
@@ -501,6 +502,31 @@ def _(weight, kernel_offset, kernel_size, *, clip=True):
     return kernels.unflatten(2, list(kernel_size)).unflatten(1, weight.shape[:2])
 
 
+_AUTOCAST_FROM = torch.float32, torch.float16, torch.bfloat16
+
+
+def _register_autocast(device: str) -> None:
+    """Activations and weights take the lower precision type; offsets keep theirs, since a location
+    needs more bits than bfloat16 has."""
+
+    @torch.library.impl(_library, "deform_kernel_conv2d", f"Autocast{device.upper()}")
+    def _(input, weight, bias, kernel_offset, data_offset, **arguments):
+        dtype = torch.get_autocast_dtype(device)
+        input, weight, bias = (
+            # As for torch's own operators, double stays double.
+            t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM else t
+            for t in (input, weight, bias)
+        )
+        with torch.autocast(device, enabled=False):
+            return torch.ops.dk_detectron.deform_kernel_conv2d(
+                input, weight, bias, kernel_offset, data_offset, **arguments
+            )
+
+
+_register_autocast("cpu")
+_register_autocast("cuda")
+
+
 @torch.library.register_fake("dk_detectron::deform_kernel_conv2d")
 def _(input, weight, bias, kernel_offset, data_offset, *, groups, clip, **sizes):
     _check(input, weight, bias, kernel_offset, data_offset, groups=groups, **sizes)
@@ -535,7 +561,11 @@ def _backward(ctx, grad_output):
     gradients = [None] * 4
     if any(output_mask):
         needed = torch.ops.dk_detectron.deform_kernel_conv2d_backward(
-            grad_output, *ctx.saved_tensors, output_mask=output_mask, **ctx.arguments
+            grad_output,
+            *ctx.saved_tensors,
+            output_mask=output_mask,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **ctx.arguments,
         )
         gradients = [needed.pop(0) if mask else None for mask in output_mask]
     grad_bias = grad_output.sum((0, 2, 3)) if need_bias else None
