@@ -1,7 +1,7 @@
 """Builds the operators, ``dk_detectron._C``; all other metadata is in pyproject.toml.
 
-The kernels for CUDA are built if torch has CUDA and a toolkit is found. The environment decides:
-    FORCE_CUDA=1: stop with an error if they cannot be built. No GPU needs to be visible.
+The kernels for CUDA are built if a GPU is visible and a toolkit is found. The environment decides:
+    FORCE_CUDA=1: build them also where no GPU is visible; stop with an error if that fails.
     FORCE_CPU=1: build without them.
     CUDA_HOME: the toolkit to use, instead of that of the nvcc on PATH.
     TORCH_CUDA_ARCH_LIST: the architectures to build for, such as "8.0 9.0+PTX". Default: those of
@@ -97,14 +97,15 @@ def choose_nvcc(torch):
         raise SetupError("expected FORCE_CUDA=1 or FORCE_CPU=1, got both: unset one of them")
     if enabled("FORCE_CPU"):
         return None
-    nvcc = find_nvcc() if torch.version.cuda else None
-    if nvcc:
+    if not torch.version.cuda:
+        lack = f"torch {torch.__version__} is built without CUDA: install one that is built with it"
+    elif not enabled("FORCE_CUDA") and not torch.cuda.is_available():
+        lack = "no GPU is visible: set FORCE_CUDA=1 to build for CUDA all the same"
+    elif nvcc := find_nvcc():
         check_cuda_version(nvcc, torch)
         return nvcc
-    if torch.version.cuda:
-        lack = "no CUDA toolkit was found: put its nvcc on PATH, or set CUDA_HOME"
     else:
-        lack = f"torch {torch.__version__} is built without CUDA: install one that is built with it"
+        lack = "no CUDA toolkit was found: put its nvcc on PATH, or set CUDA_HOME"
     if enabled("FORCE_CUDA"):
         raise SetupError(f"FORCE_CUDA=1 asks for CUDA, but {lack}")
     print(f"Building dk_detectron for the CPU only, as {lack}")
