@@ -1,11 +1,14 @@
 """Builds the operators, ``dk_detectron._C``; all other metadata is in pyproject.toml.
 
-The kernels for CUDA are built if torch has CUDA and a toolkit is found. The environment decides:
-    FORCE_CUDA=1: stop with an error if they cannot be built. No GPU needs to be visible.
+The kernels for CUDA are built if a GPU is visible and a toolkit is found. The environment decides:
+    FORCE_CUDA=1: build them also where no GPU is visible; stop with an error if that fails.
     FORCE_CPU=1: build without them.
     CUDA_HOME: the toolkit to use, instead of that of the nvcc on PATH.
     TORCH_CUDA_ARCH_LIST: the architectures to build for, such as "8.0 9.0+PTX". Default: those of
         the visible GPUs; where none is visible, DEFAULT_ARCHITECTURES.
+
+The operators use torch's stable ABI (csrc/stable.h): what one torch compiled, newer ones load, and
+older ones down to 2.10; with kernels for CUDA, those of the same major version of CUDA.
 """
 
 import os
@@ -39,8 +42,8 @@ def import_torch():
         import torch
     except ModuleNotFoundError as error:
         raise SetupError(
-            "dk_detectron is compiled against the torch it will run with, and this build sees "
-            "none: install torch first, then dk_detectron with `pip install --no-build-isolation`"
+            "dk_detectron is compiled with the headers of torch, and this build sees none: install "
+            "torch first, then dk_detectron with `pip install --no-build-isolation`"
         ) from error
     return torch
 
@@ -95,14 +98,15 @@ def choose_nvcc(torch):
         raise SetupError("expected FORCE_CUDA=1 or FORCE_CPU=1, got both: unset one of them")
     if enabled("FORCE_CPU"):
         return None
-    nvcc = find_nvcc() if torch.version.cuda else None
-    if nvcc:
+    if not torch.version.cuda:
+        lack = f"torch {torch.__version__} is built without CUDA: install one that is built with it"
+    elif not enabled("FORCE_CUDA") and not torch.cuda.is_available():
+        lack = "no GPU is visible: set FORCE_CUDA=1 to build for CUDA all the same"
+    elif nvcc := find_nvcc():
         check_cuda_version(nvcc, torch)
         return nvcc
-    if torch.version.cuda:
-        lack = "no CUDA toolkit was found: put its nvcc on PATH, or set CUDA_HOME"
     else:
-        lack = f"torch {torch.__version__} is built without CUDA: install one that is built with it"
+        lack = "no CUDA toolkit was found: put its nvcc on PATH, or set CUDA_HOME"
     if enabled("FORCE_CUDA"):
         raise SetupError(f"FORCE_CUDA=1 asks for CUDA, but {lack}")
     print(f"Building dk_detectron for the CPU only, as {lack}")
@@ -129,10 +133,9 @@ def configure(extension, debug):
 
     # -g0: Python's own flags ask for debug information, which takes longer than the code itself.
     # -fno-math-errno, -fno-trapping-math: as torch itself; without, rounding is not vectorised.
-    # -fopenmp: at::parallel_for is inlined here, and stays serial without.
     # No -std: torch sets the one that its headers need.
     cxx_flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-    cxx_flags += ["-Wno-unknown-pragmas", "-fopenmp"]
+    cxx_flags += ["-Wno-unknown-pragmas"]
     configured = (CUDAExtension if nvcc else CppExtension)(
         extension.name,
         CPU_SOURCES + (CUDA_SOURCES if nvcc else []),
@@ -141,9 +144,11 @@ def configure(extension, debug):
             "cxx": [*cxx_flags, "-g" if debug else "-g0"],
             "nvcc": ["-O3", "-lineinfo", *(architecture_flags(nvcc, torch) if nvcc else [])],
         },
-        extra_link_args=["-fopenmp"],
         py_limited_api=extension.py_limited_api,
     )
+    # Of torch's libraries, those that have the C shim of its stable ABI.
+    shims = ["torch_cpu", "torch_cuda", "cudart"]
+    configured.libraries = [name for name in configured.libraries if name in shims]
     vars(extension).update(vars(configured))
 
 

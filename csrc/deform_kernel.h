@@ -8,15 +8,14 @@
 //   output         [N, C, H_out, W_out]
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros_like.h>
-
 #include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
+
+#include "stable.h"
 
 namespace dk {
 
@@ -45,52 +44,52 @@ struct Offset {
   OffsetStrides strides = {};
 };
 
-inline OffsetStrides offset_strides(const at::Tensor& offset) {
+inline OffsetStrides offset_strides(const Tensor& offset) {
   return {offset.stride(0), offset.stride(1), offset.stride(2), offset.stride(3)};
 }
 
 template <typename T>
-Offset<const T> offset_view(const std::optional<at::Tensor>& offset) {
+Offset<const T> offset_view(const std::optional<Tensor>& offset) {
   if (!offset) return {};
   return {offset->const_data_ptr<T>(), offset_strides(*offset)};
 }
 
 template <typename T>
-std::optional<at::Tensor> to_arithmetic(const std::optional<at::Tensor>& tensor) {
+std::optional<Tensor> to_arithmetic(const std::optional<Tensor>& tensor) {
   if (!tensor) return std::nullopt;
-  return tensor->to(c10::CppTypeToScalarType<T>::value);
+  return to_type(*tensor, scalar_type_of<T>);
 }
 
 // One rule for all backends and the fake kernels: channels_last in, channels_last out.
-inline at::MemoryFormat output_format(const at::Tensor& input) {
-  return input.size(1) > 1 && input.stride(1) == 1 ? at::MemoryFormat::ChannelsLast
-                                                   : at::MemoryFormat::Contiguous;
+inline MemoryFormat output_format(const Tensor& input) {
+  return input.size(1) > 1 && input.stride(1) == 1 ? MemoryFormat::ChannelsLast
+                                                   : MemoryFormat::Contiguous;
 }
 
 // Throws on anything a kernel could not handle. dk_detectron.ops checks the same with friendlier
 // words; this one is what keeps direct calls through torch.ops inside their memory.
-inline DepthwiseParams checked_params(const at::Tensor& input, const at::Tensor& weight,
-                                      const std::optional<at::Tensor>& bias,
-                                      const std::optional<at::Tensor>& kernel_offset,
-                                      const std::optional<at::Tensor>& data_offset,
-                                      at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                                      at::IntArrayRef padding, at::IntArrayRef dilation,
-                                      int64_t groups, bool clip) {
-  TORCH_CHECK(input.dim() == 4, "input: expected [N, C, H, W], got ", input.sizes());
+inline DepthwiseParams checked_params(const Tensor& input, const Tensor& weight,
+                                      const std::optional<Tensor>& bias,
+                                      const std::optional<Tensor>& kernel_offset,
+                                      const std::optional<Tensor>& data_offset,
+                                      IntArrayRef kernel_size, IntArrayRef stride,
+                                      IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                      bool clip) {
+  DK_CHECK(input.dim() == 4, "input: expected [N, C, H, W], got ", input.sizes());
   const int64_t channels = input.size(1);
-  TORCH_CHECK(
+  DK_CHECK(
       groups == channels && weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1,
       "torch.ops.dk_detectron.deform_kernel_conv2d is depthwise: expected weight [", channels,
       ", 1, S_h, S_w] and groups=", channels, ", got weight ", weight.sizes(),
       " and groups=", groups, "; dk_detectron.ops.deform_kernel_conv2d takes every grouping");
-  TORCH_CHECK(at::isFloatingType(input.scalar_type()),
-              "input: expected a floating point type, got ", input.scalar_type());
-  auto check_pair = [](at::IntArrayRef pair, const char* name, int64_t least) {
+  DK_CHECK(is_floating_point(input), "input: expected a floating point type, got ",
+           input.scalar_type());
+  auto check_pair = [](IntArrayRef pair, const char* name, int64_t least) {
     // The upper bound keeps every sum and product below inside int64.
     constexpr int64_t most = std::numeric_limits<int>::max();
-    TORCH_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least &&
-                    std::max(pair[0], pair[1]) <= most,
-                name, ": expected two values from ", least, " to ", most, ", got ", pair);
+    DK_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least &&
+                 std::max(pair[0], pair[1]) <= most,
+             name, ": expected two values from ", least, " to ", most, ", got ", pair);
   };
   check_pair(kernel_size, "kernel_size", 1);
   check_pair(stride, "stride", 1);
@@ -98,9 +97,9 @@ inline DepthwiseParams checked_params(const at::Tensor& input, const at::Tensor&
   check_pair(dilation, "dilation", 1);
   check_pair(weight.sizes().slice(2), "scope size", 1);
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
-  TORCH_CHECK(kernel_size[0] * kernel_size[1] <= most && weight.size(2) * weight.size(3) <= most,
-              "kernel_size, scope size: expected at most ", most, " taps and cells, got ",
-              kernel_size, " and ", weight.sizes().slice(2));
+  DK_CHECK(kernel_size[0] * kernel_size[1] <= most && weight.size(2) * weight.size(3) <= most,
+           "kernel_size, scope size: expected at most ", most, " taps and cells, got ", kernel_size,
+           " and ", weight.sizes().slice(2));
 
   DepthwiseParams p;
   p.batch = input.size(0);
@@ -120,35 +119,35 @@ inline DepthwiseParams checked_params(const at::Tensor& input, const at::Tensor&
   p.clip = clip;
   p.out_h = (p.in_h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
   p.out_w = (p.in_w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
-  TORCH_CHECK(p.in_h + 2 * p.pad_h > p.dilation_h * (p.kernel_h - 1) &&
-                  p.in_w + 2 * p.pad_w > p.dilation_w * (p.kernel_w - 1),
-              "input: padded size ", p.in_h + 2 * p.pad_h, "x", p.in_w + 2 * p.pad_w,
-              " is smaller than the dilated kernel ", kernel_size, " with dilation ", dilation);
-  TORCH_CHECK(kernel_offset || (p.scope_h == p.kernel_h && p.scope_w == p.kernel_w),
-              "weight: without kernel_offset expected a scope of the kernel size ", kernel_size,
-              ", got ", weight.sizes(), "; sample_kernel makes one");
+  DK_CHECK(p.in_h + 2 * p.pad_h > p.dilation_h * (p.kernel_h - 1) &&
+               p.in_w + 2 * p.pad_w > p.dilation_w * (p.kernel_w - 1),
+           "input: padded size ", p.in_h + 2 * p.pad_h, "x", p.in_w + 2 * p.pad_w,
+           " is smaller than the dilated kernel ", kernel_size, " with dilation ", dilation);
+  DK_CHECK(kernel_offset || (p.scope_h == p.kernel_h && p.scope_w == p.kernel_w),
+           "weight: without kernel_offset expected a scope of the kernel size ", kernel_size,
+           ", got ", weight.sizes(), "; sample_kernel makes one");
 
-  auto check_like_input = [&](const at::Tensor& t, const char* name) {
-    TORCH_CHECK(t.device() == input.device(), name, ": expected device ", input.device(),
-                " like input, got ", t.device());
-    TORCH_CHECK(t.scalar_type() == input.scalar_type(), name, ": expected type ",
-                input.scalar_type(), " like input, got ", t.scalar_type());
+  auto check_like_input = [&](const Tensor& t, const char* name) {
+    DK_CHECK(t.device() == input.device(), name, ": expected device ", input.device(),
+             " like input, got ", t.device());
+    DK_CHECK(t.scalar_type() == input.scalar_type(), name, ": expected type ", input.scalar_type(),
+             " like input, got ", t.scalar_type());
   };
   check_like_input(weight, "weight");
   if (bias) {
     check_like_input(*bias, "bias");
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels, "bias: expected [", channels,
-                "], got ", bias->sizes());
+    DK_CHECK(bias->dim() == 1 && bias->size(0) == channels, "bias: expected [", channels, "], got ",
+             bias->sizes());
   }
   const std::vector<int64_t> offset_sizes{p.batch, 2 * p.taps(), p.out_h, p.out_w};
-  auto check_offset = [&](const std::optional<at::Tensor>& offset, const char* name) {
+  auto check_offset = [&](const std::optional<Tensor>& offset, const char* name) {
     if (!offset) return;
-    TORCH_CHECK(offset->sizes() == offset_sizes, name, ": expected ", at::IntArrayRef(offset_sizes),
-                ", got ", offset->sizes());
-    TORCH_CHECK(offset->device() == input.device(), name, ": expected device ", input.device(),
-                " like input, got ", offset->device());
-    TORCH_CHECK(at::isFloatingType(offset->scalar_type()), name,
-                ": expected a floating point type, got ", offset->scalar_type());
+    DK_CHECK(offset->sizes().equals(offset_sizes), name, ": expected ", IntArrayRef(offset_sizes),
+             ", got ", offset->sizes());
+    DK_CHECK(offset->device() == input.device(), name, ": expected device ", input.device(),
+             " like input, got ", offset->device());
+    DK_CHECK(is_floating_point(*offset), name, ": expected a floating point type, got ",
+             offset->scalar_type());
   };
   check_offset(kernel_offset, "kernel_offset");
   check_offset(data_offset, "data_offset");
@@ -157,38 +156,49 @@ inline DepthwiseParams checked_params(const at::Tensor& input, const at::Tensor&
 
 // The same for backward.
 inline DepthwiseParams checked_backward_params(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool clip, const std::array<bool, 4>& output_mask) {
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
+    IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    int64_t groups, bool clip, const std::vector<bool>& output_mask) {
   const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
-  TORCH_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
-              "output_mask: expected no gradient of an absent offset");
-  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
-                  grad_output.device() == input.device() &&
-                  grad_output.sizes() == at::IntArrayRef({p.batch, p.channels, p.out_h, p.out_w}),
-              "grad_output: expected the output's type and size, on its device, got ",
-              grad_output.scalar_type(), " ", grad_output.device(), " ", grad_output.sizes());
+  DK_CHECK(output_mask.size() == 4, "output_mask: expected 4 values, got ", output_mask.size());
+  DK_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
+           "output_mask: expected no gradient of an absent offset");
+  DK_CHECK(grad_output.scalar_type() == input.scalar_type() &&
+               grad_output.device() == input.device() &&
+               grad_output.sizes().equals({p.batch, p.channels, p.out_h, p.out_w}),
+           "grad_output: expected the output's type and size, on its device, got ",
+           grad_output.scalar_type(), " ", grad_output.device(), " ", grad_output.sizes());
   return p;
 }
 
-// Of input, weight, kernel_offset and data_offset; undefined where there is none.
-using Gradients = std::array<at::Tensor, 4>;
-
-inline Gradients zero_gradients(const at::Tensor& input, const at::Tensor& weight,
-                                const std::optional<at::Tensor>& kernel_offset,
-                                const std::optional<at::Tensor>& data_offset) {
-  return {at::zeros_like(input), at::zeros_like(weight),
-          kernel_offset ? at::zeros_like(*kernel_offset) : at::Tensor(),
-          data_offset ? at::zeros_like(*data_offset) : at::Tensor()};
+// The output where all that a tap can read is padding.
+inline void fill_with_bias(Tensor& output, const std::optional<Tensor>& bias) {
+  if (bias) {
+    stable::copy_(output, stable::view(*bias, {-1, 1, 1}));
+  } else {
+    stable::zero_(output);
+  }
 }
 
-inline std::vector<at::Tensor> needed_gradients(const Gradients& gradients,
-                                                const std::array<bool, 4>& output_mask) {
-  std::vector<at::Tensor> needed;
+// Of input, weight, kernel_offset and data_offset; empty where there is none.
+using Gradients = std::array<std::optional<Tensor>, 4>;
+
+inline Gradients zero_gradients(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& kernel_offset,
+                                const std::optional<Tensor>& data_offset) {
+  Gradients gradients{zeros_like(input), zeros_like(weight)};
+  if (kernel_offset) gradients[2] = zeros_like(*kernel_offset);
+  if (data_offset) gradients[3] = zeros_like(*data_offset);
+  return gradients;
+}
+
+inline std::vector<Tensor> needed_gradients(const Gradients& gradients,
+                                            const std::vector<bool>& output_mask) {
+  std::vector<Tensor> needed;
   for (int i = 0; i < 4; ++i) {
-    if (output_mask[i]) needed.push_back(gradients[i]);
+    if (output_mask[i]) needed.push_back(*gradients[i]);
   }
   return needed;
 }

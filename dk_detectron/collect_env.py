@@ -14,21 +14,20 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 import dk_detectron
 
-from .ops.library import extension_file, has_kernel
+from .ops.library import DEVICES, extension_file
 
 
 def collect_build_info() -> str:
     """A table of the version, the compiled operators and where they are from."""
     extension = extension_file()
-    devices = [device for device in ("cpu", "cuda") if has_kernel(device)]
     rows = [
         ("dk_detectron", f"{dk_detectron.__version__} @{Path(dk_detectron.__file__).parent}"),
         ("operators", extension),
-        ("kernels for", ", ".join(devices)),
+        ("kernels for", ", ".join(sorted(DEVICES - {"meta"}))),
         ("CPU level", torch.backends.cpu.get_cpu_capability()),
         ("ABI", "Python's limited API, libtorch's stable ABI"),
     ]
-    if has_kernel("cuda"):
+    if "cuda" in DEVICES:
         rows.append(("CUDA architectures", detect_compute_compatibility(CUDA_HOME, str(extension))))
     return tabulate(rows)
 

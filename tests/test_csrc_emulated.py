@@ -47,7 +47,11 @@ def call(namespace, tensors, case) -> dict[str, torch.Tensor]:
     inputs = {name: tensors[name] for name in names}
     mask = [tensor is not None for tensor in inputs.values()]
     gradients = operators.deform_kernel_conv2d_backward(
-        grad_output, **inputs, output_mask=mask, **case.arguments
+        grad_output,
+        **inputs,
+        output_mask=mask,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **case.arguments,
     )
     present = [f"grad_{name}" for name, needed in zip(names, mask, strict=True) if needed]
     return {"output": output, **dict(zip(present, gradients, strict=True))}

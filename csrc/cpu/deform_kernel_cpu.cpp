@@ -1,9 +1,6 @@
 // CPU host functions: check, lay out, split the work, run the kernels of this processor.
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <torch/library.h>
+#include <cstdlib>
+#include <string>
 
 #include "depthwise.h"
 
@@ -12,15 +9,24 @@ namespace {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// torch's own choice, so that its ATEN_CPU_CAPABILITY variable steers these kernels as well.
+// torch's own choice, which the stable ABI does not tell: by the same features of the processor and
+// the same variable, which can only lower it here.
 Isa current_isa() {
   static const Isa isa = [] {
 #if defined(__x86_64__)
-    const std::string name = at::get_cpu_capability();
-    if (name == "AVX512") return Isa::avx512;
-    if (name == "AVX2") return Isa::avx2;
-#endif
+    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string wanted = variable ? variable : "";
+    if (wanted == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+      return Isa::baseline;
+    }
+    if (wanted == "avx2" || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq")) {
+      return Isa::avx2;
+    }
+    return Isa::avx512;
+#else
     return Isa::baseline;
+#endif
   }();
   return isa;
 }
@@ -42,9 +48,9 @@ int64_t channel_blocks(const DepthwiseParams& p) {
 
 // [C, 1, S_h, S_w] -> [blocks of C, S_h*S_w, kChannelBlock] in the arithmetic type.
 template <typename T>
-at::Tensor to_blocks(const DepthwiseParams& p, const at::Tensor& weight) {
-  const at::Tensor from = weight.to(c10::CppTypeToScalarType<T>::value).contiguous();
-  const at::Tensor to = at::empty({channel_blocks(p), p.cells(), kChannelBlock}, from.options());
+Tensor to_blocks(const DepthwiseParams& p, const Tensor& weight) {
+  const Tensor from = stable::contiguous(to_type(weight, scalar_type_of<T>));
+  const Tensor to = stable::new_empty(from, {channel_blocks(p), p.cells(), kChannelBlock});
   const T* x = from.const_data_ptr<T>();
   T* y = to.mutable_data_ptr<T>();
   for (int64_t c = 0; c < p.channels; ++c) {
@@ -55,46 +61,43 @@ at::Tensor to_blocks(const DepthwiseParams& p, const at::Tensor& weight) {
 }
 
 template <typename T>
-Offset<T> gradient_view(const at::Tensor& offset) {
-  if (!offset.defined()) return {};
-  return {offset.mutable_data_ptr<T>(), offset_strides(offset)};
+Offset<T> gradient_view(const std::optional<Tensor>& offset) {
+  if (!offset) return {};
+  return {offset->mutable_data_ptr<T>(), offset_strides(*offset)};
 }
 
-at::Tensor deform_kernel_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight,
-                                    const std::optional<at::Tensor>& bias,
-                                    const std::optional<at::Tensor>& kernel_offset,
-                                    const std::optional<at::Tensor>& data_offset,
-                                    at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                                    at::IntArrayRef padding, at::IntArrayRef dilation,
-                                    int64_t groups, bool clip) {
+Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias,
+                                const std::optional<Tensor>& kernel_offset,
+                                const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
+                                IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                int64_t groups, bool clip) {
   const DepthwiseParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
-  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor output = at::empty({p.batch, p.channels, p.out_h, p.out_w}, input.options(),
-                                      at::MemoryFormat::ChannelsLast);
+  const Tensor x = stable::contiguous(input, MemoryFormat::ChannelsLast);
+  Tensor output = empty(input, {p.batch, p.channels, p.out_h, p.out_w}, input.scalar_type(),
+                        MemoryFormat::ChannelsLast);
   if (input.numel() == 0) {  // nothing but padding, which has no pixel to read
-    output.zero_();
-    if (bias) output.add_(bias->view({-1, 1, 1}));
-    return output.contiguous(output_format(input));
+    fill_with_bias(output, bias);
+    return stable::contiguous(output, output_format(input));
   }
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d", [&] {
-        using T = opmath_t<scalar_t>;
-        const at::Tensor scope = to_blocks<T>(p, weight);
-        const auto b = to_arithmetic<T>(bias);
-        const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
-        const at::Tensor b_rows = b ? b->contiguous() : at::Tensor();
-        const DepthwiseForward<scalar_t> a{p,
-                                           x.const_data_ptr<scalar_t>(),
-                                           scope.const_data_ptr<T>(),
-                                           b ? b_rows.const_data_ptr<T>() : nullptr,
-                                           offset_view<T>(kernel),
-                                           offset_view<T>(data),
-                                           output.mutable_data_ptr<scalar_t>()};
-        at::parallel_for(0, p.batch * p.out_h, 1,
+  DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d", [&] {
+    using T = opmath_t<scalar_t>;
+    const Tensor scope = to_blocks<T>(p, weight);
+    std::optional<Tensor> b = to_arithmetic<T>(bias);
+    if (b) b = stable::contiguous(*b);
+    const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
+    const DepthwiseForward<scalar_t> a{p,
+                                       x.const_data_ptr<scalar_t>(),
+                                       scope.const_data_ptr<T>(),
+                                       b ? b->const_data_ptr<T>() : nullptr,
+                                       offset_view<T>(kernel),
+                                       offset_view<T>(data),
+                                       output.mutable_data_ptr<scalar_t>()};
+    stable::parallel_for(0, p.batch * p.out_h, 1,
                          [&](int64_t begin, int64_t end) { DK_CALL(forward, a, begin, end) });
-      });
-  return output.contiguous(output_format(input));
+  });
+  return stable::contiguous(output, output_format(input));
 }
 
 // The weight gradient is summed in a fixed number of blocks of rows, each in order, then over the
@@ -109,99 +112,108 @@ int64_t count_weight_blocks(const DepthwiseParams& p, int64_t rows) {
 // Runs body(begin, end, partial gradient, which starts at zero) over blocks of rows, and returns
 // the sum of the partial gradients, which are like the scope.
 template <typename T, typename Body>
-at::Tensor sum_weight_blocks(const DepthwiseParams& p, const at::Tensor& scope, int64_t rows,
-                             const Body& body) {
+Tensor sum_weight_blocks(const DepthwiseParams& p, const Tensor& scope, int64_t rows,
+                         const Body& body) {
   const int64_t blocks = count_weight_blocks(p, rows), size = scope.numel();
-  const at::Tensor partials = at::empty({blocks, size}, scope.options());
+  const Tensor partials = stable::new_empty(scope, {blocks, size});
   T* data = partials.mutable_data_ptr<T>();
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       T* partial = data + i * size;
       std::fill(partial, partial + size, T(0));
       body(i * rows / blocks, (i + 1) * rows / blocks, partial);
     }
   });
-  return partials.sum(0).view(scope.sizes());
+  return stable::view(stable::sum(partials, IntArrayRef({0})), scope.sizes());
 }
 
 // The counterpart of to_blocks.
-at::Tensor from_blocks(const DepthwiseParams& p, const at::Tensor& blocks,
-                       const at::Tensor& weight) {
-  const at::Tensor rows = blocks.transpose(1, 2).flatten(0, 1).narrow(0, 0, p.channels);
-  return rows.reshape(weight.sizes()).to(weight.scalar_type()).contiguous();
+template <typename T>
+Tensor from_blocks(const DepthwiseParams& p, const Tensor& blocks, const Tensor& weight) {
+  const Tensor to = stable::new_empty(blocks, weight.sizes());
+  const T* x = blocks.const_data_ptr<T>();
+  T* y = to.mutable_data_ptr<T>();
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const T* first = x + c / kChannelBlock * p.cells() * kChannelBlock + c % kChannelBlock;
+    for (int64_t cell = 0; cell < p.cells(); ++cell) *y++ = first[cell * kChannelBlock];
+  }
+  return to_type(to, weight.scalar_type());
 }
 
-std::vector<at::Tensor> deform_kernel_conv2d_backward_cpu(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
+// Deterministic without being asked.
+std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
+    IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    int64_t groups, bool clip, const std::vector<bool>& output_mask, bool /*deterministic*/) {
   const DepthwiseParams p =
       checked_backward_params(grad_output, input, weight, kernel_offset, data_offset, kernel_size,
                               stride, padding, dilation, groups, clip, output_mask);
   if (input.numel() == 0) {
     return needed_gradients(zero_gradients(input, weight, kernel_offset, data_offset), output_mask);
   }
-  const auto format = at::MemoryFormat::ChannelsLast;
-  const at::Tensor x = input.contiguous(format), grad = grad_output.contiguous(format);
+  const auto format = MemoryFormat::ChannelsLast;
+  const Tensor x = stable::contiguous(input, format);
+  const Tensor grad = stable::contiguous(grad_output, format);
   Gradients gradients;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d_backward", [&] {
-        using T = opmath_t<scalar_t>;
-        const at::Tensor scope = to_blocks<T>(p, weight);
-        const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
-        // Taps that lie in the padding for every input pixel are never visited: their gradient is
-        // 0.
-        if (kernel) gradients[2] = at::zeros_like(*kernel);
-        if (data) gradients[3] = at::zeros_like(*data);
-        const DepthwiseBackward<scalar_t> a{p,
-                                            x.const_data_ptr<scalar_t>(),
-                                            scope.const_data_ptr<T>(),
-                                            offset_view<T>(kernel),
-                                            offset_view<T>(data),
-                                            grad.const_data_ptr<scalar_t>(),
-                                            gradient_view<T>(gradients[2]),
-                                            gradient_view<T>(gradients[3])};
-        if (!data) {
-          gradients[0] = at::empty_like(x);
-          scalar_t* grad_input = gradients[0].mutable_data_ptr<scalar_t>();
-          gradients[1] = sum_weight_blocks<T>(
-              p, scope, p.batch * p.in_h, [&](int64_t begin, int64_t end, T* grad_weight) {
-                DK_CALL(backward, a, grad_input, grad_weight, begin, end)
-              });
-        } else {
-          if (output_mask[1] || output_mask[2] || output_mask[3]) {
-            gradients[1] = sum_weight_blocks<T>(
-                p, scope, p.batch * p.out_h, [&](int64_t begin, int64_t end, T* grad_weight) {
-                  DK_CALL(backward_data_offset, a, grad_weight, begin, end)
-                });
-          }
-          if (output_mask[0]) {
-            gradients[0] = at::zeros_like(x, x.options().dtype(c10::CppTypeToScalarType<T>::value));
-            T* grad_input = gradients[0].mutable_data_ptr<T>();
-            // Channels are independent: splitting them changes no sum.
-            const int64_t blocks = channel_blocks(p);
-            at::parallel_for(0, p.batch * blocks, 1, [&](int64_t first, int64_t last) {
-              for (int64_t i = first; i < last; ++i) {
-                DK_CALL(backward_data, a, grad_input, i / blocks, i % blocks)
-              }
+  DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d_backward", [&] {
+    using T = opmath_t<scalar_t>;
+    const Tensor scope = to_blocks<T>(p, weight);
+    const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
+    // Taps that lie in the padding for every input pixel are never visited: their gradient is 0.
+    if (kernel) gradients[2] = zeros_like(*kernel);
+    if (data) gradients[3] = zeros_like(*data);
+    const DepthwiseBackward<scalar_t> a{p,
+                                        x.const_data_ptr<scalar_t>(),
+                                        scope.const_data_ptr<T>(),
+                                        offset_view<T>(kernel),
+                                        offset_view<T>(data),
+                                        grad.const_data_ptr<scalar_t>(),
+                                        gradient_view<T>(gradients[2]),
+                                        gradient_view<T>(gradients[3])};
+    std::optional<Tensor> weight_blocks;
+    if (!data) {
+      gradients[0] = stable::empty_like(x);
+      scalar_t* grad_input = gradients[0]->mutable_data_ptr<scalar_t>();
+      weight_blocks = sum_weight_blocks<T>(
+          p, scope, p.batch * p.in_h, [&](int64_t begin, int64_t end, T* grad_weight) {
+            DK_CALL(backward, a, grad_input, grad_weight, begin, end)
+          });
+    } else {
+      if (output_mask[1] || output_mask[2] || output_mask[3]) {
+        weight_blocks = sum_weight_blocks<T>(
+            p, scope, p.batch * p.out_h, [&](int64_t begin, int64_t end, T* grad_weight) {
+              DK_CALL(backward_data_offset, a, grad_weight, begin, end)
             });
+      }
+      if (output_mask[0]) {
+        Tensor zeros = empty(x, x.sizes(), scalar_type_of<T>, format);
+        gradients[0] = stable::zero_(zeros);
+        T* grad_input = gradients[0]->mutable_data_ptr<T>();
+        // Channels are independent: splitting them changes no sum.
+        const int64_t blocks = channel_blocks(p);
+        stable::parallel_for(0, p.batch * blocks, 1, [&](int64_t first, int64_t last) {
+          for (int64_t i = first; i < last; ++i) {
+            DK_CALL(backward_data, a, grad_input, i / blocks, i % blocks)
           }
-        }
-      });
-  if (gradients[0].defined()) {
-    gradients[0] = gradients[0].to(input.scalar_type()).contiguous(output_format(input));
+        });
+      }
+    }
+    if (weight_blocks) gradients[1] = from_blocks<T>(p, *weight_blocks, weight);
+  });
+  if (gradients[0]) {
+    gradients[0] =
+        stable::contiguous(to_type(*gradients[0], input.scalar_type()), output_format(input));
   }
-  if (gradients[1].defined()) gradients[1] = from_blocks(p, gradients[1], weight);
-  if (kernel_offset) gradients[2] = gradients[2].to(kernel_offset->scalar_type());
-  if (data_offset) gradients[3] = gradients[3].to(data_offset->scalar_type());
+  if (kernel_offset) gradients[2] = to_type(*gradients[2], kernel_offset->scalar_type());
+  if (data_offset) gradients[3] = to_type(*gradients[3], data_offset->scalar_type());
   return needed_gradients(gradients, output_mask);
 }
 
 }  // namespace
 }  // namespace dk
 
-TORCH_LIBRARY_IMPL(dk_detectron, CPU, m) {
-  m.impl("deform_kernel_conv2d", &dk::deform_kernel_conv2d_cpu);
-  m.impl("deform_kernel_conv2d_backward", &dk::deform_kernel_conv2d_backward_cpu);
+STABLE_TORCH_LIBRARY_IMPL(dk_detectron, CPU, m) {
+  m.impl("deform_kernel_conv2d", TORCH_BOX(&dk::deform_kernel_conv2d_cpu));
+  m.impl("deform_kernel_conv2d_backward", TORCH_BOX(&dk::deform_kernel_conv2d_backward_cpu));
 }

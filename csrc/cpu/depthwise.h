@@ -3,9 +3,6 @@
 // run time.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include "../deform_kernel.h"
 
 namespace dk {

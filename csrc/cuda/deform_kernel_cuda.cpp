@@ -1,12 +1,6 @@
 // CUDA host functions: check, lay out, split the work, launch.
 #include "deform_kernel_cuda.h"
 
-#include <ATen/ATen.h>
-#include <ATen/Context.h>
-#include <ATen/Dispatch.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -28,10 +22,17 @@ using cuda::kWarpSize;
 void check_sizes(const DepthwiseParams& p) {
   const int64_t in = p.in_h * p.in_w, out = p.out_h * p.out_w, limit = int64_t(1) << 31;
   const int64_t images = kPixels / std::min(in, out) + 2;
-  TORCH_CHECK(std::max(in, out) * images < limit && p.channels < limit - 1024,
-              "input: on CUDA, expected fewer than 2^30 pixels per image and 2^31 channels, got ",
-              p.channels, " channels of ", p.in_h, "x", p.in_w, " and an output of ", p.out_h, "x",
-              p.out_w);
+  DK_CHECK(std::max(in, out) * images < limit && p.channels < limit - 1024,
+           "input: on CUDA, expected fewer than 2^30 pixels per image and 2^31 channels, got ",
+           p.channels, " channels of ", p.in_h, "x", p.in_w, " and an output of ", p.out_h, "x",
+           p.out_w);
+}
+
+// The C shim alone has it.
+cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
 }
 
 // The number of lanes that leaves the fewest idle.
@@ -46,16 +47,16 @@ ChannelTiles channel_tiles(int64_t channels, int vector) {
 }
 
 // 16-byte accesses need every pixel to begin at a multiple of 16 bytes.
-bool is_aligned(const at::Tensor& t, int64_t channels, int vector) {
+bool is_aligned(const Tensor& t, int64_t channels, int vector) {
   return channels % vector == 0 &&
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (vector * t.element_size()) == 0;
 }
 
 [[noreturn]] void refuse_scope(const DepthwiseParams& p, size_t bytes, int64_t limit) {
-  TORCH_CHECK(false, "weight: a scope of ", p.scope_h, "x", p.scope_w, " with a kernel of ",
-              p.kernel_h, "x", p.kernel_w, " needs ", bytes,
-              " bytes of shared memory and this GPU has ", limit,
-              "; dk_detectron.ops.composed_deform_kernel_conv2d takes any size");
+  DK_CHECK(false, "weight: a scope of ", p.scope_h, "x", p.scope_w, " with a kernel of ",
+           p.kernel_h, "x", p.kernel_w, " needs ", bytes,
+           " bytes of shared memory and this GPU has ", limit,
+           "; dk_detectron.ops.composed_deform_kernel_conv2d takes any size");
 }
 
 // ---- forward ------------------------------------------------------------------------------------
@@ -80,48 +81,46 @@ bool has_nchw_kernel(const DepthwiseParams& p, bool kernel, bool data) {
 
 }  // namespace
 
-at::Tensor deform_kernel_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight,
-                                     const std::optional<at::Tensor>& bias,
-                                     const std::optional<at::Tensor>& kernel_offset,
-                                     const std::optional<at::Tensor>& data_offset,
-                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                                     at::IntArrayRef padding, at::IntArrayRef dilation,
-                                     int64_t groups, bool clip) {
+Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
+                                 const std::optional<Tensor>& bias,
+                                 const std::optional<Tensor>& kernel_offset,
+                                 const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                 int64_t groups, bool clip) {
   const DepthwiseParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
-  const c10::cuda::CUDAGuard guard(input.device());
-  const bool nchw = output_format(input) == at::MemoryFormat::Contiguous &&
+  const stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const bool nchw = output_format(input) == MemoryFormat::Contiguous &&
                     has_nchw_kernel(p, kernel_offset.has_value(), data_offset.has_value());
-  const auto format = nchw ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
-  const at::Tensor output =
-      at::empty({p.batch, p.channels, p.out_h, p.out_w}, input.options(), format);
+  const auto format = nchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
+  Tensor output =
+      empty(input, {p.batch, p.channels, p.out_h, p.out_w}, input.scalar_type(), format);
   if (output.numel() > 0 && input.numel() == 0) {  // nothing but padding
-    output.zero_();
-    if (bias) output.add_(bias->view({-1, 1, 1}));
+    fill_with_bias(output, bias);
   } else if (output.numel() > 0) {
     check_sizes(p);
-    const at::Tensor x = input.contiguous(format), w = weight.contiguous();
-    const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d", [&] {
-          using T = cuda::ForwardArgs<scalar_t>::T;
-          const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
-          ForwardArgs<scalar_t> a{p,
-                                  x.const_data_ptr<scalar_t>(),
-                                  w.const_data_ptr<scalar_t>(),
-                                  bias ? b.const_data_ptr<scalar_t>() : nullptr,
-                                  offset_view<T>(kernel),
-                                  offset_view<T>(data),
-                                  output.mutable_data_ptr<scalar_t>(),
-                                  {}};
-          const auto stream = c10::cuda::getCurrentCUDAStream();
-          if (nchw) return cuda::launch_forward_nchw(a, stream);
-          a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(),
-                                              is_aligned(x, p.channels, 16 / sizeof(scalar_t)));
-          cuda::launch_forward(a, stream);
-        });
+    const Tensor x = stable::contiguous(input, format), w = stable::contiguous(weight);
+    std::optional<Tensor> b;
+    if (bias) b = stable::contiguous(*bias);
+    DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d", [&] {
+      using T = cuda::ForwardArgs<scalar_t>::T;
+      const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
+      ForwardArgs<scalar_t> a{p,
+                              x.const_data_ptr<scalar_t>(),
+                              w.const_data_ptr<scalar_t>(),
+                              b ? b->const_data_ptr<scalar_t>() : nullptr,
+                              offset_view<T>(kernel),
+                              offset_view<T>(data),
+                              output.mutable_data_ptr<scalar_t>(),
+                              {}};
+      const cudaStream_t stream = current_stream(input);
+      if (nchw) return cuda::launch_forward_nchw(a, stream);
+      a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(),
+                                          is_aligned(x, p.channels, 16 / sizeof(scalar_t)));
+      cuda::launch_forward(a, stream);
+    });
   }
-  return output.contiguous(output_format(input));
+  return stable::contiguous(output, output_format(input));
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -179,34 +178,33 @@ void plan_backward_split(BackwardArgs<scalar_t>& a, int64_t tile_pixels, int blo
 // The gradient of an offset, summed per group of channels: one zeroed row per group.
 template <typename T>
 struct OffsetGradient {
-  at::Tensor rows, like;
+  std::optional<Tensor> rows, like;
 
-  OffsetGradient(const std::optional<at::Tensor>& offset, int groups) {
+  OffsetGradient(const std::optional<Tensor>& offset, int groups) {
     if (!offset) return;
-    like = at::empty_like(*offset);
+    like = stable::empty_like(*offset);
     // Taps that lie in the padding are never visited: their gradient stays 0.
-    rows = at::zeros({groups, like.numel()}, like.options());
+    rows = stable::new_zeros(*like, {groups, like->numel()});
   }
   Offset<T> view() const {
-    if (!like.defined()) return {};
-    return {rows.mutable_data_ptr<T>(), offset_strides(like)};
+    if (!like) return {};
+    return {rows->mutable_data_ptr<T>(), offset_strides(*like)};
   }
-  at::Tensor total() const {
-    const at::Tensor sum = rows.size(0) == 1 ? rows[0] : rows.sum(0);
-    return sum.as_strided(like.sizes(), like.strides());
+  Tensor total() const {
+    const Tensor sum = rows->size(0) == 1 ? *rows : stable::sum(*rows, IntArrayRef({0}));
+    return as_strided(sum, like->sizes(), like->strides());
   }
 };
 
 // In sorted order instead of by atomics.
 template <typename scalar_t>
-at::Tensor gather_grad_input(const BackwardArgs<scalar_t>& a, const at::Tensor& x,
-                             cudaStream_t stream) {
+Tensor gather_grad_input(const BackwardArgs<scalar_t>& a, const Tensor& x, cudaStream_t stream) {
   const DepthwiseParams& p = a.params;
-  const at::Tensor base =
-      at::empty({p.batch * p.out_h * p.out_w * p.taps()}, x.options().dtype(at::kLong));
+  const Tensor base =
+      stable::new_empty(x, {p.batch * p.out_h * p.out_w * p.taps()}, ScalarType::Long);
   cuda::launch_base_pixels(a, base.mutable_data_ptr<int64_t>(), stream);
-  const auto [sorted, pair] = at::sort(base, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  const at::Tensor grad_input = at::empty_like(x);
+  const auto [sorted, pair] = stable_sort(base);
+  const Tensor grad_input = stable::empty_like(x);
   cuda::launch_gather_grad_input(a, sorted.template const_data_ptr<int64_t>(),
                                  pair.template const_data_ptr<int64_t>(),
                                  grad_input.mutable_data_ptr<scalar_t>(), stream);
@@ -215,15 +213,15 @@ at::Tensor gather_grad_input(const BackwardArgs<scalar_t>& a, const at::Tensor& 
 
 }  // namespace
 
-std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask) {
+std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
+    IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    int64_t groups, bool clip, const std::vector<bool>& output_mask, bool deterministic) {
   const DepthwiseParams p =
       checked_backward_params(grad_output, input, weight, kernel_offset, data_offset, kernel_size,
                               stride, padding, dilation, groups, clip, output_mask);
-  const c10::cuda::CUDAGuard guard(input.device());
+  const stable::accelerator::DeviceGuard guard(input.get_device_index());
   Gradients gradients;
   if (grad_output.numel() == 0 || input.numel() == 0) {
     gradients = zero_gradients(input, weight, kernel_offset, data_offset);
@@ -231,62 +229,60 @@ std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
     check_sizes(p);
     // The weight's gradient sums over pixels: only with channels next to each other can every
     // thread keep its own. Three conversions cost less than summing across threads, cell by cell.
-    const auto format = at::MemoryFormat::ChannelsLast;
-    const at::Tensor x = input.contiguous(format), grad = grad_output.contiguous(format);
-    const at::Tensor w = weight.contiguous();
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, input.scalar_type(), "deform_kernel_conv2d_backward", [&] {
-          using T = BackwardArgs<scalar_t>::T;
-          constexpr int wide = 16 / sizeof(T);
-          const auto stream = c10::cuda::getCurrentCUDAStream();
-          const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
-          const bool gather = at::globalContext().deterministicAlgorithms();
-          BackwardArgs<scalar_t> a{};
-          a.params = p;
-          a.input = x.const_data_ptr<scalar_t>();
-          a.weight = w.const_data_ptr<scalar_t>();
-          a.grad_output = grad.const_data_ptr<scalar_t>();
-          a.kernel_offset = offset_view<T>(kernel);
-          a.data_offset = offset_view<T>(data);
+    const auto format = MemoryFormat::ChannelsLast;
+    const Tensor x = stable::contiguous(input, format);
+    const Tensor grad = stable::contiguous(grad_output, format);
+    const Tensor w = stable::contiguous(weight);
+    DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d_backward", [&] {
+      using T = BackwardArgs<scalar_t>::T;
+      constexpr int wide = 16 / sizeof(T);
+      const cudaStream_t stream = current_stream(input);
+      const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
+      BackwardArgs<scalar_t> a{};
+      a.params = p;
+      a.input = x.const_data_ptr<scalar_t>();
+      a.weight = w.const_data_ptr<scalar_t>();
+      a.grad_output = grad.const_data_ptr<scalar_t>();
+      a.kernel_offset = offset_view<T>(kernel);
+      a.data_offset = offset_view<T>(data);
 
-          at::Tensor grad_input;
-          if (!data) {
-            grad_input = at::empty_like(x);
-            a.grad_input = grad_input.mutable_data_ptr<scalar_t>();
-          } else if (output_mask[0] && gather) {
-            grad_input = gather_grad_input(a, x, stream);
-          } else if (output_mask[0]) {
-            grad_input = at::zeros_like(x, x.options().dtype(c10::CppTypeToScalarType<T>::value));
-            a.grad_input_sum = grad_input.mutable_data_ptr<T>();
-          }
+      std::optional<Tensor> grad_input;
+      if (!data) {
+        grad_input = stable::empty_like(x);
+        a.grad_input = grad_input->mutable_data_ptr<scalar_t>();
+      } else if (output_mask[0] && deterministic) {
+        grad_input = gather_grad_input(a, x, stream);
+      } else if (output_mask[0]) {
+        Tensor zeros = empty(x, x.sizes(), scalar_type_of<T>, format);
+        grad_input = stable::zero_(zeros);
+        a.grad_input_sum = grad_input->mutable_data_ptr<T>();
+      }
 
-          const bool aligned =
-              is_aligned(x, p.channels, wide) && is_aligned(grad, p.channels, wide);
-          const int blocks_per_processor = plan_backward_block(a, aligned);
-          plan_backward_split(a, p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w),
-                              blocks_per_processor);
-          const at::Tensor partial =
-              at::empty({a.splits, p.cells(), p.channels},
-                        x.options().dtype(c10::CppTypeToScalarType<T>::value));
-          a.weight_partial = partial.mutable_data_ptr<T>();
-          const OffsetGradient<T> grad_kernel(kernel, a.groups), grad_data(data, a.groups);
-          a.grad_kernel_offset = grad_kernel.view();
-          a.grad_data_offset = grad_data.view();
-          a.group_stride = 2 * p.taps() * p.batch * p.out_h * p.out_w;
-          cuda::launch_backward(a, stream);
+      const bool aligned = is_aligned(x, p.channels, wide) && is_aligned(grad, p.channels, wide);
+      const int blocks_per_processor = plan_backward_block(a, aligned);
+      plan_backward_split(a, p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w),
+                          blocks_per_processor);
+      const Tensor partial =
+          stable::new_empty(x, {a.splits, p.cells(), p.channels}, scalar_type_of<T>);
+      a.weight_partial = partial.mutable_data_ptr<T>();
+      const OffsetGradient<T> grad_kernel(kernel, a.groups), grad_data(data, a.groups);
+      a.grad_kernel_offset = grad_kernel.view();
+      a.grad_data_offset = grad_data.view();
+      a.group_stride = 2 * p.taps() * p.batch * p.out_h * p.out_w;
+      cuda::launch_backward(a, stream);
 
-          gradients[1] = at::empty(weight.sizes(), weight.options());
-          cuda::launch_sum_weight(a, gradients[1].mutable_data_ptr<scalar_t>(), stream);
-          if (grad_input.defined()) gradients[0] = grad_input.to(input.scalar_type());
-          if (kernel) {
-            const at::Tensor grad = grad_kernel.total();
-            const Offset<T> view{grad.mutable_data_ptr<T>(), offset_strides(grad)};
-            if (p.clip) cuda::launch_turn_inward(a, view, stream);
-            gradients[2] = grad.to(kernel_offset->scalar_type());
-          }
-          if (data) gradients[3] = grad_data.total().to(data_offset->scalar_type());
-        });
-    if (gradients[0].defined()) gradients[0] = gradients[0].contiguous(output_format(input));
+      gradients[1] = stable::new_empty(weight, weight.sizes());
+      cuda::launch_sum_weight(a, gradients[1]->mutable_data_ptr<scalar_t>(), stream);
+      if (grad_input) gradients[0] = to_type(*grad_input, input.scalar_type());
+      if (kernel) {
+        const Tensor grad = grad_kernel.total();
+        const Offset<T> view{grad.mutable_data_ptr<T>(), offset_strides(grad)};
+        if (p.clip) cuda::launch_turn_inward(a, view, stream);
+        gradients[2] = to_type(grad, kernel_offset->scalar_type());
+      }
+      if (data) gradients[3] = to_type(grad_data.total(), data_offset->scalar_type());
+    });
+    if (gradients[0]) gradients[0] = stable::contiguous(*gradients[0], output_format(input));
   }
   return needed_gradients(gradients, output_mask);
 }

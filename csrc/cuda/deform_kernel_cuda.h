@@ -1,26 +1,24 @@
 // The operators on CUDA; schemas in deform_kernel.cpp.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <array>
 #include <optional>
 #include <vector>
 
+#include "../stable.h"
+
 namespace dk {
 
-at::Tensor deform_kernel_conv2d_cuda(const at::Tensor& input, const at::Tensor& weight,
-                                     const std::optional<at::Tensor>& bias,
-                                     const std::optional<at::Tensor>& kernel_offset,
-                                     const std::optional<at::Tensor>& data_offset,
-                                     at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                                     at::IntArrayRef padding, at::IntArrayRef dilation,
-                                     int64_t groups, bool clip);
+Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
+                                 const std::optional<Tensor>& bias,
+                                 const std::optional<Tensor>& kernel_offset,
+                                 const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                 int64_t groups, bool clip);
 
-std::vector<at::Tensor> deform_kernel_conv2d_backward_cuda(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const std::optional<at::Tensor>& kernel_offset, const std::optional<at::Tensor>& data_offset,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool clip, std::array<bool, 4> output_mask);
+std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
+    IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    int64_t groups, bool clip, const std::vector<bool>& output_mask, bool deterministic);
 
 }  // namespace dk

@@ -166,7 +166,7 @@ void launch_forward_nchw(const ForwardArgs<scalar_t>& a, cudaStream_t stream) {
     case 4: return run(forward_nchw_kernel<scalar_t, 3, 4>);
     case 5: return run(forward_nchw_kernel<scalar_t, 3, 5>);
   }
-  TORCH_INTERNAL_ASSERT(false, "no NCHW kernel for scope ", p.scope_h);
+  DK_CHECK(false, "no NCHW kernel for scope ", p.scope_h);
 }
 
 }  // namespace cuda

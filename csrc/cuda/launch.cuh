@@ -2,12 +2,12 @@
 // compile the same sources for the CPU (tests/emulation).
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/util/Exception.h>
 #include <cuda_runtime.h>
 
 #include <limits>
 #include <type_traits>
+
+#include "../stable.h"
 
 // Dynamic shared memory of the block, as bytes.
 #ifndef DK_SHARED_MEMORY
@@ -25,8 +25,8 @@ namespace cuda {
 
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
   return value;
 }
 
@@ -36,12 +36,12 @@ inline void check_launch(cudaError_t error) {
     (void)cudaGetLastError();
     const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
     const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
-    TORCH_CHECK(false,
-                "dk_detectron was built without a kernel image for this GPU (compute capability ",
-                major, ".", minor, "): rebuild it with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor,
-                "\" (", cudaGetErrorString(error), ")");
+    DK_CHECK(false,
+             "dk_detectron was built without a kernel image for this GPU (compute capability ",
+             major, ".", minor, "): rebuild it with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor,
+             "\" (", cudaGetErrorString(error), ")");
   }
-  C10_CUDA_CHECK(error);
+  STD_CUDA_CHECK(error);
 }
 
 // A block gets more than 48 KB of shared memory only on request.
@@ -51,8 +51,8 @@ template <typename... Params>
 void launch(void (*kernel)(Params...), int64_t blocks, dim3 threads, size_t shared_bytes,
             cudaStream_t stream, const std::common_type_t<Params>&... args) {
   if (blocks == 0) return;
-  TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "deform_kernel_conv2d: ", blocks,
-              " blocks are more than one launch takes; split the batch");
+  DK_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "deform_kernel_conv2d: ", blocks,
+           " blocks are more than one launch takes; split the batch");
   if (shared_bytes > kDefaultSharedBytes) {
     check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(shared_bytes)));

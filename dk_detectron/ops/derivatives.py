@@ -18,13 +18,24 @@ from .composed import composed_deform_kernel_conv2d
 Tensors = Sequence[Tensor | None]
 
 
-def gradients(ctx, grad_output: Tensor, run_backward) -> list[Tensor | None]:
+def run_backward(*inputs) -> list[Tensor]:
+    """The compiled backward operator, of what :class:`Backward` takes."""
+    *tensors, output_mask, arguments = inputs
+    return torch.ops.dk_detectron.deform_kernel_conv2d_backward(
+        *tensors,
+        output_mask=output_mask,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **arguments,
+    )
+
+
+def gradients(ctx, grad_output: Tensor, backward) -> list[Tensor | None]:
     """Of input, weight, bias, kernel_offset, data_offset, where they are needed."""
     need_input, need_weight, need_bias, *need_offsets = ctx.needs_input_grad[:5]
     output_mask = [need_input, need_weight, *need_offsets]
     found: list[Tensor | None] = [None] * 4
     if any(output_mask):
-        needed = list(run_backward(grad_output, *ctx.saved_tensors, output_mask, ctx.arguments))
+        needed = list(backward(grad_output, *ctx.saved_tensors, output_mask, ctx.arguments))
         found = [needed.pop(0) if mask else None for mask in output_mask]
     grad_bias = grad_output.sum((0, 2, 3)) if need_bias else None
     return [found[0], found[1], grad_bias, found[2], found[3]]
@@ -129,9 +140,7 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        *tensors, output_mask, arguments = inputs
-        run = torch.ops.dk_detectron.deform_kernel_conv2d_backward
-        return tuple(run(*tensors, output_mask=output_mask, **arguments))
+        return tuple(run_backward(*inputs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .library import has_kernel
+from .library import DEVICES
 
 WARNED: set[str] = set()
 
@@ -17,7 +17,7 @@ def why_composed(input: Tensor, weight: Tensor, groups: int) -> str:
     if not groups == input.shape[1] == weight.shape[0]:
         return "the convolution is not depthwise (groups = C_in = C_out), as compiled kernels are"
     device = input.device.type
-    if not has_kernel(device):
+    if device not in DEVICES:
         cure = ": build it where there is a GPU, or with FORCE_CUDA=1" if device == "cuda" else ""
         return f"dk_detectron has been built without kernels for {device}{cure}"
     return ""

@@ -23,7 +23,8 @@ def explain(error: ImportError) -> str:
                 "clone itself, `pip install --no-build-isolation -e .`"
             )
     return (
-        "dk_detectron._C, the compiled operators, is missing or was built for another PyTorch: "
+        "dk_detectron._C, the compiled operators, is missing, or does not load into torch "
+        f"{torch.__version__}, which must be 2.10 or newer and have the CUDA it was built for: "
         f"{error}. Build it, in a clone with `pip install --no-build-isolation -e .`"
     )
 
@@ -34,10 +35,12 @@ except ImportError as error:
     raise ImportError(explain(error)) from error
 
 
-def has_kernel(device: str) -> bool:
-    """Whether the extension has kernels for a type of device, such as "cuda"."""
-    key = "Meta" if device == "meta" else device.upper()
+def _has_kernel(key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("dk_detectron::deform_kernel_conv2d", key)
+
+
+# Types of devices that the extension has kernels for; "meta" has the fake one.
+DEVICES = {"meta", *(device for device in ("cpu", "cuda") if _has_kernel(device.upper()))}
 
 
 def extension_file() -> Path:

@@ -7,7 +7,7 @@ import torch
 from . import library  # noqa: F401  (registers the operators)
 from .arguments import check, output_format, output_size
 from .composed import composed_sample_kernel
-from .derivatives import gradients, second_gradients
+from .derivatives import gradients, run_backward, second_gradients
 
 _library = torch.library.Library("dk_detectron", "FRAGMENT")
 _library.define(
@@ -19,6 +19,31 @@ _library.define(
 @torch.library.impl(_library, "sample_kernel", "CompositeImplicitAutograd")
 def _(weight, kernel_offset, kernel_size, *, clip=True):
     return composed_sample_kernel(weight, kernel_offset, kernel_size, clip=clip)
+
+
+AUTOCAST_FROM = torch.float32, torch.float16, torch.bfloat16
+
+
+def _register_autocast(device: str) -> None:
+    """Activations and weights take the lower precision type; offsets keep theirs, since a location
+    needs more bits than bfloat16 has."""
+
+    @torch.library.impl(_library, "deform_kernel_conv2d", f"Autocast{device.upper()}")
+    def _(input, weight, bias, kernel_offset, data_offset, **arguments):
+        dtype = torch.get_autocast_dtype(device)
+        input, weight, bias = (
+            # As for torch's own operators, double stays double.
+            t.to(dtype) if t is not None and t.dtype in AUTOCAST_FROM else t
+            for t in (input, weight, bias)
+        )
+        with torch.autocast(device, enabled=False):
+            return torch.ops.dk_detectron.deform_kernel_conv2d(
+                input, weight, bias, kernel_offset, data_offset, **arguments
+            )
+
+
+_register_autocast("cpu")
+_register_autocast("cuda")
 
 
 @torch.library.register_fake("dk_detectron::deform_kernel_conv2d")
@@ -49,20 +74,15 @@ def _save_for_backward(ctx, inputs, keyword_only_inputs, output):
     ctx.arguments = keyword_only_inputs
 
 
-def _run_backward(*arguments):
-    *tensors, output_mask, keyword_only = arguments
-    run = torch.ops.dk_detectron.deform_kernel_conv2d_backward
-    return run(*tensors, output_mask=output_mask, **keyword_only)
-
-
 def _backward(ctx, grad_output):
-    return tuple(gradients(ctx, grad_output, _run_backward))
+    return tuple(gradients(ctx, grad_output, run_backward))
 
 
 def _save_for_second_backward(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs)
     ctx.arguments = dict(keyword_only_inputs)
     ctx.output_mask = ctx.arguments.pop("output_mask")
+    del ctx.arguments["deterministic"]
 
 
 def _second_backward(ctx, cotangents):

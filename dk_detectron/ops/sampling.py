@@ -9,10 +9,7 @@ from torch import Tensor
 
 
 class _Clip(torch.autograd.Function):
-    """Clips a location to [0, size - 1]; ``inward`` of ``csrc/bilinear.h`` is its backward.
-
-    Forward mode has the true derivative, zero outside: there is no descent that could lead back.
-    """
+    """Clips a location to [0, size - 1]; ``inward`` of ``csrc/bilinear.h`` is its backward."""
 
     generate_vmap_rule = True
 
@@ -32,10 +29,22 @@ class _Clip(torch.autograd.Function):
         outward = (location < 0) & (grad > 0) | (location > ctx.size - 1) & (grad < 0)
         return grad.masked_fill(outward, 0), None
 
+
+class _ForwardModeClip(_Clip):
+    """With the true derivative in forward mode, zero outside: no descent could lead back there.
+
+    A class of its own, since torch.compile takes none with a ``jvp``.
+    """
+
     @staticmethod
     def jvp(ctx, tangent: Tensor, _):
         (location,) = ctx.saved_tensors
         return tangent.masked_fill((location < 0) | (location > ctx.size - 1), 0)
+
+
+def _clip(location: Tensor, size: int) -> Tensor:
+    kind = _Clip if torch.compiler.is_compiling() else _ForwardModeClip
+    return kind.apply(location, size)
 
 
 def locate(
@@ -47,7 +56,7 @@ def locate(
     one before. ``csrc/bilinear.h`` is the same for the compiled kernels.
     """
     if clip:
-        location = _Clip.apply(location, size)
+        location = _clip(location, size)
     else:
         # Everything further out reads the same zeros: keep infinities out of the sums.
         location = location.clamp(-2, size + 1)

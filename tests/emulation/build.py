@@ -33,8 +33,7 @@ def build(
     includes = [HERE / "include", csrc, *include_paths()]
     flags = [
         *("-x", "c++", "-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"),
-        # Contracted or not, the CUDA compiler decides for itself; here, the same for every build.
-        *("-ffp-contract=off", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"),
+        "-ffp-contract=off",  # the CUDA compiler decides for itself; here, every build is the same
         *_SANITIZERS[sanitizer],
         *(f"-I{path}" for path in includes),
     ]
@@ -73,7 +72,8 @@ def build(
     if not library.exists():
         libraries = Path(torch.__file__).parent / "lib"
         partial = library.with_suffix(f".{os.getpid()}.tmp")
-        links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu", "-ltorch"]
+        # -Bsymbolic: the functions of torch's C shim in emulator.cpp go before torch's own.
+        links = [f"-L{libraries}", f"-Wl,-rpath,{libraries},-Bsymbolic", "-ltorch_cpu"]
         subprocess.run(
             [compiler, "-shared", *_SANITIZERS[sanitizer], *objects, "-o", partial, *links],
             check=True,

@@ -3,6 +3,8 @@
 // DK_EMULATED_ORDER  in which order fibers and blocks get their turn: forward, reverse, or any other
 //                    word, a seed: then at random, a fiber being passed over every other time.
 // A kernel with all its barriers gives the same bits in every order.
+#include "stable.h"
+
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -381,3 +383,27 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   }
   return cudaSuccess;
 }
+
+// ---- the C shim's part for CUDA ------------------------------------------------------------------
+
+extern "C" {
+
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  return *guard = nullptr, TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return TORCH_SUCCESS; }
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  return *stream = nullptr, TORCH_SUCCESS;
+}
+
+AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool,
+                                        char** message) {
+  if (error) *message = strdup(("emulated CUDA error " + std::to_string(error)).c_str());
+  return TORCH_SUCCESS;
+}
+
+void torch_c10_cuda_free_error_msg(char* message) { std::free(message); }
+
+}  // extern "C"

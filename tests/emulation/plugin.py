@@ -15,6 +15,7 @@ from .build import build
 # Under a sanitizer one order has to do.
 ORDERS = os.environ.get("DK_EMULATED_ORDERS", "forward reverse seed1 seed2").split()
 OPERATORS = ["deform_kernel_conv2d", "deform_kernel_conv2d_backward"]
+_library = torch.library.Library("dk_emulated", "DEF")
 
 
 def load() -> None:
@@ -22,6 +23,9 @@ def load() -> None:
     if not hasattr(torch.ops.dk_emulated, OPERATORS[0]):
         library = os.environ.get("DK_EMULATED_LIBRARY")  # a sanitizer's build: sanitize.sh
         torch.ops.load_library(library or str(build()))
+        for name in OPERATORS:
+            schema = str(getattr(torch.ops.dk_detectron, name).default._schema)
+            _library.define(schema.removeprefix("dk_detectron::"))
 
 
 @contextmanager

@@ -28,12 +28,12 @@ def main():
                 output = torch.ops.dk_emulated.deform_kernel_conv2d(**tensors, **case.arguments)
                 del tensors["bias"]
                 for deterministic in False, True:
-                    torch.use_deterministic_algorithms(deterministic)
                     torch.ops.dk_emulated.deform_kernel_conv2d_backward(
                         torch.ones_like(output),
                         **tensors,
                         **case.arguments,
                         output_mask=[True, True, kernel, data],
+                        deterministic=deterministic,
                     )
     print("no races")
 
