@@ -65,11 +65,11 @@ def second_gradients(
         return composed_deform_kernel_conv2d(input, weight, None, *offsets, **arguments)
 
     def first(grad_output: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        _, pull_back = torch.func.vjp(convolve, *tensors)
+        pull_back = torch.func.vjp(convolve, *tensors)[1]
         found = _in_places(places[1:], pull_back(grad_output), 1)
         return tuple(g for g, mask in zip(found, output_mask, strict=True) if mask)
 
-    _, pull_back = torch.func.vjp(first, *(saved[i] for i in places))
+    pull_back = torch.func.vjp(first, *(saved[i] for i in places))[1]
     return _in_places(places, pull_back(full), 0)
 
 
