@@ -13,8 +13,22 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..layers import AdaptiveConv2d, ScopeConv2d
-from .files import CheckpointError, read_checkpoint, refuse_pickle, write_checkpoint
-from .names import BACKBONE_PREFIXES, FIRST_WEIGHT, GENERATOR, may_be_unused, model_names, part
+from .files import (
+    CheckpointError,
+    non_finite,
+    read_checkpoint,
+    refuse_pickle,
+    write_checkpoint,
+)
+from .names import (
+    BACKBONE_PREFIXES,
+    FIRST_WEIGHT,
+    GENERATOR,
+    may_be_unused,
+    model_names,
+    part,
+    unwrap,
+)
 
 # How many batches a norm has seen: only training goes by it, and FrozenBN does not have it.
 COUNTER = ".num_batches_tracked"
@@ -103,7 +117,7 @@ def convert(
         report, whose :meth:`Report.check` says whether all is well.
 
     Raises:
-        CheckpointError: ``state`` or ``model`` is of no known kind.
+        CheckpointError: ``state`` or ``model`` is of no known kind, or a weight is not finite.
     """
     target = model.state_dict()
     prefix = next((p for p in BACKBONE_PREFIXES if p + FIRST_WEIGHT in target), None)
@@ -112,8 +126,10 @@ def convert(
             f"model: expected one with a backbone of this project (backbone.{FIRST_WEIGHT}, ...), "
             f"got {', '.join(list(target)[:4])}, ..."
         )
+    state, outside = unwrap(state)
     kind, names = model_names(state, prefix, source)
     origins = {name: origin for origin, name in names.items()}
+    _check_types({name: state[o] for name, o in origins.items() if name in target}, source)
     layers = {
         f"{name}.weight": layer
         for name, layer in model.named_modules()
@@ -146,6 +162,7 @@ def convert(
                 report.unexpected.append(
                     f"{origins[name]}: expected shape {list(old.shape)}, got {list(new.shape)}"
                 )
+    _check_finite(converted, source)
     report.unused = [origin for origin, name in names.items() if name not in converted]
     for list_ in report.matched, report.initialised, report.unused:
         list_[:] = [name for name in list_ if not name.endswith(COUNTER)]
@@ -159,7 +176,27 @@ def convert(
         for origin in report.unused
         if names[origin] not in misfits and not may_be_unused(names[origin], target, prefix)
     ]
+    report.unused += outside
     return converted, report
+
+
+def _check_types(found: dict[str, Tensor], source: str) -> None:
+    """Raises on weights that would be rounded in silence."""
+    odd = [n for n, t in found.items() if not t.is_floating_point() and not n.endswith(COUNTER)]
+    if odd:
+        raise CheckpointError(
+            f"{source}: expected weights of floating point, got {len(odd)} that are not, such as "
+            f"{odd[0]} of {found[odd[0]].dtype}: convert a quantised network back first"
+        )
+
+
+def _check_finite(converted: dict[str, Tensor], source: str) -> None:
+    """Raises on weights that no training should have left."""
+    if bad := non_finite(converted):
+        raise CheckpointError(
+            f"{source}: expected finite weights, got {len(bad)} of {len(converted)} tensors with "
+            f"infinities or NaN, first {bad[0]}: of a training that has diverged"
+        )
 
 
 def convert_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,20 @@ class UnreadableCheckpointError(CheckpointError):
     """A file that is truncated, corrupt, or no checkpoint at all."""
 
 
-# Reading and writing
+# Where other libraries put the weights in a file; a moving average only if there is nothing else.
+WEIGHT_KEYS = (
+    "model", "state_dict", "model_state_dict", "model_state", "weights", "net",
+    "model_ema", "state_dict_ema", "ema_state_dict", "ema",
+)  # fmt: skip
+# Beginnings of files that are not what their name says, and what to do.
+MISTAKEN = {
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself by `git lfs pull`",
+    b"<": "a page of HTML or XML, as a site sends in the place of a file: fetch it again",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+    b"\x89HDF": "an HDF5 file, of Keras or TensorFlow",
+}
+
+
 def refuse_pickle(path: str) -> None:
     """Raises ``CheckpointError`` for the names of detectron2's and Caffe2's pickle files."""
     if path.partition("?")[0].endswith((".pkl", ".pickle", ".pyth")):
@@ -36,10 +50,11 @@ def refuse_pickle(path: str) -> None:
 
 
 def read_checkpoint(path: str) -> dict:
-    """Reads a file without running any code from it.
+    """Reads a file without running any code from it, by its content, whatever it is called.
 
     Returns:
-        What the file holds, with the weights, by name and without "module.", under "model".
+        What the file holds, with the weights, by name and without "module." or the "_orig_mod." of
+        torch.compile, under "model".
 
     Raises:
         FileNotFoundError: no such file.
@@ -47,44 +62,88 @@ def read_checkpoint(path: str) -> dict:
         CheckpointError: it needs arbitrary unpickling, or holds no weights.
     """
     refuse_pickle(path)
-    with open(path, "rb") as f:
-        content: Any
-        try:
-            if path.endswith(".safetensors"):
-                content = safetensors.torch.load_file(path)
-            else:
-                content = torch.load(f, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            if isinstance(error, pickle.UnpicklingError) and code:
-                raise CheckpointError(
-                    f"{path}: expected tensors and plain values, got {code[1]}, which only runs "
-                    "by unpickling, and that can run any code. If you trust the file, load it "
-                    "yourself with weights_only=False and save its state dict with torch.save"
-                ) from None
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    with open(path, "rb") as file:
+        start = file.read(64)
+    _refuse_mistaken(path, start)
+    try:
+        content = _load(path, start)
+    except (MemoryError, CheckpointError):
+        raise
+    except Exception as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            raise CheckpointError(
+                f"{path}: expected tensors and plain values, got {code[1]}, which only runs "
+                "by unpickling, and that can run any code. If you trust the file, load it "
+                "yourself with weights_only=False and save its state dict with torch.save"
+            ) from None
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if "weights" in reason.lower():  # torch's advice to run what is in the file
+            reason = type(error).__name__
+        raise UnreadableCheckpointError(
+            f"{path}: expected a checkpoint, got a file that is truncated, corrupt or of "
+            f"another format ({reason}); fetch or write it again"
+        ) from error
+    return _with_model(path, content)
+
+
+def _refuse_mistaken(path: str, start: bytes) -> None:
+    if not start:
+        raise UnreadableCheckpointError(
+            f"{path}: expected a checkpoint, got an empty file, which is truncated, corrupt or was "
+            "never written; fetch or write it again"
+        )
+    for beginning, what in MISTAKEN.items():
+        # After the length of a header of safetensors there is a brace, not this.
+        if start.lstrip().startswith(beginning):
+            raise UnreadableCheckpointError(f"{path}: expected a checkpoint, got {what}")
+
+
+def _load(path: str, start: bytes) -> Any:
+    if start[8:9] == b"{":  # after the length of its header
+        return safetensors.torch.load_file(path)
+    if start.startswith(b"PK"):
+        _check_archive(path)
+    with open(path, "rb") as file:  # torch goes by the name of a path
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_archive(path: str) -> None:
+    """Reads the checksums that ``torch.save`` writes and ``torch.load`` ignores."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if not any(name.endswith("data.pkl") for name in names):
+            raise UnreadableCheckpointError(
+                f"{path}: expected a checkpoint, got a zip archive of {', '.join(names[:4])}: "
+                "unpack it"
+            )
+        if damaged := archive.testzip():
             raise UnreadableCheckpointError(
                 f"{path}: expected a checkpoint, got a file that is truncated, corrupt or of "
-                f"another format ({reason}); fetch or write it again"
-            ) from error
+                f"another format (the checksum of {damaged} is wrong); fetch or write it again"
+            )
+
+
+def _with_model(path: str, content: Any) -> dict:
+    """The content of a file with its weights, found and named plainly, under "model"."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a state dict, got a {type(content).__name__}")
     if content and all(isinstance(value, Tensor) for value in content.values()):
         content = {"model": content}
-    elif "model" not in content and "state_dict" in content:
-        content["model"] = content.pop("state_dict")
-    state = content.get("model")
+    key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), "model")
+    entries = [*content]
+    state = content.pop(key, None)
     if not isinstance(state, dict) or not all(
         isinstance(value, Tensor) for value in state.values()
     ):
         raise CheckpointError(
-            f"{path}: expected tensors by name, alone or under 'model' or 'state_dict', got the "
-            f"entries {', '.join(map(repr, list(content)[:8]))}"
+            f"{path}: expected tensors by name, alone or under {', '.join(WEIGHT_KEYS)}, got the "
+            f"entries {', '.join(map(repr, entries[:8]))}"
         )
-    consume_prefix_in_state_dict_if_present(state, "module.")
-    return content
+    plain = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    plain.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    consume_prefix_in_state_dict_if_present(plain, "module.")
+    return {**content, "model": plain}
 
 
 @contextmanager

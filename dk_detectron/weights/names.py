@@ -72,6 +72,27 @@ FOREIGN = {
 }
 
 
+def unwrap(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The network in a state dict that has it under a name, such as Lightning's "model."
+
+    Returns:
+        Its tensors without that name, and the names of what lies outside.
+    """
+    known = [first for first, *_ in FOREIGN.values()]
+    known += [prefix + FIRST_WEIGHT for prefix in BACKBONE_PREFIXES]
+    if any(first in state for first in known):
+        return state, []
+    for first in known:
+        wrappers = [name[: -len(first)] for name in state if name.endswith(f".{first}")]
+        if not wrappers:
+            continue
+        # Of a moving average beside the weights, the weights.
+        wrapper = min(wrappers, key=lambda wrapper: ("ema" in wrapper, len(wrapper)))
+        inner = {n.removeprefix(wrapper): t for n, t in state.items() if n.startswith(wrapper)}
+        return inner, [name for name in state if not name.startswith(wrapper)]
+    return state, []
+
+
 def model_names(state: dict[str, Tensor], prefix: str, source: str) -> tuple[str, dict[str, str]]:
     """What ``state`` is of, and its names in a model whose backbone's names start with ``prefix``.
 
