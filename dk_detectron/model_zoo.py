@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
@@ -62,7 +63,7 @@ def get_config(config_path: str | Path, trained: bool = False) -> CfgNode:
 
     Raises:
         FileNotFoundError: there is no such file or name.
-        ValueError: ``trained``, since no trained weights have been published.
+        ValueError: the file is no plain YAML; or ``trained``, as no weights have been published.
     """
     if trained:
         raise ValueError(
@@ -71,7 +72,13 @@ def get_config(config_path: str | Path, trained: bool = False) -> CfgNode:
         )
     cfg = get_cfg()
     add_dk_config(cfg)
-    cfg.merge_from_file(get_config_file(config_path))
+    path = get_config_file(config_path)
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path}: expected plain YAML, which runs no code when it is read, got: {error}"
+        ) from error
     return cfg
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -471,6 +472,17 @@ def arguments(**changes) -> Namespace:
         ({"opts": ["DATASETS.TEST", "('trees_val',)"]}, FileNotFoundError, "prepare_trees.py"),
         ({"eval_only": True}, ValueError, "MODEL.WEIGHTS: expected a checkpoint to evaluate"),
         (
+            {"opts": ["MODEL.MOBILENETV2.NORM", "BNN"]},
+            ValueError,
+            "MODEL.MOBILENETV2.NORM: expected one of .*'FrozenBN'.* got 'BNN'",
+        ),
+        ({"opts": ["MODEL.FPN.NORM", "bn"]}, ValueError, "MODEL.FPN.NORM: expected one of .* 'bn'"),
+        (
+            {"opts": ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.IMS_PER_BATCH", 12]},
+            ValueError,
+            "SOLVER.IMS_PER_BATCH: .* got 12: take 8 or 16, or set SOLVER.REFERENCE_WORLD_SIZE 0",
+        ),
+        (
             {"opts": ["MODEL.MOBILENETV2.NORM", "FrozenBN"]},
             ValueError,
             "learns nothing from scratch",
@@ -499,3 +511,36 @@ def replace_registered(datasets, root: Path) -> None:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     datasets.register_all(root)
+
+
+def test_resume_tells_what_has_changed(run, datasets_root, tmp_path):
+    """Another rate and length take over; a finished run stays as it is; the optimizer must fit."""
+    output = tmp_path / "run"
+    shutil.copytree(run, output)
+    finished = train(datasets_root, output, "--resume", "SOLVER.MAX_ITER", 4)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    log = finished.stdout + finished.stderr
+    assert "has finished, after 4 of 4 iterations: raise SOLVER.MAX_ITER" in log
+    assert losses(output) == losses(run)
+    before = {p.name: p.read_bytes() for p in output.glob("*.pth")}
+    assert before == {p.name: p.read_bytes() for p in run.glob("*.pth")}
+
+    other = train(datasets_root, output, "--resume", "SOLVER.OPTIMIZER", "SGD")
+    assert "SOLVER.OPTIMIZER: expected 'AdamW', that of the run to resume" in other.stderr
+
+    more = "SOLVER.MAX_ITER", 5, "SOLVER.WEIGHT_DECAY", 0.001, "SOLVER.AMP.ENABLED", True
+    result = train(datasets_root, output, "--resume", *more)
+    assert result.returncode == 0, result.stderr[-2000:]
+    log = result.stdout + result.stderr
+    assert "SOLVER.MAX_ITER: 4 -> 5" in log and "-> 0.001" in log
+    assert "The run to resume was without mixed precision" in log
+    assert (output / "model_0000004.pth").exists() or 4 in losses(output)
+
+
+def test_eval_only_wants_trained_heads(datasets_root, tmp_path):
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "backbone.pth")
+    result = train(
+        datasets_root, tmp_path / "run", "--eval-only", "MODEL.WEIGHTS", tmp_path / "backbone.pth"
+    )
+    assert result.returncode and "expected trained weights of the whole network" in result.stderr
+    assert not (tmp_path / "run" / "evaluation.json").exists()

@@ -39,3 +39,12 @@ def test_there_are_no_trained_weights_yet():
     for call in model_zoo.get, model_zoo.get_config:
         with pytest.raises(ValueError, match="trained: expected False, as no weights of COCO"):
             call(NAME, trained=True)
+
+
+def test_a_configuration_runs_no_code(tmp_path):
+    """detectron2's own reading would run it."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{tmp_path}/made]\n")
+    with pytest.raises(ValueError, match="config.yaml: expected plain YAML"):
+        model_zoo.get_config(path)
+    assert not (tmp_path / "made").exists()

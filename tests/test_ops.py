@@ -830,7 +830,7 @@ BAD_INPUT = [
     ("data_offset", lambda t: t.bool(), TypeError, "data_offset: expected a floating point type"),
     ("data_offset", lambda t: t.to("meta"), RuntimeError, "data_offset: expected device cpu"),
     ("padding", (0, 0), ValueError, r"kernel_offset: .*\[2, 18, 4, 5\], got \[2, 18, 6, 7\]"),
-    ("dilation", 4, ValueError, r"input: .* smaller than the kernel .*\[4, 4\]"),
+    ("dilation", 4, ValueError, r"input: .* smaller than the kernel .*\(4, 4\)"),
     ("kernel_size", 0, ValueError, "kernel_size: expected an integer >= 1 .* got 0"),
     ("kernel_size", (3, 3, 3), ValueError, r"kernel_size: expected .* got \(3, 3, 3\)"),
     ("kernel_size", (3, 2.5), ValueError, "kernel_size: expected an integer"),

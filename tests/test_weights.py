@@ -614,31 +614,38 @@ def step(checkpointer: Checkpointer, iteration: int) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.fixture
+def fvcores_log(caplog, monkeypatch):
+    """Also where detectron2's logging has been set up, which ends at its own handlers."""
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
+    return caplog
+
+
 @pytest.mark.parametrize("damaged", [0, 1, 2])
-def test_resume_takes_the_last_checkpoint_that_can_be_read(damaged, tmp_path, caplog):
+def test_resume_takes_the_last_checkpoint_that_can_be_read(damaged, tmp_path, fvcores_log):
     checkpointer, _ = training(tmp_path)
     weights = [step(checkpointer, i) for i in (8, 9, 10)]
     for i in (10, 9)[:damaged]:
         damage(tmp_path / f"model_{i:07d}.pth", "truncated")
     checkpointer, model = training(tmp_path)
-    with caplog.at_level(logging.WARNING):
+    with fvcores_log.at_level(logging.WARNING):
         rest = checkpointer.resume_or_load("", resume=True)
     assert rest["iteration"] == 10 - damaged
     expected = weights[-1 - damaged]
     assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
     assert len(checkpointer.checkpointables["optimizer"].state_dict()["state"]) > 0
-    warnings = [r.getMessage() for r in caplog.records if "before, since" in r.getMessage()]
+    warnings = [r.getMessage() for r in fvcores_log.records if "before, since" in r.getMessage()]
     assert len(warnings) == damaged and all("truncated, corrupt" in text for text in warnings)
 
 
-def test_resume_goes_back_past_a_lost_final_checkpoint_but_never_forward(tmp_path, caplog):
+def test_resume_goes_back_past_a_lost_final_checkpoint_but_never_forward(tmp_path, fvcores_log):
     checkpointer, _ = training(tmp_path)
     for iteration in 3, 5:
         step(checkpointer, iteration)
     checkpointer.save("model_final", iteration=5)
     (tmp_path / "model_final.pth").unlink()
     assert training(tmp_path)[0].resume_or_load("", resume=True)["iteration"] == 5
-    assert "model_final.pth: no such file" in caplog.text
+    assert "model_final.pth: no such file" in fvcores_log.text
     checkpointer.tag_last_checkpoint("model_0000003.pth")
     damage(tmp_path / "model_0000003.pth", "empty")
     with pytest.raises(CheckpointError, match="read none of model_0000003.pth; start without"):
@@ -705,3 +712,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert target.read_bytes() == written
     with pytest.raises(SystemExit, match="--config-file: expected a YAML file, .* got 'none.yaml'"):
         run_tool(monkeypatch, source, target, "--config-file", "none.yaml")
+
+
+def test_weights_without_heads_are_not_complete():
+    """As --eval-only wants them: a backbone alone is refused, a rigid detector for DK is not."""
+    model = build(DETECTOR)
+    _, report = convert(torchvision_state(), model, "net.pth")
+    with pytest.raises(CheckpointError, match="net.pth: .* none of its backbone.fpn, proposal_g"):
+        report.check_complete()
+    rigid = build(DETECTOR, "MODEL.DEFORM_KERNEL.CONV_3X3", "rigid")
+    convert(rigid.state_dict(), model)[1].check_complete()

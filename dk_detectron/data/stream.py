@@ -94,6 +94,12 @@ class SampleDataset(Dataset):
             return self.dataset[index]
 
 
+def nearest_multiples(number: int, of: int) -> str:
+    """The one below and the one above, in words."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
 def local_batch_size(total_batch_size: int) -> int:
     """The share of each process.
 
@@ -104,7 +110,7 @@ def local_batch_size(total_batch_size: int) -> int:
     if total_batch_size < processes or total_batch_size % processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH: expected a multiple of the {processes} processes, "
-            f"got {total_batch_size}"
+            f"got {total_batch_size}: take {nearest_multiples(total_batch_size, processes)}"
         )
     return total_batch_size // processes
 

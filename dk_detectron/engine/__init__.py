@@ -1,7 +1,8 @@
 """Training and evaluation, from the command line on."""
 
+from .checks import check_weights
 from .classification import AccuracyEvaluator, ClassificationTrainer
-from .command_line import check_weights, command_line, main, setup
+from .command_line import command_line, main, setup
 from .detection import Trainer
 from .divergence import DivergedError
 from .trainer import EVALUATION_FILE, BaseTrainer

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from torch import Tensor, nn
+
+# Below detectron2's, whose handlers write to the terminal and to log.txt.
+LOGGER = logging.getLogger("detectron2.dk_detectron.engine.amp")
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,6 +44,15 @@ def build_loop(cfg: CfgNode, model: nn.Module, data_loader, optimizer) -> Simple
 
 class MixedPrecisionTrainer(AMPTrainer):
     """detectron2's, whose own step insists on CUDA."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        if "grad_scaler" not in state_dict:
+            LOGGER.warning(
+                "The run to resume was without mixed precision: gradients are scaled from %g on",
+                self.grad_scaler.get_scale(),
+            )
+            state_dict["grad_scaler"] = self.grad_scaler.state_dict()
+        super().load_state_dict(state_dict)
 
     def run_step(self) -> None:
         start = time.perf_counter()

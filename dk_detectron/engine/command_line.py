@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from functools import partial
 
 import torch
@@ -11,11 +10,14 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 
 from ..model_zoo import get_config, get_config_file
-from ..weights import LAST_CHECKPOINT, Checkpointer, refuse_pickle
-from .amp import check_amp
+from ..weights import Checkpointer
+from .checks import changes_since, check_batch, check_norms, check_solver, check_weights
 from .detection import Trainer
 from .launch import launch
-from .trainer import OPTIMIZERS, BaseTrainer
+from .trainer import BaseTrainer
+
+# Below detectron2's, whose handlers write to the terminal and to log.txt.
+LOGGER = logging.getLogger("detectron2.dk_detectron.engine.command_line")
 
 
 def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
@@ -31,9 +33,20 @@ def main(args, trainer_class: type[BaseTrainer]):
         model = trainer_class.build_model(cfg)
         checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        if checkpointer.report:
+            checkpointer.report.check_complete()
         return trainer_class.test(cfg, model)
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if trainer.start_iter >= trainer.max_iter:
+        LOGGER.warning(
+            "The run in %s has finished, after %d of %d iterations: raise SOLVER.MAX_ITER (and "
+            "SOLVER.STEPS) to go on, or evaluate it with --eval-only",
+            cfg.OUTPUT_DIR,
+            trainer.start_iter,
+            trainer.max_iter,
+        )
+        return None
     return trainer.train()
 
 
@@ -52,19 +65,10 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE: no GPU is available, using the CPU")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
-        raise ValueError(
-            f"SOLVER.OPTIMIZER: expected one of {', '.join(OPTIMIZERS)}, "
-            f"got {cfg.SOLVER.OPTIMIZER!r}"
-        )
-    check_amp(cfg)
-    if not cfg.SOLVER.CLIP_OFFSET_GRADIENTS >= 0:
-        raise ValueError(
-            "SOLVER.CLIP_OFFSET_GRADIENTS: expected a norm, or 0 for no limit, "
-            f"got {cfg.SOLVER.CLIP_OFFSET_GRADIENTS}"
-        )
-    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
-        raise ValueError(f"SOLVER.EMA_DECAY: expected 0 <= decay < 1, got {cfg.SOLVER.EMA_DECAY}")
+    check_solver(cfg)
+    check_norms(cfg)
+    if not args.eval_only:
+        check_batch(cfg)
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
@@ -72,32 +76,12 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
         cfg, cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
     )
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
+    changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
     default_setup(cfg, args)
-    return cfg
-
-
-def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
-    """Raises if ``MODEL.WEIGHTS`` names no file, or training could not learn without."""
-    if resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, LAST_CHECKPOINT)):
-        return
-    weights = cfg.MODEL.WEIGHTS
-    if weights:
-        refuse_pickle(weights)
-        if "://" not in weights and not os.path.isfile(weights):
-            raise FileNotFoundError(
-                f"MODEL.WEIGHTS: expected a checkpoint, got {weights!r}: no such file"
-            )
-    elif needed:
-        raise ValueError("MODEL.WEIGHTS: expected a checkpoint to evaluate, got nothing")
-    elif "FrozenBN" in _norms(cfg):
-        raise ValueError(
-            "MODEL.WEIGHTS is empty, but the backbone's norm is FrozenBN, which learns nothing "
-            "from scratch: give MODEL.WEIGHTS, or set MODEL.RESNETS.NORM / MODEL.MOBILENETV2.NORM "
-            "to BN, SyncBN or GN and MODEL.BACKBONE.FREEZE_AT to 0"
+    if changes:
+        LOGGER.warning(
+            "Resuming with other settings than the run had, which take over from here:\n  %s",
+            "\n  ".join(changes),
         )
-
-
-def _norms(cfg: CfgNode) -> list[str]:
-    mobilenet = "mobilenetv2" in cfg.MODEL.BACKBONE.NAME
-    return [cfg.MODEL.MOBILENETV2.NORM if mobilenet else cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM]
+    return cfg

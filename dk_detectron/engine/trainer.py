@@ -30,6 +30,9 @@ from .divergence import DivergenceGuard
 from .monitoring import OffsetMonitor
 from .optimizer import build_optimizer, parameter_groups
 
+# Below detectron2's, whose handlers write to the terminal and to log.txt.
+LOGGER = logging.getLogger("detectron2.dk_detectron.engine.trainer")
+
 EVALUATION_FILE = "evaluation.json"
 OPTIMIZERS = ("SGD", "AdamW")
 
@@ -130,7 +133,8 @@ class BaseTrainer(DefaultTrainer):
             super().after_step()
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "seed": self.cfg.SEED}
+        own = {"seed": self.cfg.SEED, "processes": comm.get_world_size()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """detectron2's, but learning rates are those of the configuration."""
@@ -139,6 +143,14 @@ class BaseTrainer(DefaultTrainer):
         self.scheduler.base_lrs = base_lrs
         for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
             group["lr"] = lr
+        processes = state_dict.get("processes", comm.get_world_size())
+        if processes != comm.get_world_size():
+            LOGGER.warning(
+                "The run to resume had %d processes and has %d now: it goes on with other samples "
+                "than without the interruption",
+                processes,
+                comm.get_world_size(),
+            )
         seed = state_dict.get("seed", self.cfg.SEED)
         if seed != self.cfg.SEED:
             self.cfg = _with_seed(self.cfg, seed)

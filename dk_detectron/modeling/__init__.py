@@ -10,11 +10,13 @@ from .build import (
     to_channels_last,
 )
 from .classifier import ImageClassifier
+from .convolutions import NORMS
 from .features import FeatureList
 from .mobilenetv2 import mobilenet_v2
 from .resnetdw import resnet_dw
 
 __all__ = [
+    "NORMS",
     "FeatureList",
     "ImageClassifier",
     "build_mobilenetv2_backbone",

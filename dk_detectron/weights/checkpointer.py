@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from .convert import convert
+from .convert import Report, convert
 from .files import (
     CheckpointError,
     UnreadableCheckpointError,
@@ -62,7 +62,12 @@ class Checkpointer(DetectionCheckpointer):
 
     With something to load beside the model (a trainer), :meth:`load` resumes: then the checkpoint
     must be of exactly the same network.
+
+    Attributes:
+        report: what became of every tensor of what was loaded last.
     """
+
+    report: Report | None = None
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """As in the base class.
@@ -87,6 +92,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"MODEL.WEIGHTS and another OUTPUT_DIR\n\n{report}"
             )
         report.check()
+        self.report = report
         self.logger.info("Loading %s:\n%s", filename, report)
         return checkpoint
 

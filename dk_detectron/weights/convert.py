@@ -78,6 +78,20 @@ class Report:
             text += "\n\nUnexpected:\n" + "\n".join(f"  {line}" for line in lines)
         return text
 
+    def check_complete(self) -> None:
+        """Raises ``CheckpointError`` if a part of the model would have weights that nobody trained.
+
+        Generators are no such part: they start so that a deformable network is the rigid one.
+        """
+        missing = [name for name in self.initialised if not GENERATOR.search(name)]
+        if missing:
+            parts = Counter(map(part, missing))
+            raise CheckpointError(
+                f"{self.source}: expected trained weights of the whole network, got none of its "
+                f"{', '.join(parts)}: they are of a backbone alone ({self.kind}). Train from them "
+                "first, without --eval-only"
+            )
+
     def check(self) -> None:
         """Raises ``CheckpointError`` if anything unexpected is left."""
         if self.unexpected:

@@ -1,0 +1,131 @@
+"""What is wrong with a configuration, said before any work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..data.stream import local_batch_size, nearest_multiples
+from ..modeling import NORMS
+from ..weights import LAST_CHECKPOINT, refuse_pickle
+from .amp import check_amp
+from .trainer import OPTIMIZERS
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """Raises ``ValueError`` on values of ``SOLVER`` that no training can have."""
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER: expected one of {', '.join(OPTIMIZERS)}, got {solver.OPTIMIZER!r}"
+        )
+    check_amp(cfg)
+    if not solver.CLIP_OFFSET_GRADIENTS >= 0:
+        raise ValueError(
+            "SOLVER.CLIP_OFFSET_GRADIENTS: expected a norm, or 0 for no limit, "
+            f"got {solver.CLIP_OFFSET_GRADIENTS}"
+        )
+    if not 0 <= solver.EMA_DECAY < 1:
+        raise ValueError(f"SOLVER.EMA_DECAY: expected 0 <= decay < 1, got {solver.EMA_DECAY}")
+
+
+def check_batch(cfg: CfgNode) -> None:
+    """Raises ``ValueError`` if the batch does not divide among the processes."""
+    batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    processes = comm.get_world_size()
+    if not reference or reference == processes:
+        local_batch_size(batch)
+    elif batch % reference:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH: expected a multiple of SOLVER.REFERENCE_WORLD_SIZE = "
+            f"{reference}, from which batch, rate and schedule are scaled to {processes} "
+            f"process(es), got {batch}: take {nearest_multiples(batch, reference)}, or set "
+            "SOLVER.REFERENCE_WORLD_SIZE 0, so that they are used as they stand"
+        )
+
+
+def norms(cfg: CfgNode) -> dict[str, str]:
+    """The norms of the backbone and its pyramid, by key."""
+    mobilenet = "mobilenetv2" in cfg.MODEL.BACKBONE.NAME
+    backbone = "MOBILENETV2" if mobilenet else "RESNETS"
+    return {
+        f"MODEL.{backbone}.NORM": cfg.MODEL[backbone].NORM,
+        "MODEL.FPN.NORM": cfg.MODEL.FPN.NORM,
+    }
+
+
+def check_norms(cfg: CfgNode) -> None:
+    """Raises ``ValueError`` if a norm is unknown, or cannot run on the processes that there are."""
+    for key, norm in norms(cfg).items():
+        if norm not in NORMS:
+            known = ", ".join(map(repr, NORMS))
+            raise ValueError(f"{key}: expected one of {known}, got {norm!r}")
+        if (
+            norm in ("SyncBN", "nnSyncBN")
+            and cfg.MODEL.DEVICE == "cpu"
+            and comm.get_world_size() > 1
+        ):
+            raise ValueError(
+                f"{key}: expected a norm that runs on CPU processes, such as BN, GN or "
+                f"naiveSyncBN, got {norm!r}, which synchronises GPUs"
+            )
+
+
+def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
+    """Raises if ``MODEL.WEIGHTS`` names no file, or training could not learn without."""
+    if resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, LAST_CHECKPOINT)):
+        return
+    weights = cfg.MODEL.WEIGHTS
+    if weights:
+        refuse_pickle(weights)
+        if "://" not in weights and not os.path.isfile(weights):
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS: expected a checkpoint, got {weights!r}: no such file"
+            )
+    elif needed:
+        raise ValueError("MODEL.WEIGHTS: expected a checkpoint to evaluate, got nothing")
+    elif "FrozenBN" in norms(cfg).values():
+        raise ValueError(
+            "MODEL.WEIGHTS is empty, but the backbone's norm is FrozenBN, which learns nothing "
+            "from scratch: give MODEL.WEIGHTS, or set MODEL.RESNETS.NORM / MODEL.MOBILENETV2.NORM "
+            "to BN, SyncBN or GN and MODEL.BACKBONE.FREEZE_AT to 0"
+        )
+
+
+def changes_since(cfg: CfgNode) -> list[str]:
+    """How ``cfg`` differs from the run in ``OUTPUT_DIR`` that is to be resumed, "KEY: old -> new".
+
+    Raises:
+        ValueError: it cannot go on like this.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    if not (folder / LAST_CHECKPOINT).exists() or not (folder / "config.yaml").exists():
+        return []
+    before = _flat(CfgNode.load_yaml_with_base(str(folder / "config.yaml")))
+    now = _flat(CfgNode.load_cfg(cfg.dump()))
+    changed = {
+        key: (before[key], value)
+        for key, value in now.items()
+        if key in before and before[key] != value and key != "OUTPUT_DIR"
+    }
+    if "SOLVER.OPTIMIZER" in changed:
+        old, new = changed["SOLVER.OPTIMIZER"]
+        raise ValueError(
+            f"SOLVER.OPTIMIZER: expected {old!r}, that of the run to resume in {folder}, got "
+            f"{new!r}, which has other states: start a run from its weights, with MODEL.WEIGHTS "
+            "and another OUTPUT_DIR"
+        )
+    return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
+
+
+def _flat(node: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
