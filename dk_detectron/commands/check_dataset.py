@@ -2,18 +2,22 @@
 
     %(prog)s                                  # the three parts of COCO 2017
     %(prog)s coco_2017_val shapes_val
+    %(prog)s --json annotations/train.json --images images/train
 
 Exits with 1 if there are problems. The data sets are looked for in $DETECTRON2_DATASETS.
 """
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.checking import COCO, Report, check_dataset
-from ..data.datasets import datasets_root
+from ..data.checking import COCO, Report, check_dataset, class_conflict
+from ..data.datasets import PREFIX, datasets_root
 
 
 def print_report(report: Report) -> None:
@@ -22,15 +26,7 @@ def print_report(report: Report) -> None:
         f"{report.name}: {verdict}; {report.images:,} images, {report.annotations:,} annotations, "
         f"{report.categories} categories"
     )
-    cures = {}  # each once, after all that it cures
-    for problem, cure in report.problems:
-        cures.setdefault(cure, []).append(problem)
-    for cure, problems in cures.items():
-        for problem in problems:
-            print(f"  problem: {problem}")
-        print(f"  do: {cure}")
-    for note in report.notes:
-        print(f"  note: {note}")
+    print("\n".join(report.lines()), end="\n" if report.lines() else "")
 
 
 def main() -> None:
@@ -38,17 +34,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="data sets, as registered (default: COCO 2017)")
+    parser.add_argument("--json", help="a file of annotations in COCO's format, with --images")
+    parser.add_argument("--images", help="the folder of its pictures")
+    parser.add_argument("--json-report", metavar="OUT", help="also write what was found as JSON")
     args = parser.parse_args()
+    if (args.json is None) != (args.images is None):
+        parser.error("--json and --images: expected both, or neither")
+    names = args.names + ([f"{PREFIX}{args.json}:{args.images}"] if args.json else [])
     print(f"DETECTRON2_DATASETS: {datasets_root().resolve()}")
-    problems = 0
-    for name in args.names or COCO:
+    reports = []
+    for name in names or COCO:
         try:
             report = check_dataset(name, partial(tqdm, desc=name, unit="image", leave=False))
         except ValueError as error:
             parser.error(str(error))
         print_report(report)
-        problems += len(report.problems)
-    sys.exit(1 if problems else 0)
+        reports.append(report)
+    if args.json_report:
+        Path(args.json_report).write_text(json.dumps([asdict(r) for r in reports], indent=2))
+    conflict = class_conflict(reports) if args.names and all(r.survey for r in reports) else None
+    if conflict:
+        print(conflict)
+    sys.exit(1 if conflict or any(report.problems for report in reports) else 0)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import ExifTags, Image
+from detectron2.data import MetadataCatalog
+from tabulate import tabulate
 
-from .faults import Findings, box_fault, overhang
+from .coco import Survey, survey
+from .datasets import is_coco, resolve
+from .pictures import check_pictures, look_at_pictures
 
-# Opening files waits for the disk, or the network behind it, far longer than for the processor.
-THREADS = 32
-BATCH = 2048
+MOST_CLASSES = 80  # in a table
 
 
 @dataclass(frozen=True)
@@ -40,22 +38,16 @@ COCO = {
     ),
 }
 
-IMAGE_KEYS = {"id": int, "file_name": str, "width": int, "height": int}
-CATEGORY_KEYS = {"id": int, "name": str}
-# What pycocotools needs for an evaluation; training can do without the last two.
-ANNOTATION_KEYS = {
-    "id": int, "image_id": int, "category_id": int, "bbox": list, "area": (int, float),
-    "iscrowd": int,
-}  # fmt: skip
-
 
 @dataclass
 class Report:
-    """What `check_dataset` found.
+    """What was found in a data set.
 
     Attributes:
         problems: each with its cure.
+        repairs: what training and evaluation read otherwise than it is written, or leave out.
         notes: what is odd but does no harm, because detectron2 deals with it.
+        survey: of the JSON, if it can be read.
     """
 
     name: str
@@ -63,60 +55,128 @@ class Report:
     annotations: int = 0
     categories: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
+    repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    survey: Survey | None = None
+
+    def lines(self) -> list[str]:
+        """Problems, with each cure once, after all that it cures; repairs and notes."""
+        cures: dict[str, list[str]] = {}
+        for problem, cure in self.problems:
+            cures.setdefault(cure, []).append(f"  problem: {problem}")
+        lines = [line for cure, problems in cures.items() for line in (*problems, f"  do: {cure}")]
+        lines += [f"  repaired: {repair}" for repair in self.repairs]
+        return lines + [f"  note: {note}" for note in self.notes]
+
+    def table(self) -> str:
+        """Boxes by class and size, and what of the file is not learnt."""
+        if self.survey is None or not self.survey.has_annotations:
+            return f"{self.name}: {self.images:,} images without annotations"
+        rows = [
+            [name, sum(boxes), *boxes]
+            for name, boxes in zip(self.survey.classes, self.survey.boxes, strict=True)
+        ]
+        total = ["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])]
+        if len(rows) > MOST_CLASSES:
+            rows = rows[:MOST_CLASSES] + [[f"... and {len(rows) - MOST_CLASSES} more"]]
+        headers = ["class", "boxes", "small", "medium", "large"]
+        return (
+            f"{self.name}: {self.images:,} images, {self.survey.empty:,} of them without objects; "
+            f"{self.annotations:,} annotations, {self.survey.crowds:,} of them crowds, which are "
+            "not learnt\n" + tabulate([*rows, total], headers, tablefmt="github")
+        )
 
 
 def check_dataset(name: str, progress: Callable[..., Iterable] | None = None) -> Report:
-    """Checks a registered data set: its JSON, its annotations, and every image that it lists.
+    """Checks a data set: its JSON, its annotations, and every image that it lists.
 
-    Images are opened but not decoded, unless something is odd about their end: a minute for COCO's
-    118,287, which finds what interrupted downloads and full disks leave behind.
+    All images are decoded, by as many processes as there are cores.
 
     Args:
+        name: as registered, or coco:JSON:IMAGES.
         progress: shows it, called as `tqdm` is, with an iterable and its ``total``.
 
     Raises:
-        ValueError: no data set in COCO's format is registered under the name.
+        ValueError: it is no data set in COCO's format.
     """
-    if name not in DatasetCatalog.list():
-        raise ValueError(
-            f"{name}: expected a registered data set, such as shapes_val or coco_2017_train"
-        )
-    metadata = MetadataCatalog.get(name)
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
-    if metadata.get("evaluator_type") != "coco" or None in (json_file, image_root):
-        raise ValueError(f"{name}: expected a data set that is registered in COCO's format")
-    json_cure, image_cure = _cures(name, json_file, image_root)
-    report = Report(name)
-    try:
-        content = _read(json_file)
-    except (OSError, ValueError) as error:
-        report.problems.append((str(error), json_cure))
-        if not os.path.isdir(image_root):
-            report.problems.append((f"{image_root}: no such folder", image_cure))
-        return report
 
-    faults, notes = Findings(), Findings()
-    images = _check_entries(content["images"], "image", IMAGE_KEYS, faults)
-    categories = _check_entries(content["categories"], "category", CATEGORY_KEYS, faults)
-    annotations = _check_entries(content["annotations"], "annotation", ANNOTATION_KEYS, faults)
-    _check_annotations(annotations, images, categories, faults, notes)
-    report.images, report.categories = len(images), len(categories)
-    report.annotations = len(annotations)
-    if name in COCO:
+    def decode(pictures: list, root: str) -> list[str]:
+        return check_pictures(pictures, root, decode=True, progress=progress).lines()
+
+    report = _examine(name, decode)
+    if name in COCO and report.survey:
+        json_cure, _ = _cures(name, *_files(name))
         for what in "images", "categories":
             expected, found = getattr(COCO[name], what), getattr(report, what)
             if found != expected:
-                message = f"{json_file}: expected {expected:,} {what}, got {found:,}"
+                message = f"{_files(name)[0]}: expected {expected:,} {what}, got {found:,}"
                 report.problems.append((message, json_cure))
-    report.problems += [(f"{json_file}: {line}", json_cure) for line in faults.lines()]
-    report.notes = notes.lines()
+    return report
 
-    if os.path.isdir(image_root):
-        faults = _check_files(image_root, list(images.values()), progress)
-        report.problems += [(f"{image_root}: {line}", image_cure) for line in faults.lines()]
+
+def gate(name: str, progress: Callable[..., Iterable] | None = None) -> Report:
+    """What must be known before training or evaluation: a quicker look, remembered.
+
+    Raises:
+        ValueError: the data set is of no use; all that is wrong is named, with its cure.
+    """
+    report = _examine(name, lambda pictures, root: look_at_pictures(pictures, root, progress))
+    if report.problems:
+        raise ValueError("\n".join([f"DATASETS: {name} cannot be used as it is", *report.lines()]))
+    return report
+
+
+def class_conflict(reports: list[Report]) -> str | None:
+    """Where two data sets number their classes differently, if they do."""
+    first, *others = [report for report in reports if report.survey]
+    assert first.survey
+    for other in others:
+        assert other.survey
+        if first.survey.classes != other.survey.classes:
+            pairs = zip(first.survey.classes, other.survey.classes, strict=False)
+            k, (one, two) = next(
+                ((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1]),
+                (0, ("", "")),
+            )
+            where = f"class {k} is {one!r} and {two!r}" if one else "they differ in number"
+            return (
+                f"DATASETS: expected the same categories, in the order of their ids, in "
+                f"{first.name} ({len(first.survey.classes)}) and {other.name} "
+                f"({len(other.survey.classes)}), but {where}; give both JSON files the same "
+                "list of categories"
+            )
+    return None
+
+
+def _files(name: str) -> tuple[str, str]:
+    metadata = MetadataCatalog.get(name)
+    return str(metadata.json_file), str(metadata.image_root)
+
+
+def _examine(name: str, look: Callable[[list, str], list[str]]) -> Report:
+    try:
+        resolve(name)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a data set; {error}") from None
+    if not is_coco(name):
+        raise ValueError(f"{name}: expected a data set that is registered in COCO's format")
+    json_file, image_root = _files(name)
+    json_cure, image_cure = _cures(name, json_file, image_root)
+    report = Report(name)
+    try:
+        found = report.survey = survey(json_file)
+    except (OSError, ValueError) as error:
+        report.problems.append((str(error), json_cure))
     else:
+        report.images, report.annotations = len(found.images), found.annotations
+        report.categories = len(found.classes)
+        report.problems += [(f"{json_file}: {line}", json_cure) for line in found.faults]
+        report.repairs, report.notes = list(found.repairs), list(found.notes)
+    if not os.path.isdir(image_root):
         report.problems.append((f"{image_root}: no such folder", image_cure))
+    elif report.survey:
+        faults = look(report.survey.images, image_root)
+        report.problems += [(f"{image_root}: {line}", image_cure) for line in faults]
     return report
 
 
@@ -138,118 +198,3 @@ def _cures(name: str, json_file: str, image_root: str) -> tuple[str, str]:
         "correct the file, or the json_file that the data set is registered with",
         "restore the images, or correct the image_root that the data set is registered with",
     )
-
-
-def _read(json_file: str) -> dict:
-    """The content of the file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not COCO's JSON.
-    """
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{json_file}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{json_file}: not whole, or no JSON: {error}") from error
-    if isinstance(content, dict):
-        content.setdefault("annotations", [])  # a test set's file has none
-    if lacking := _lacks(content, {"images": list, "categories": list, "annotations": list}):
-        raise ValueError(f"{json_file}: expected COCO's JSON, found no list of {lacking[0]}")
-    if not content["images"] or not content["categories"]:
-        raise ValueError(f"{json_file}: expected images and categories, found an empty list")
-    return content
-
-
-def _lacks(entry: object, keys: dict) -> list[str]:
-    """The keys that the entry does not have, with a value of their type."""
-    if not isinstance(entry, dict):
-        return list(keys)
-    return [key for key, kind in keys.items() if not isinstance(entry.get(key), kind)]
-
-
-def _check_entries(entries: list, what: str, keys: dict, faults: Findings) -> dict[int, dict]:
-    """The sound entries by identifier."""
-    sound = {}
-    for entry in entries:
-        if lacking := _lacks(entry, keys):
-            faults.add(f"{what} without a proper {', '.join(lacking)}", entry)
-        elif entry["id"] in sound:
-            faults.add(f"{what} whose id is taken", entry["id"])
-        else:
-            sound[entry["id"]] = entry
-    return sound
-
-
-def _check_annotations(
-    annotations: dict[int, dict],
-    images: dict[int, dict],
-    categories: dict[int, dict],
-    faults: Findings,
-    notes: Findings,
-) -> None:
-    for identifier, annotation in annotations.items():
-        image = images.get(annotation["image_id"])
-        box = annotation["bbox"]
-        example = f"id {identifier}: {box}"
-        if image is None:
-            faults.add("annotation of an unknown image", f"id {identifier}")
-            continue
-        if annotation["category_id"] not in categories:
-            faults.add("annotation of an unknown category", f"id {identifier}")
-        size = image["width"], image["height"]
-        if fault := box_fault(box, size):
-            faults.add(fault, example)
-        elif overhang(box, size) > 1:
-            notes.add(
-                "bbox that sticks out of its image and will be clipped (if most do: COCO's are "
-                "x, y, width, height)",
-                f"{example} in {size[0]}x{size[1]}",
-            )
-        elif 0 in box[2:]:
-            notes.add("bbox without area, which will be ignored", example)
-
-
-def _check_files(image_root: str, images: list[dict], progress: Callable | None) -> Findings:
-    faults = Findings()
-
-    def fault(image: dict) -> str | None:
-        path = os.path.join(image_root, image["file_name"])
-        return image_fault(path, (image["width"], image["height"]))
-
-    def check() -> Iterator[tuple[dict, str | None]]:
-        # In batches: a queue of everything would hold the progress back.
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH]
-            yield from zip(batch, pool.map(fault, batch), strict=True)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for image, kind in progress(check(), total=len(images)) if progress else check():
-            if kind:
-                faults.add(kind, image["file_name"])
-    return faults
-
-
-def image_fault(path: str, size: tuple[int, int]) -> str | None:
-    """What is wrong with an image that should have this width and height, if anything is."""
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            found = image.size
-            if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # detectron2 turns it
-                found = found[::-1]
-            if image.format != "JPEG" or not _has_end_of_jpeg(path):
-                image.load()
-    except FileNotFoundError:
-        return "missing image"
-    # Pillow reports a broken file in many ways, its decompression bombs among them.
-    except Exception:
-        return "unreadable image"
-    return None if found == size else "image of another size than the JSON says"
-
-
-def _has_end_of_jpeg(path: str) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-2, os.SEEK_END)
-        return file.read() == b"\xff\xd9"

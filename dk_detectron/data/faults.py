@@ -37,6 +37,28 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and isfinite(cast(float, value))
 
 
+def as_number(value: object) -> int | float | None:
+    """The finite number that a value of JSON means, if it means one: "12" is 12, True is 1."""
+    if is_number(value):
+        return cast(float, value)
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        if isfinite(number):
+            return int(number) if number.is_integer() else number
+    return None
+
+
+def as_integer(value: object) -> int | None:
+    """The same of integers; 12.0 is one."""
+    number = as_number(value)
+    return int(number) if number is not None and number == int(number) else None
+
+
 def overhang(box: list[float], size: tuple[int, int]) -> float:
     """By how many pixels a box (xywh) sticks out of an image of this width and height."""
     x, y, width, height = box

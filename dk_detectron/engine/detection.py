@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     DatasetFromList,
     DatasetMapper,
     MapDataset,
@@ -16,9 +17,13 @@ from detectron2.data import (
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from ..data.datasets import check_on_disk
+from ..data.checking import Report, class_conflict, gate
+from ..data.coco import survey
+from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
 from .trainer import BaseTrainer
 
@@ -28,14 +33,31 @@ class Trainer(BaseTrainer):
 
     @classmethod
     def check_datasets(cls, cfg: CfgNode, names) -> None:
-        """Raises if a data set is unknown or not on disk: before training, not after it."""
+        """Looks at all data before work starts: unknown, not on disk, not sound, not of one kind.
+
+        Names of the form ``coco:JSON:IMAGES`` are registered, and what could be repaired is said.
+        """
         for name in names:
-            if name not in DatasetCatalog.list():
-                raise ValueError(
-                    "DATASETS: expected a registered data set, such as shapes_train or "
-                    f"coco_2017_train, got {name!r}"
-                )
+            resolve(name)
             check_on_disk(name)
+        # The first process of a machine looks; the others find what it remembers.
+        if comm.get_local_rank():
+            comm.synchronize()
+        reports = [
+            gate(name, partial(tqdm, desc=name, unit="image", leave=False, disable=None))
+            for name in dict.fromkeys(names)
+            if is_coco(name)
+        ]
+        if not comm.get_local_rank():
+            comm.synchronize()
+        if reports and (conflict := class_conflict(reports)):
+            raise ValueError(conflict)
+        for report in reports:
+            _check_uses(cfg, report)
+            adopt(report.name)
+            if comm.is_main_process():
+                text = "\n".join([report.table(), *report.lines()])
+                logging.getLogger(__name__).warning(text)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
@@ -46,6 +68,8 @@ class Trainer(BaseTrainer):
                 kind(1 - jitter, 1 + jitter)
                 for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
             ]
+        if cfg.MODEL.MASK_ON and _has_run_lengths(cfg):
+            mapper["instance_mask_format"] = "bitmask"  # which both kinds can become
         # detectron2's samplers draw their seed from numpy.
         with seeded(cfg.SEED):
             parts = build_detection_train_loader.from_config(cfg, mapper=DatasetMapper(**mapper))
@@ -71,4 +95,27 @@ class Trainer(BaseTrainer):
             )
         # The official COCO API, since its numbers are the ones to publish.
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+        with repaired(dataset_name):
+            return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+
+
+def _has_run_lengths(cfg: CfgNode) -> bool:
+    return any(
+        survey(MetadataCatalog.get(name).json_file).run_lengths
+        for name in cfg.DATASETS.TRAIN
+        if is_coco(name)
+    )
+
+
+def _check_uses(cfg: CfgNode, report: Report) -> None:
+    """Raises ``ValueError`` if sound data are of no use for this configuration."""
+    found = report.survey
+    assert found
+    if report.name in cfg.DATASETS.TRAIN and not sum(map(sum, found.boxes)):
+        raise ValueError(f"DATASETS.TRAIN: expected objects to learn in {report.name}, got none")
+    if cfg.MODEL.MASK_ON and found.has_annotations and found.without_mask:
+        raise ValueError(
+            f"MODEL.MASK_ON: expected a mask for every object, {report.name} has "
+            f"{found.without_mask:,} annotations without; complete or remove them, or train boxes "
+            "alone with MODEL.MASK_ON False"
+        )

@@ -1,0 +1,210 @@
+"""Images, categories and annotations of a file in COCO's format, judged and repaired one by one."""
+
+from __future__ import annotations
+
+from .faults import Findings, as_integer, as_number, box_fault, is_number, overhang
+from .masks import read_mask
+
+# detectron2 scales the longer side to 1333 pixels: of a thinner image nothing is left.
+THINNEST = 1333
+
+
+class Entries:
+    """The sound entries by identifier, and what was found on the way.
+
+    Attributes:
+        faults: what has no meaning.
+        repairs: what was given one.
+        notes: what is odd, and left as it is.
+    """
+
+    def __init__(self) -> None:
+        self.faults, self.repairs, self.notes = Findings(), Findings(), Findings()
+        self.images: dict[int, dict] = {}
+        self.categories: dict[int, dict] = {}
+        self.crowds = 0
+        self.boxes = self.corners = self.fractions = self.hanging = 0
+
+    def read(self, content: dict) -> None:
+        """Judges a file's content, and repairs it in place."""
+        self.images = self._by_id(content["images"], "image", ("width", "height"), "file_name")
+        self.categories = self._by_id(content["categories"], "category", (), "name")
+        self._judge_images()
+        self._judge_names()
+        if "annotations" in content:
+            content["annotations"] = [
+                annotation
+                for position, annotation in enumerate(content["annotations"])
+                if self._read_annotation(annotation, position)
+            ]
+            self._number(content["annotations"])
+            self._judge_all(content["annotations"])
+
+    def _by_id(self, entries: list, what: str, numbers: tuple, text: str) -> dict[int, dict]:
+        sound: dict[int, dict] = {}
+        for entry in entries:
+            if not isinstance(entry, dict):
+                self.faults.add(f"{what} without a proper id, {text}", entry)
+                continue
+            lacking = [key for key in ("id", *numbers) if not self._to_integer(entry, key, what)]
+            if not isinstance(entry.get(text), str):
+                lacking.append(text)
+            if lacking:
+                self.faults.add(f"{what} without a proper {', '.join(lacking)}", entry)
+            elif entry["id"] in sound:
+                self.faults.add(f"{what} whose id is taken", entry["id"])
+            else:
+                sound[entry["id"]] = entry
+        return sound
+
+    def _to_integer(self, entry: dict, key: str, what: str) -> bool:
+        """Whether the entry has, or means, an integer under the key; it has it afterwards."""
+        value = entry.get(key)
+        if type(value) is int:
+            return True
+        number = as_integer(value)
+        if number is None:
+            return False
+        entry[key] = number
+        self.repairs.add(f"{what} whose {key} was not written as an integer", repr(value))
+        return True
+
+    def _judge_images(self) -> None:
+        names: set[str] = set()
+        for image in self.images.values():
+            short, long = sorted((image["width"], image["height"]))
+            if short < 1 or long > THINNEST * short:
+                self.faults.add(
+                    f"image whose sides are less than 1, or beyond {THINNEST} : 1",
+                    f"{image['file_name']}: {image['width']}x{image['height']}",
+                )
+            if image["file_name"] in names:
+                self.notes.add("file that is listed for several images", image["file_name"])
+            names.add(image["file_name"])
+
+    def _judge_names(self) -> None:
+        names: dict[str, str] = {}
+        for category in self.categories.values():
+            other = names.setdefault(category["name"].strip().casefold(), category["name"])
+            if other is not category["name"]:
+                self.notes.add("categories of one name", f"{other!r} and {category['name']!r}")
+
+    def _read_annotation(self, annotation: object, position: int) -> bool:
+        """Repairs an annotation; False if it is left out."""
+        if not isinstance(annotation, dict):
+            self.faults.add("annotation without a proper id, image_id, category_id", annotation)
+            return True
+        lacking = [
+            key
+            for key in ("image_id", "category_id")
+            if type(annotation.get(key)) is not int
+            and not self._to_integer(annotation, key, "annotation")
+        ]
+        label = f"id {annotation['id']}" if "id" in annotation else f"number {position + 1}"
+        if lacking:
+            self.faults.add(f"annotation without a proper {', '.join(lacking)}", label)
+            return True
+        image = self.images.get(annotation["image_id"])
+        if image is None:
+            self.repairs.add("annotation of an unknown image, left out", label)
+            return False
+        if annotation["category_id"] not in self.categories:
+            self.faults.add("annotation of an unknown category", label)
+        size = image["width"], image["height"]
+        self._read_flags(annotation, label)
+        if self._read_box(annotation, size, label):
+            self._read_area(annotation, label)
+        if segmentation := annotation.get("segmentation"):
+            mask = read_mask(segmentation, size)
+            if mask.fault:
+                self.faults.add(mask.fault, label)
+            elif mask.repair:
+                self.repairs.add(mask.repair, label)
+            annotation["segmentation"] = mask.segmentation or []
+        return True
+
+    def _read_flags(self, annotation: dict, label: str) -> None:
+        crowd = annotation.get("iscrowd")
+        if not isinstance(crowd, int) or isinstance(crowd, bool):
+            annotation["iscrowd"] = crowd = as_integer(crowd) or 0
+            self.repairs.add("annotation whose iscrowd was no number, or missing", label)
+        # Neither detectron2 nor pycocotools understands the flag, but both know crowds, which are
+        # not learnt and cost nothing.
+        if "ignore" in annotation and as_number(annotation.pop("ignore")):
+            annotation["iscrowd"] = crowd = 1
+            self.repairs.add("annotation with `ignore`, treated as a crowd", label)
+        if crowd not in (0, 1):
+            self.faults.add("annotation whose iscrowd is neither 0 nor 1", label)
+        self.crowds += crowd == 1
+
+    def _read_box(self, annotation: dict, size: tuple[int, int], label: str) -> bool:
+        """Judges the box; False if it has no meaning."""
+        box = annotation.get("bbox")
+        if isinstance(box, list) and any(isinstance(value, str) for value in box):
+            annotation["bbox"] = box = [as_number(value) for value in box]
+            self.repairs.add("bbox whose numbers were written as strings", label)
+        if fault := box_fault(box, size):
+            self.faults.add(fault, f"{label}: {box}")
+            return False
+        assert isinstance(box, list)
+        x, y, width, height = box
+        self.boxes += 1
+        self.corners += x < width <= size[0] + 1 and y < height <= size[1] + 1
+        self.fractions += max(box) <= 1 and not all(value == int(value) for value in box)
+        if overhang(box, size) > 1:
+            self.hanging += 1
+            self.notes.add(
+                "bbox that sticks out of its image and will be clipped",
+                f"{label}: {box} in {size[0]}x{size[1]}",
+            )
+        elif width == 0 or height == 0:
+            self.notes.add("bbox without area, which will be ignored", f"{label}: {box}")
+        return True
+
+    def _read_area(self, annotation: dict, label: str) -> None:
+        """A mask cannot cover more than its box; half a pixel on each side is rounding."""
+        _, _, width, height = annotation["bbox"]
+        area = annotation.get("area")
+        if area is not None and is_number(area) and 0 < area <= (width + 1) * (height + 1):
+            return
+        if area != width * height:
+            annotation["area"] = width * height
+            kind = "annotation whose area was missing, impossible or no number: width * height"
+            self.repairs.add(kind, label)
+
+    def _number(self, annotations: list) -> None:
+        """New ids for all, unless every one is a positive integer of its own.
+
+        pycocotools takes an object of id 0 for one that was not found.
+        """
+        identifiers = [a.get("id") if isinstance(a, dict) else None for a in annotations]
+        if not all(type(identifier) is int and identifier > 0 for identifier in identifiers):
+            why = "ids that are missing, no integers or not above 0"
+        elif len(set(identifiers)) < len(identifiers):
+            why = "ids that are taken"
+        else:
+            return
+        for position, annotation in enumerate(annotations):
+            if isinstance(annotation, dict):
+                annotation["id"] = position + 1
+        self.repairs.add(f"annotations with {why}, all numbered anew from 1", identifiers[0])
+
+    def _judge_all(self, annotations: list) -> None:
+        """What only all annotations together can say."""
+        kind = ""
+        if annotations and self.crowds == len(annotations):
+            kind = (
+                "annotations that are all crowds (iscrowd 1), of which nothing is learnt or "
+                "evaluated; many exports write 1 for every mask as an RLE, where 0 is meant"
+            )
+        elif self.boxes and self.corners == self.boxes and self.hanging > self.boxes / 2:
+            kind = "bboxes that are corners (x1, y1, x2, y2); COCO's are x, y, width, height"
+        elif self.boxes and self.fractions == self.boxes:
+            kind = "bboxes in fractions of the image; COCO's are in pixels"
+        for annotation in annotations if kind else ():
+            if isinstance(annotation, dict):
+                self.faults.add(kind, f"id {annotation['id']}")
+        used = {a.get("category_id") for a in annotations if isinstance(a, dict)}
+        if annotations and (unused := [c for i, c in self.categories.items() if i not in used]):
+            for category in unused:
+                self.notes.add("category without boxes", repr(category["name"]))

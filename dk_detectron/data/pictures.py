@@ -1,0 +1,187 @@
+"""Picture files: there, whole, and read as what they are; and if not, what is there instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import unicodedata
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+from PIL import ExifTags, Image
+from torch.utils.data import DataLoader, Dataset
+
+from .cache import cache_file, state_of, write
+from .faults import Findings
+
+BATCH = 32
+# So many are decoded before every training of new data: ten seconds on two cores.
+FEW = 2000
+
+
+class Folder:
+    """A folder of pictures, searched for what a wrong name may mean."""
+
+    def __init__(self, root: str):
+        self.root = root
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        found = {}
+        for folder, _, files in os.walk(self.root):
+            for file in files:
+                name = os.path.relpath(os.path.join(folder, file), self.root)
+                found[_alike(name)] = name
+        return found
+
+    def near(self, name: str) -> str | None:
+        """The file that differs by case, Unicode form, slashes or leading folders, if there is."""
+        parts = PurePosixPath(_alike(name)).parts
+        alike = (self._names.get("/".join(parts[start:])) for start in range(len(parts)))
+        return next(filter(None, alike), None)
+
+
+def _alike(name: str) -> str:
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+
+
+class PictureFaults(Dataset):
+    """What is wrong with each picture: None, or the kind of fault.
+
+    It is loaded by worker processes, whose standard error is a file that decoders write to.
+    """
+
+    def __init__(self, pictures: list[tuple[str, int, int]], root: str, *, decode: bool):
+        """
+        Args:
+            pictures: file name, width and height.
+            decode: decode every JPEG, also where nothing is odd about its head and its end.
+        """
+        self.pictures = pictures
+        self.root = root
+        self.decode = decode
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> str | None:
+        name, width, height = self.pictures[index]
+        return picture_fault(os.path.join(self.root, name), (width, height), self.decode)
+
+
+def _divert_warnings(worker: int) -> None:
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+    cv2.setNumThreads(0)
+
+
+def look_at_pictures(
+    pictures: list[tuple[str, int, int]], root: str, progress: Callable | None = None
+) -> list[str]:
+    """The faults that training would meet, remembered until a file changes.
+
+    Few pictures are decoded, of many only head and end are read: `dk-check-dataset` decodes all.
+    """
+    sizes = json.dumps(pictures)
+    state = state_of([os.path.join(root, name) for name, _, _ in pictures] + [sizes])
+    kept = cache_file("pictures", state)
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    decode = len(pictures) <= FEW
+    faults = check_pictures(pictures, root, decode=decode, progress=progress).lines()
+    write(kept, faults)
+    return faults
+
+
+def check_pictures(
+    pictures: list[tuple[str, int, int]],
+    root: str,
+    *,
+    decode: bool,
+    progress: Callable | None = None,
+) -> Findings:
+    """The faults of all pictures, with names that are near to those of missing ones."""
+    faults, folder = Findings(), Folder(root)
+    found = DataLoader(
+        PictureFaults(pictures, root, decode=decode),
+        batch_size=BATCH,
+        num_workers=max(1, len(os.sched_getaffinity(0))),
+        worker_init_fn=_divert_warnings,
+        collate_fn=list,
+    )
+    kinds = (kind for batch in found for kind in batch)
+    if progress:
+        kinds = progress(kinds, total=len(pictures))
+    for (name, _, _), kind in zip(pictures, kinds, strict=True):
+        if kind == MISSING and (near := folder.near(name)):
+            faults.add("missing image, of a name that is nearly there", f"{name}: there is {near}")
+        elif kind:
+            faults.add(kind, name)
+    return faults
+
+
+MISSING = "missing image"
+UNREADABLE = "unreadable image"
+DAMAGED = "image that is damaged inside, of which part decodes to something else"
+UNFINISHED = "image that is not whole: zeros to its end"
+
+
+def picture_fault(path: str, size: tuple[int, int], decode: bool) -> str | None:
+    """What is wrong with a picture that should have this width and height, if anything is.
+
+    Standard error must be a file of this process (see `_divert_warnings`).
+    """
+    try:
+        content = Path(path).read_bytes() if decode else None
+        with Image.open(path) as image:
+            kind, mode, found = image.format, image.mode, image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            if kind not in ("JPEG", "PNG"):
+                image.load()
+        if kind == "PNG":
+            with Image.open(path) as image:
+                image.verify()  # the sums of its parts, without decoding
+        if kind == "JPEG" and (fault := _jpeg_fault(path, content)):
+            return fault
+    except FileNotFoundError:
+        return MISSING
+    # Pillow reports a broken file in many ways, its decompression bombs among them.
+    except Exception:
+        return UNREADABLE
+    if mode.startswith("I") or mode == "F":
+        return "image of 16 bits or of floats, which would be read as white; convert it to 8 bits"
+    if found[:: -1 if turned else 1] == size:  # detectron2 turns it
+        return None
+    if found == size:
+        return "image that its EXIF turns, where the JSON has the size before; boxes may be turned"
+    return "image of another size than the JSON says"
+
+
+def _jpeg_fault(path: str, content: bytes | None) -> str | None:
+    if content is None:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 4096))
+            end = file.read()
+    else:
+        end = content
+    stripped = end.rstrip(b"\0")
+    ends = stripped.endswith(b"\xff\xd9")
+    if not ends and len(end) - len(stripped) > 64:
+        return UNFINISHED
+    if content is None and ends:
+        return None
+    with Image.open(path) as image:
+        image.draft("L", (1, 1))  # an eighth of the size: all is read, little computed
+        image.load()
+    return DAMAGED if _warns(content or Path(path).read_bytes()) else None
+
+
+def _warns(jpeg: bytes) -> bool:
+    """Whether libjpeg has something to say; OpenCV lets it say it, on standard error."""
+    before = os.fstat(2).st_size
+    cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+    return os.fstat(2).st_size > before
