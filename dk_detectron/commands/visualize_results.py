@@ -23,6 +23,7 @@ from matplotlib import colormaps
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ..data.datasets import resolve
 from ..engine import EVALUATION_FILE
 from ..model_zoo import load_config
 
@@ -69,6 +70,7 @@ def draw(cfg: CfgNode, dataset: str, count: int, threshold: float) -> Path:
     for prediction in json.loads(results.read_text()):
         if prediction["score"] >= threshold:
             predictions[prediction["image_id"]].append(prediction)
+    resolve(dataset)
     records = DatasetCatalog.get(dataset)
     metadata = MetadataCatalog.get(dataset)
     if not metadata.get("thing_colors"):

@@ -90,7 +90,7 @@ class ClassificationTrainer(BaseTrainer):
     """Trains an ``ImageClassifier``, and evaluates its accuracy."""
 
     @classmethod
-    def check_datasets(cls, cfg: CfgNode, names) -> None:
+    def check_datasets(cls, cfg: CfgNode, names) -> list[str]:
         """Raises unless the data sets are on disk and have the classifier's classes."""
         if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
             raise ValueError(
@@ -98,6 +98,7 @@ class ClassificationTrainer(BaseTrainer):
                 f"{cfg.MODEL.META_ARCHITECTURE!r}"
             )
         check_classes(names, cfg.MODEL.CLASSIFIER.NUM_CLASSES)
+        return []
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:

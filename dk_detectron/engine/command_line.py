@@ -72,13 +72,15 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
-    (trainer_class or Trainer).check_datasets(
+    data = (trainer_class or Trainer).check_datasets(
         cfg, cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
     )
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
     default_setup(cfg, args)
+    for text in data:
+        LOGGER.info("%s", text)
     if changes:
         LOGGER.warning(
             "Resuming with other settings than the run had, which take over from here:\n  %s",

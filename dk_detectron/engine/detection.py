@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import partial
 
@@ -32,10 +31,17 @@ class Trainer(BaseTrainer):
     """Trains a detector, and evaluates it on data sets in COCO format."""
 
     @classmethod
-    def check_datasets(cls, cfg: CfgNode, names) -> None:
-        """Looks at all data before work starts: unknown, not on disk, not sound, not of one kind.
+    def check_datasets(cls, cfg: CfgNode, names) -> list[str]:
+        """Looks at all data before work starts.
 
-        Names of the form ``coco:JSON:IMAGES`` are registered, and what could be repaired is said.
+        Names of the form ``coco:JSON:IMAGES`` are registered.
+
+        Returns:
+            Of each data set, what is in it and what has been repaired, for the log.
+
+        Raises:
+            FileNotFoundError, ValueError: data that are unknown, not on disk, not sound, or not of
+                the same classes.
         """
         for name in names:
             resolve(name)
@@ -55,9 +61,7 @@ class Trainer(BaseTrainer):
         for report in reports:
             _check_uses(cfg, report)
             adopt(report.name)
-            if comm.is_main_process():
-                text = "\n".join([report.table(), *report.lines()])
-                logging.getLogger(__name__).warning(text)
+        return ["\n".join([report.table(), *report.lines()]) for report in reports]
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
