@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from importlinter.cli import lint_imports
 
 import dk_detectron
 
@@ -13,12 +12,20 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "dk_detectron").rglob("*.py"))
 
 
-def test_rooms_import_from_the_floors_below_them_alone(monkeypatch):
-    monkeypatch.chdir(ROOT)  # the floors are in pyproject.toml
-    assert lint_imports(no_cache=True) == 0
+def lint_imports(folder: Path) -> subprocess.CompletedProcess:
+    """In a process of its own, since import-linter switches off every logger that there is."""
+    program = "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True))"
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
+    )
 
 
-def test_an_import_from_a_higher_floor_is_found(tmp_path, monkeypatch, capsys):
+def test_rooms_import_from_the_floors_below_them_alone():
+    result = lint_imports(ROOT)  # the floors are in pyproject.toml
+    assert result.returncode == 0, result.stdout
+
+
+def test_an_import_from_a_higher_floor_is_found(tmp_path):
     package = tmp_path / "dk_detectron"
     for path in MODULES:
         target = package / path.relative_to(ROOT / "dk_detectron")
@@ -27,10 +34,7 @@ def test_an_import_from_a_higher_floor_is_found(tmp_path, monkeypatch, capsys):
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     with open(package / "ops" / "sampling.py", "a") as file:
         file.write("\nfrom ..engine import launch\n")
-    program = "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True))"
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
-    )
+    result = lint_imports(tmp_path)
     assert result.returncode == 1
     assert "dk_detectron.ops is not allowed to import dk_detectron.engine" in result.stdout
 
