@@ -130,6 +130,7 @@ def resnet_dw(
         raise ValueError(f"depth: expected one of {known} for ResNet-DW, got {depth}")
     out_features, norm = check_out_features(out_features), norm_layer(norm)
     stages, convs = [], stage_convs(**convs)
+    stem = BasicStem(in_channels, stem_channels, norm)
     channels = stem_channels
     for i, (stage, num_blocks) in enumerate(zip(STAGES, BLOCKS_PER_STAGE[depth], strict=True)):
         out_channels = res2_channels * 2**i
@@ -148,7 +149,6 @@ def resnet_dw(
             )
         )
         channels = out_channels
-    stem = BasicStem(in_channels, stem_channels, norm)
     backbone = ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
     if gradient_checkpointing:
         checkpoint_blocks(backbone)

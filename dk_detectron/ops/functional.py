@@ -12,7 +12,7 @@ Shapes, used throughout:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,17 +89,15 @@ def deform_kernel_conv2d(
         if data_offset is None:
             del sizes["kernel_size"]
             return F.conv2d(input, weight, bias, groups=groups, **sizes)
-    function: Callable[..., Tensor] = torch.ops.dk_detectron.deform_kernel_conv2d
+    arguments: dict[str, Any] = {"groups": groups, "clip": clip, **sizes}
+    tensors = input, weight, bias, kernel_offset, data_offset
     if reason := why_composed(input, weight, groups):
         warn_composed(reason)
-        function = composed_deform_kernel_conv2d
-    elif in_forward_mode():
-        function = composed_deform_kernel_conv2d
-    arguments = {"groups": groups, "clip": clip, **sizes}
-    tensors = input, weight, bias, kernel_offset, data_offset
-    if in_transform() and function is not composed_deform_kernel_conv2d:
+    if reason or in_forward_mode():
+        return composed_deform_kernel_conv2d(*tensors, **arguments)
+    if in_transform():
         return Forward.apply(*tensors, arguments)
-    return function(*tensors, **arguments)
+    return torch.ops.dk_detectron.deform_kernel_conv2d(*tensors, **arguments)
 
 
 def sample_kernel(
