@@ -20,7 +20,7 @@ ifeq ($(filter shapes trees,$(DATASET)),)
 $(error DATASET must be shapes or trees, got '$(DATASET)': make demo DATASET=shapes)
 endif
 
-.PHONY: help setup demo test sanitize lint format lock clean distclean FORCE
+.PHONY: help setup demo test sanitize ptx costs lint format lock clean distclean FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,13 @@ test: setup ## Run the tests
 
 sanitize: setup ## Run the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	PYTHON=$(BIN)/python tests/emulation/sanitize.sh
+
+ptx: setup ## Run what nvcc makes of the CUDA kernels, without a GPU (a part of `make test`)
+	$(BIN)/python -m pytest tests/test_csrc_ptx.py tests/test_ptx_machine.py \
+		tests/test_ptx_costs.py $(OPTS)
+
+costs: setup ## Print what the CUDA kernels cost, counted on their PTX
+	PYTHONPATH=tests $(BIN)/python -m ptx.costs
 
 lint: .venv/.requirements ## Check style, format and types
 	$(BIN)/ruff check

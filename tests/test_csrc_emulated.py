@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Case, assert_close, double, off_knot_offset
 from emulation import plugin
+from emulation.plugin import call
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -35,26 +36,6 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def call(namespace, tensors, case) -> dict[str, torch.Tensor]:
-    """Output and every gradient of the raw operators of a namespace."""
-    operators = getattr(torch.ops, namespace)
-    output = operators.deform_kernel_conv2d(**tensors, **case.arguments)
-    generator = torch.Generator().manual_seed(1)
-    grad_output = torch.randint(-8, 9, output.shape, generator=generator).to(output) / 4
-    names = ["input", "weight", "kernel_offset", "data_offset"]
-    inputs = {name: tensors[name] for name in names}
-    mask = [tensor is not None for tensor in inputs.values()]
-    gradients = operators.deform_kernel_conv2d_backward(
-        grad_output,
-        **inputs,
-        output_mask=mask,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        **case.arguments,
-    )
-    present = [f"grad_{name}" for name, needed in zip(names, mask, strict=True) if needed]
-    return {"output": output, **dict(zip(present, gradients, strict=True))}
 
 
 def assert_same_bits(actual, expected, hint):

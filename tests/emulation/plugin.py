@@ -5,6 +5,8 @@
 
 import os
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -18,14 +20,35 @@ OPERATORS = ["deform_kernel_conv2d", "deform_kernel_conv2d_backward"]
 _library = torch.library.Library("dk_emulated", "DEF")
 
 
-def load() -> None:
-    """Builds and loads the emulated operators, torch.ops.dk_emulated, once per process."""
-    if not hasattr(torch.ops.dk_emulated, OPERATORS[0]):
-        library = os.environ.get("DK_EMULATED_LIBRARY")  # a sanitizer's build: sanitize.sh
-        torch.ops.load_library(library or str(build()))
-        for name in OPERATORS:
-            schema = str(getattr(torch.ops.dk_detectron, name).default._schema)
-            _library.define(schema.removeprefix("dk_detectron::"))
+@cache
+def load() -> Path:
+    """Builds and loads the emulated operators, torch.ops.dk_emulated; returns their library."""
+    path = Path(os.environ.get("DK_EMULATED_LIBRARY") or build())  # a sanitizer's: sanitize.sh
+    torch.ops.load_library(str(path))
+    for name in OPERATORS:
+        schema = str(getattr(torch.ops.dk_detectron, name).default._schema)
+        _library.define(schema.removeprefix("dk_detectron::"))
+    return path
+
+
+def call(namespace: str, tensors: dict, case) -> dict[str, torch.Tensor]:
+    """Output and every gradient of the raw operators of a namespace."""
+    operators = getattr(torch.ops, namespace)
+    output = operators.deform_kernel_conv2d(**tensors, **case.arguments)
+    generator = torch.Generator().manual_seed(1)
+    grad_output = torch.randint(-8, 9, output.shape, generator=generator).to(output) / 4
+    names = ["input", "weight", "kernel_offset", "data_offset"]
+    inputs = {name: tensors[name] for name in names}
+    mask = [tensor is not None for tensor in inputs.values()]
+    gradients = operators.deform_kernel_conv2d_backward(
+        grad_output,
+        **inputs,
+        output_mask=mask,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **case.arguments,
+    )
+    present = [f"grad_{name}" for name, needed in zip(names, mask, strict=True) if needed]
+    return {"output": output, **dict(zip(present, gradients, strict=True))}
 
 
 @contextmanager

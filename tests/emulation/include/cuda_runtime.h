@@ -29,6 +29,10 @@ namespace emulated {
 DK_EMULATED_STATE dim3 thread_index, block_index, block_size, grid_size;
 DK_EMULATED_STATE unsigned char* shared_memory;
 
+// Whether a launch was run by something else than run_grid (dk_emulated_set_launcher).
+bool launched_elsewhere(void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, int count,
+                        void** args, const std::size_t* sizes);
+
 // Runs a grid, one block after the other; throws if its threads cannot all reach a barrier.
 void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel);
 
@@ -121,6 +125,11 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   if (shared_bytes > static_cast<std::size_t>(limit) || block.x * block.y * block.z > 1024) {
     return cudaErrorInvalidValue;
+  }
+  const std::size_t sizes[] = {sizeof(P)...};
+  if (emulated::launched_elsewhere(reinterpret_cast<void*>(kernel), grid, block, shared_bytes,
+                                   sizeof...(P), args, sizes)) {
+    return cudaSuccess;
   }
   emulated::run_grid(grid, block, shared_bytes, [&] {
     emulated::call(kernel, args, std::index_sequence_for<P...>());

@@ -1,0 +1,168 @@
+"""Makes of each instruction that is neither branch nor barrier a function of the active threads."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from .arithmetic import arithmetic, convert
+from .counts import Counts, cost_of
+from .memory import Fault, Memory, Threads
+from .parser import TYPES, Entry
+from .registers import Registers
+
+MEMORY = ("ld", "st", "atom", "red")
+# Of a mask of the active threads; but for accesses to memory, True stands for all of them.
+Action = Callable[[np.ndarray | bool], None]
+
+
+class Decoder:
+    """Of the instructions of an entry, for threads that run together.
+
+    Args:
+        memories: param, global and shared.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        registers: Registers,
+        memories: dict[str, Memory],
+        threads: Threads,
+        counts: Counts | None,
+    ):
+        self.entry, self.registers, self.memories = entry, registers, memories
+        self.threads, self.counts = threads, counts
+
+    def decode(self, number: int) -> Action:
+        instruction = self.entry.code[number]
+        parts, operands = instruction.parts, instruction.operands
+        if parts[0] in MEMORY:
+            action = self._memory(number, parts, operands)
+        elif parts[0] == "mov" and "{" in "".join(operands):
+            action = self._pack(parts, operands)
+        elif parts[0] in ("mov", "cvta"):
+            dtype = TYPES[parts[-1]]
+            action = self._assign(operands, dtype, dtype, lambda value: value)
+        elif parts[0] == "cvt":
+            target, source = parts[-2:]
+            function = convert(source, target, set(parts[1:-2]))
+            action = self._assign(operands, TYPES[target], TYPES[source], function)
+        else:
+            action = self._arithmetic(instruction.opcode, parts, operands)
+        if not instruction.guard:
+            return action
+        guard = self.registers.guard(instruction)
+        return lambda mask: action(mask & guard())
+
+    def _assign(self, operands, target, source, function) -> Action:
+        value = self.registers.read(operands[1], source)
+        write = self.registers.writer(operands[0], target)
+        return lambda mask: write(function(value), mask)
+
+    def _arithmetic(self, opcode, parts, operands) -> Action:
+        function, sources, result = arithmetic(opcode, parts, TYPES[parts[-1]])
+        if len(operands) != len(sources) + 1 or "|" in operands[0]:
+            raise NotImplementedError(f"{opcode} {operands}")
+        pairs = zip(operands[1:], sources, strict=True)
+        values = [self.registers.read(text, dtype) for text, dtype in pairs]
+        if isinstance(function, np.ufunc):
+            target = self.registers.arrays[operands[0]]
+            target = target if target.dtype == result else target.view(result)
+            return lambda mask: function(*values, out=target, where=mask)
+        write = self.registers.writer(operands[0], result)
+        divides = parts[0] in ("div", "rem") and result.kind in "iu"
+
+        def action(mask):
+            if divides and (mask & (values[1] == 0)).any():
+                raise Fault("division by zero")
+            write(function(*values), mask)
+
+        return action
+
+    def _pack(self, parts, operands) -> Action:
+        """mov between a register and the parts of it."""
+        whole = np.dtype(f"u{TYPES[parts[-1]].itemsize}")
+        unpacks = "{" in operands[0]
+        pieces = re.findall(r"[%\w]+", operands[0] if unpacks else operands[1])
+        part = np.dtype(f"u{whole.itemsize // len(pieces)}")
+        bits = [whole.type(8 * part.itemsize * i) for i in range(len(pieces))]
+        if unpacks:
+            value = self.registers.read(operands[1], whole)
+            writes = [self.registers.writer(p, part) for p in pieces]
+
+            def unpack(mask):
+                for write, shift in zip(writes, bits, strict=True):
+                    write((value >> shift).astype(part), mask)
+
+            return unpack
+        values = [self.registers.read(p, part) for p in pieces]
+        write = self.registers.writer(operands[0], whole)
+
+        def pack(mask):
+            shifted = (v.astype(whole) << shift for v, shift in zip(values, bits, strict=True))
+            write(sum(shifted), mask)
+
+        return pack
+
+    def _memory(self, number, parts, operands) -> Action:
+        name, dtype = parts[0], TYPES[parts[-1]]
+        space = next((p for p in parts if p in self.memories), "")
+        vector = int(next((p[1:] for p in parts if re.fullmatch(r"v\d", p)), 1))
+        atomic = name in ("atom", "red")
+        known = {name, space, f"v{vector}", "add" if atomic else "nc", parts[-1]}
+        if not space or set(parts) - known or atomic and (space, "add") != tuple(parts[1:3]):
+            raise NotImplementedError(".".join(parts))
+        size, memory = dtype.itemsize * vector, self.memories[space]
+        kind = "atomic" if atomic else "read" if name == "ld" else "write"
+        address = self.registers.address(operands[0 if name in ("st", "red") else 1])
+        view = memory.views[dtype]
+        if kind == "read":
+            transfer = self._loaded(view, operands[0], dtype)
+        elif kind == "write":
+            transfer = self._stored(view, operands[1], dtype)
+        else:
+            transfer = self._added(view, operands[-1], operands[0] if name == "atom" else "", dtype)
+
+        def action(mask):
+            active = np.flatnonzero(mask)
+            if not len(active):
+                return
+            at = address()[active]
+            if self.counts and space != "param":
+                self.counts.costs[number] += cost_of(at, size, mask, space)
+            offset = memory.access(at, size, self.threads, active, kind)
+            transfer(offset // dtype.itemsize, active, mask)
+
+        return action
+
+    def _loaded(self, view, targets: str, dtype):
+        writes = [self.registers.writer(t, dtype) for t in re.findall(r"[%\w]+", targets)]
+
+        def transfer(index, active, mask):
+            for i, write in enumerate(writes):
+                loaded = np.zeros(self.registers.n, dtype)
+                loaded[active] = view[index + i]
+                write(loaded, mask)
+
+        return transfer
+
+    def _stored(self, view, values: str, dtype):
+        texts = re.findall(r"[%\w-]+", values)
+        sources = [self.registers.broadcast(text, dtype) for text in texts]
+
+        def transfer(index, active, mask):
+            for i, source in enumerate(sources):
+                view[index + i] = source[active]
+
+        return transfer
+
+    def _added(self, view, value: str, target: str, dtype):
+        source = self.registers.broadcast(value, dtype)
+        before = self._loaded(view, target, dtype)
+
+        def transfer(index, active, mask):
+            before(index, active, mask)
+            np.add.at(view, index, source[active])
+
+        return transfer

@@ -1,0 +1,201 @@
+"""What nvcc makes of every CUDA kernel, run without a GPU, against the CPU operators.
+
+docs/testing_cuda_without_a_gpu.md says how. While it runs, every access is checked: bounds,
+alignment, unwritten bytes, races; and so is every barrier (tests/test_ptx_machine.py).
+"""
+
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import Case, assert_close, double
+from emulation import plugin
+from ptx import build
+from ptx.device import Device
+from ptx.memory import Fault
+from ptx.parser import TYPES as REGISTER_TYPES
+from ptx.parser import Instruction
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("g++")), reason="needs nvcc and g++"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A case, and how it is run.
+
+    Attributes:
+        processors: of the device. Few: a block has several tiles of pixels and of channels. Many:
+            one each, and the weight's gradient has many summands.
+        offsets: "knots" are on cells and pixels; of a number, two are that.
+    """
+
+    case: Case
+    layout: str = "channels_last"
+    processors: int = 2
+    deterministic: bool = False
+    offsets: str = "plain"
+
+    def __str__(self):
+        words = [str(self.case), self.layout, f"{self.processors} processors"]
+        words += ["deterministic"] * self.deterministic
+        words += [self.offsets] * (self.offsets != "plain")
+        return " ".join(words)
+
+    def tensors(self, dtype) -> dict:
+        torch.manual_seed(0)
+        tensors = self.case.tensors(dtype)
+        if self.layout == "channels_last":
+            tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+        for name in ("kernel_offset", "data_offset"):
+            if tensors[name] is None or self.offsets == "plain":
+                continue
+            if self.offsets == "knots":
+                tensors[name] = (tensors[name] * 2).round() / 2  # a scope of 4 rests between cells
+            else:
+                tensors[name][0, 5, 2, 3] = tensors[name][1, 8, 0, 0] = float(self.offsets)
+        return tensors
+
+
+def offset_plans(kernel: bool, data: bool) -> list[Plan]:
+    """Every kernel for channels_last with these offsets."""
+    which = {"kernel_offset": kernel, "data_offset": data}
+    odd = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), **which}
+    scope = (4, 2) if kernel else (2, 3)
+    plans = [
+        Plan(Case(channels=40, scope=(3, 3), **which)),
+        Plan(Case(channels=72, kernel=(2, 3), scope=scope, clip=not data, **odd)),
+        Plan(Case(channels=13, bias=False, scope=(3, 3), **odd)),
+    ]
+    if kernel:
+        plans += [
+            Plan(Case(channels=72, padding=(0, 0), **which), processors=1),
+            Plan(Case(channels=128, scope=(5, 5), clip=False, **which), processors=132),
+        ]
+    return plans + [replace(plan, deterministic=True) for plan in plans if data]
+
+
+def all_plans() -> list[Plan]:
+    """What reaches every kernel of one type."""
+    plans = [plan for k in (False, True) for d in (False, True) for plan in offset_plans(k, d)]
+    for size in (3, 4, 5):
+        case = Case(channels=35, scope=(size, size), padding=(size - 3, 1), clip=size < 5)
+        plans.append(Plan(case, "contiguous"))
+    plans.append(Plan(Case(batch=3, size=(20, 19), channels=8), processors=132))
+    for size, scope in [((1, 9), (4, 1)), ((9, 1), (1, 4))]:
+        plans.append(Plan(Case(batch=5, channels=8, size=size, scope=scope, data_offset=True)))
+    for data in (False, True):  # shared memory has room for few warps
+        plans.append(Plan(Case(channels=40, size=(5, 4), scope=(9, 9), data_offset=data)))
+    for offsets in ("knots", "nan", "inf", "-inf", "1e30"):
+        plans.append(Plan(Case(channels=8), offsets=offsets))
+        plans.append(Plan(Case(channels=8), "contiguous", offsets=offsets))
+        for deterministic in (False, True):
+            case = Case(channels=8, data_offset=True)
+            plans.append(Plan(case, deterministic=deterministic, offsets=offsets))
+    return plans
+
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+every_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    return Device(build.kernel_sources())
+
+
+@contextmanager
+def settings(plan: Plan, monkeypatch):
+    monkeypatch.setenv("DK_EMULATED_PROCESSORS", str(plan.processors))
+    torch.use_deterministic_algorithms(plan.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # unwritten bytes are to show
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@every_type
+@pytest.mark.parametrize("plan", all_plans(), ids=str)
+def test_results(plan, dtype, ptx, monkeypatch):
+    tensors = plan.tensors(dtype)
+    expected = plugin.call("dk_detectron", double(tensors), plan.case)
+    with settings(plan, monkeypatch):
+        actual, _ = ptx.call(tensors, plan.case)
+    if plan.offsets == "nan":
+        # Which pixels a NaN location smears its gradient over is nobody's promise.
+        del actual["grad_input"], expected["grad_input"]
+    assert_close(actual, expected)
+
+
+def test_no_entry_is_forgotten(ptx, monkeypatch):
+    planned = set()
+    for plan in all_plans():
+        for dtype in TYPES:
+            with settings(plan, monkeypatch):
+                planned |= {launch.name for launch in ptx.planned(plan.tensors(dtype), plan.case)}
+    assert planned == set(ptx.entries)
+
+
+# ---- faults in the real kernels -----------------------------------------------------------------
+
+NOTHING = Instruction("mov.pred", ("%nothing", "0"))
+# On one processor, a block of the backward kernels has all three tiles of channels.
+SEVERAL_TILES = {"channels": 68, "size": (6, 7)}
+
+
+@contextmanager
+def changed(entry, number: int, instruction: Instruction, monkeypatch):
+    """While it lasts, another instruction stands in place of one."""
+    with monkeypatch.context() as patch:
+        patch.setitem(entry.registers, "%nothing", REGISTER_TYPES["pred"])
+        code = [*entry.code[:number], instruction, *entry.code[number + 1 :]]
+        patch.setattr(entry, "code", code)
+        yield
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("forward_kernel<float,4,3,4,1,0>", {}),
+        ("forward_kernel<float,4,3,4,1,1>", {"data_offset": True}),
+        ("forward_nchw_kernel<float,3,4>", {}),
+        ("backward_kernel<float,4,3,4,1>", {}),
+        ("backward_data_kernel<float,4,3,4,1>", {"data_offset": True}),
+        ("sum_weight_kernel<float>", {}),
+    ],
+)
+def test_every_barrier_is_missed(name, options, ptx, monkeypatch):
+    """Without any one of them there is a race, and it is seen at a line of csrc."""
+    layout = "contiguous" if "nchw" in name else "channels_last"
+    plan = Plan(Case(**SEVERAL_TILES, **options), layout, processors=1)
+    entry = ptx.entry(name)
+    barriers = [i for i, instruction in enumerate(entry.code) if instruction.parts[0] == "bar"]
+    assert barriers
+    for number in barriers:
+        with settings(plan, monkeypatch), changed(entry, number, NOTHING, monkeypatch):
+            with pytest.raises(Fault, match=r"^(forward|backward|tiles)\.cuh:\d+.* race: "):
+                ptx.call(plan.tensors(torch.float32), plan.case)
+
+
+@pytest.mark.parametrize(
+    "name", ["forward_kernel<float,4,3,4,1,0>", "backward_kernel<float,4,3,4,1>"]
+)
+def test_a_lost_product_is_seen(name, ptx, monkeypatch):
+    """Of every 50th product that is added to a sum."""
+    plan = Plan(Case(**SEVERAL_TILES), processors=1)
+    tensors = plan.tensors(torch.float32)
+    expected = plugin.call("dk_detectron", double(tensors), plan.case)
+    entry = ptx.entry(name)
+    products = [i for i, instruction in enumerate(entry.code) if instruction.parts[0] == "fma"]
+    for number in products[::50]:
+        target, _, _, total = entry.code[number].operands
+        lost = Instruction("mov.f32", (target, total))
+        with settings(plan, monkeypatch), changed(entry, number, lost, monkeypatch):
+            actual, _ = ptx.call(tensors, plan.case)
+        with pytest.raises(AssertionError, match="Mismatched elements"):
+            assert_close(actual, expected)
