@@ -25,6 +25,7 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from .datasets import check_on_disk, datasets_root
+from .unreadable import naming
 
 HOW_TO_GET = {
     "imagenet": "put the class folders n01440764 ... n15075141 there, for val too",
@@ -147,11 +148,7 @@ def evaluation_transform(cfg: CfgNode) -> v2.Compose:
 
 
 class PictureDataset(Dataset):
-    """What a model takes, for every picture.
-
-    An item has "image" (uint8 [3, H, W]), "label" and "file_name", unless the picture is left out,
-    and "skipped", the messages about what was.
-    """
+    """What a model takes, for every picture: "image" (uint8 [3, H, W]), "label", "file_name"."""
 
     def __init__(
         self,
@@ -159,22 +156,16 @@ class PictureDataset(Dataset):
         transform: Callable[[Image.Image], Tensor],
         *,
         bgr: bool = False,
-        skip: bool = False,
-        replace: bool = False,
     ):
         """
         Args:
             samples: of one or more :class:`Pictures`.
             bgr: whether the model wants blue first.
-            skip: whether a picture that cannot be read is left out; else it is an error.
-            replace: whether the next that can be read takes the place of one that is left out.
         """
         # Serialised: else every worker comes to copy the whole list (detectron2 explains why).
         self.samples = DatasetFromList(samples, copy=False)
         self.transform = transform
         self.bgr = bgr
-        self.skip = skip
-        self.replace = replace
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -182,31 +173,13 @@ class PictureDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-            ValueError: the picture cannot be read; the file is named.
+            UnreadableError: the picture cannot be read; the file is named.
         """
-        skipped = []
-        for attempt in range(len(self) if self.replace else 1):
-            path, label = self.samples[(index + attempt) % len(self)]
-            try:
-                picture = default_loader(path)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                skipped.append(f"{path}: expected a picture, got what cannot be read: {error}")
-                if not self.skip:
-                    raise ValueError(
-                        f"{skipped[0]}; repair it, or set DATALOADER.SKIP_CORRUPT True to leave "
-                        "such pictures out"
-                    ) from error
-                continue
-            image = self.transform(picture)
-            return {
-                "image": image.flip(0) if self.bgr else image,
-                "label": label,
-                "file_name": path,
-                "skipped": skipped,
-            }
-        if self.replace:
-            raise ValueError(f"expected pictures, none of {len(self)} can be read: {skipped[0]}")
-        return {"skipped": skipped}
+        path, label = self.samples[index]
+        with naming(path):
+            picture = default_loader(path)
+        image = self.transform(picture)
+        return {"image": image.flip(0) if self.bgr else image, "label": label, "file_name": path}
 
 
 def collate(samples: list[dict]) -> dict[str, Tensor | list[str] | None]:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import OrderedDict
 from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
-    DatasetMapper,
     MapDataset,
     MetadataCatalog,
+    build_detection_test_loader,
     build_detection_train_loader,
 )
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from torch.utils.data import DataLoader
+from torch import nn
 from tqdm import tqdm
 
 from ..data.checking import Report, class_conflict, gate
 from ..data.coco import survey
 from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
+from ..data.unreadable import CountingLoader, Mapper, Readable
 from .trainer import BaseTrainer
+
+
+class Evaluator(COCOEvaluator):
+    """COCO's metrics over the images that could be read, which are all unless some are left out."""
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict:
+        found = comm.gather([prediction["image_id"] for prediction in self._predictions])
+        return super().evaluate(img_ids or list(itertools.chain(*found)))
 
 
 class Trainer(BaseTrainer):
@@ -64,9 +76,9 @@ class Trainer(BaseTrainer):
         return ["\n".join([report.table(), *report.lines()]) for report in reports]
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+    def build_train_loader(cls, cfg: CfgNode) -> CountingLoader:
         """detectron2's data, with the colours varied by ``INPUT.COLOR_JITTER``, as a stream."""
-        mapper = DatasetMapper.from_config(cfg, is_train=True)
+        mapper = Mapper.from_config(cfg, is_train=True)
         if jitter := cfg.INPUT.COLOR_JITTER:
             mapper["augmentations"] += [
                 kind(1 - jitter, 1 + jitter)
@@ -76,31 +88,70 @@ class Trainer(BaseTrainer):
             mapper["instance_mask_format"] = "bitmask"  # which both kinds can become
         # detectron2's samplers draw their seed from numpy.
         with seeded(cfg.SEED):
-            parts = build_detection_train_loader.from_config(cfg, mapper=DatasetMapper(**mapper))
+            parts = build_detection_train_loader.from_config(cfg, mapper=Mapper(**mapper))
         records = parts["dataset"]
         grouping = parts["aspect_ratio_grouping"]
         return build_stream_loader(
-            MapDataset(DatasetFromList(records, copy=False), parts["mapper"]),
+            _readable(cfg, parts, replace=True),
             parts["sampler"],
             total_batch_size=parts["total_batch_size"],
             seed=cfg.SEED,
             groups=[r["width"] > r["height"] for r in records] if grouping else None,
+            loader=CountingLoader,
             num_workers=parts["num_workers"],
             collate_fn=trivial_batch_collator,
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> CountingLoader:
+        """detectron2's, of one image at a time."""
+        mapper = Mapper(cfg, is_train=False)
+        parts = build_detection_test_loader.from_config(cfg, dataset_name, mapper=mapper)
+        return CountingLoader(
+            _readable(cfg, parts, replace=False),
+            sampler=parts["sampler"],
+            num_workers=parts["num_workers"],
+            collate_fn=trivial_batch_collator,
+        )
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str = "inference"
+    ) -> Evaluator:
+        """
+        Args:
+            output_folder: in ``OUTPUT_DIR``.
+        """
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         if evaluator_type != "coco":
             raise ValueError(
                 f"DATASETS.TEST: expected data sets in COCO format, got {dataset_name!r} with "
                 f"evaluator type {evaluator_type!r}"
             )
-        # The official COCO API, since its numbers are the ones to publish.
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         with repaired(dataset_name):
-            return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+            return Evaluator(
+                dataset_name,
+                output_dir=os.path.join(cfg.OUTPUT_DIR, output_folder, dataset_name),
+                # The official COCO API, since its numbers are the ones to publish.
+                use_fast_impl=False,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            )
+
+    @classmethod
+    def measure_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Evaluates with test-time augmentation, as detectron2's own ``train_net.py`` does."""
+        evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        return cls.measure(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+
+
+def _readable(cfg: CfgNode, parts: dict, *, replace: bool) -> Readable:
+    """Of a loader's parts, the data set that it loads from."""
+    return Readable(
+        MapDataset(DatasetFromList(parts["dataset"], copy=False), parts["mapper"]),
+        skip=cfg.DATALOADER.SKIP_CORRUPT,
+        replace=replace,
+        hint="; dk-check-dataset (tools/check_dataset.py) names all that are damaged",
+    )
 
 
 def _has_run_lengths(cfg: CfgNode) -> bool:
