@@ -3,9 +3,12 @@
 import re
 from dataclasses import dataclass, fields
 
+import fuzzing
 import pytest
 import torch
 from torch import Tensor
+
+fuzzing.register_profiles()
 
 _CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
