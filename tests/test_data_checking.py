@@ -95,6 +95,13 @@ def first(key):
 image, annotation, category = first("images"), first("annotations"), first("categories")
 
 
+def boxes(*values):
+    return lambda content: [
+        annotation.update(bbox=box)
+        for annotation, box in zip(content["annotations"], values, strict=True)
+    ]
+
+
 def every(**values):
     return lambda content: [entry.update(values) for entry in content["annotations"]]
 
@@ -119,6 +126,8 @@ def every(**values):
         (image(width=1334, height=1), "beyond 1333 : 1: 1 .*1334x1"),
         (every(bbox=[0.1, 0.2, 0.5, 0.5]), "in fractions of the image.*: 3 .*id 1"),
         (every(bbox=[20, 10, 35, 25]), "are corners .*: 3 .*id 1"),
+        # Corners of objects on the left and above do not stick out, when read as sizes.
+        (boxes([1, 2, 10, 12], [3, 4, 20, 16], [20, 10, 35, 25]), "are corners .*: 3 .*id 1"),
         (every(iscrowd=1), "all crowds .*: 3 .*id 1"),
         (lambda c: c.update(images=[]), "expected images and categories, found an empty list"),
         (lambda c: c.pop("images"), "found no list of images"),
@@ -160,6 +169,12 @@ POLYGON = [1.0, 2.0, 31.0, 2.0, 31.0, 22.0]
         (annotation(segmentation={"counts": [0, 1200]}), "without its size", "segmentation",
          {"counts": [0, 1200], "size": [HEIGHT, WIDTH]}),
         (annotation(image_id=7), "unknown image, left out: 1 .*id 1", "id", 2),
+        # pycocotools would look for an object that detectron2 never learnt.
+        (annotation(bbox=[3, 2, 20, 0]), "without area, left out: 1 .*id 1", "id", 2),
+        (annotation(bbox=[3, 2, 0, 0], segmentation=[POLYGON]), "around its mask", "bbox",
+         [1, 2, 30, 20]),
+        (annotation(bbox=None, segmentation={"counts": [62, 5, 25, 3, 1105]}), "around its mask",
+         "bbox", [2, 2, 2, 5]),
         (image(width="40"), "width was not written as an integer", "id", 1),
     ],
 )  # fmt: skip
@@ -226,8 +241,7 @@ def test_classes_that_differ(dataset, tmp_path):
 
 @pytest.mark.parametrize(
     ("box", "note"),
-    [([30, 2, 20, 4], "sticks out of its image"), ([3, 2, 20, 0], "without area"),
-     ([-0.5, 0, 40.9, 30.6], None)],
+    [([30, 2, 20, 4], "sticks out of its image"), ([-0.5, 0, 40.9, 30.6], None)],
 )  # fmt: skip
 def test_what_detectron2_copes_with_is_only_noted(dataset, box, note):
     edit(dataset[1], annotation(bbox=box))

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..data.datasets import resolve
 from ..engine import EVALUATION_FILE
+from ..engine.detection import inference_folder
 from ..model_zoo import load_config
 
 SHORT_SIDE = 480
@@ -61,7 +62,7 @@ def draw_pair(record: dict, predictions: list[dict], metadata: Metadata) -> np.n
 
 def draw(cfg: CfgNode, dataset: str, count: int, threshold: float) -> Path:
     """Draws ``count`` images, evenly spread over the data set, and returns their folder."""
-    results = Path(cfg.OUTPUT_DIR, "inference", dataset, "coco_instances_results.json")
+    results = inference_folder(cfg.OUTPUT_DIR, dataset) / "coco_instances_results.json"
     if not results.is_file():
         raise FileNotFoundError(
             f"{results}: expected the detections that tools/train_net.py writes"

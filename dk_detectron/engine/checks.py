@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -30,6 +33,37 @@ def check_solver(cfg: CfgNode) -> None:
         )
     if not 0 <= solver.EMA_DECAY < 1:
         raise ValueError(f"SOLVER.EMA_DECAY: expected 0 <= decay < 1, got {solver.EMA_DECAY}")
+
+
+def stated_keys(config_file: str, opts: Sequence) -> set[str]:
+    """The keys that a configuration file, those that it is based on, or ``opts`` give."""
+    return {*_flat(CfgNode.load_yaml_with_base(config_file)), *opts[::2]}
+
+
+def settle_classes(cfg: CfgNode, key: str, classes: Sequence[str], stated: set[str]) -> list[str]:
+    """The number of classes is that of the data; who states it must state the same.
+
+    Args:
+        key: of the number in ``cfg``.
+        classes: of the data.
+
+    Returns:
+        What has been taken from the data, for the log.
+
+    Raises:
+        ValueError: another number is stated.
+    """
+    number = reduce(getitem, key.split("."), cfg)
+    if number == len(classes):
+        return []
+    some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+    if key in stated:
+        raise ValueError(
+            f"{key}: expected {len(classes)}, the number of classes in the data ({some}), got "
+            f"{number}: correct it, or leave it out, and it is taken from the data"
+        )
+    cfg.merge_from_list([key, len(classes)])
+    return [f"{key}: {len(classes)}, as in the data ({some})"]
 
 
 def check_batch(cfg: CfgNode) -> None:

@@ -11,7 +11,15 @@ from detectron2.engine import default_argument_parser, default_setup
 
 from ..model_zoo import get_config, get_config_file
 from ..weights import Checkpointer
-from .checks import changes_since, check_batch, check_norms, check_solver, check_weights
+from .checks import (
+    changes_since,
+    check_batch,
+    check_norms,
+    check_solver,
+    check_weights,
+    settle_classes,
+    stated_keys,
+)
 from .detection import Trainer
 from .launch import launch
 from .trainer import BaseTrainer
@@ -72,10 +80,13 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
-    data = (trainer_class or Trainer).check_datasets(
-        cfg, cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
-    )
+    names = cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
+    trainer_class = trainer_class or Trainer
+    data = trainer_class.check_datasets(cfg, names)
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
+    if classes := trainer_class.classes(names):
+        stated = stated_keys(args.config_file, args.opts)
+        data += settle_classes(cfg, trainer_class.class_key(cfg), classes, stated)
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
     default_setup(cfg, args)

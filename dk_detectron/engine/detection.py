@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 from functools import partial
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -63,6 +64,23 @@ class Trainer(BaseTrainer):
             adopt(report.name)
         return ["\n".join([report.table(), *report.lines()]) for report in reports]
 
+    @staticmethod
+    def classes(names) -> list[str]:
+        """The classes of data sets that have been checked, if they have any."""
+        for name in names:
+            metadata = MetadataCatalog.get(name)
+            if is_coco(name):
+                return survey(metadata.json_file).classes
+            if classes := metadata.get("thing_classes"):
+                return classes
+        return []
+
+    @staticmethod
+    def class_key(cfg: CfgNode) -> str:
+        """Where the number of classes stands in ``cfg``."""
+        one_stage = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS")
+        return f"MODEL.{'RETINANET' if one_stage else 'ROI_HEADS'}.NUM_CLASSES"
+
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         """detectron2's data, with the colours varied by ``INPUT.COLOR_JITTER``, as a stream."""
@@ -98,9 +116,14 @@ class Trainer(BaseTrainer):
                 f"evaluator type {evaluator_type!r}"
             )
         # The official COCO API, since its numbers are the ones to publish.
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        folder = inference_folder(cfg.OUTPUT_DIR, dataset_name)
         with repaired(dataset_name):
-            return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+            return COCOEvaluator(dataset_name, output_dir=str(folder), use_fast_impl=False)
+
+
+def inference_folder(output_dir: str, dataset_name: str) -> Path:
+    """Where the results on a data set are; ``coco:JSON:IMAGES`` is one folder, not several."""
+    return Path(output_dir, "inference", re.sub(r"[^\w.-]+", "_", dataset_name))
 
 
 def _has_run_lengths(cfg: CfgNode) -> bool:
