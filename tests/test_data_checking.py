@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from dk_detectron.data import checking, coco
-from dk_detectron.data.checking import Release, check_dataset, class_conflict
+from dk_detectron.data.checking import Release, check_dataset, class_conflict, gate, shared_images
 from dk_detectron.data.datasets import adopt, repaired
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +238,31 @@ def test_classes_that_differ(dataset, tmp_path):
     assert class_conflict(reports[:1] * 2) is None
     DatasetCatalog.remove(reports[1].name)
     MetadataCatalog.remove(reports[1].name)
+
+
+def test_images_that_are_twice_in_one_set_or_in_two(dataset, tmp_path):
+    """By content, as copies have other names; by path where the content has not been read."""
+    folder = dataset[2]
+    assert check_dataset("sound").notes == []
+    shutil.copyfile(folder / "000001.jpg", folder / "000003.jpg")
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    shutil.copyfile(folder / "000002.jpg", copies / "another.jpg")
+    content = json.loads(dataset[1].read_text())
+    content |= {"images": [{**content["images"][1], "file_name": "another.jpg"}], "annotations": []}
+    (tmp_path / "copies.json").write_text(json.dumps(content))
+
+    name = f"coco:{tmp_path / 'copies.json'}:{copies}"
+    reports = check_dataset("sound"), check_dataset(name)
+    assert reports[0].notes == [
+        "image whose content another one has: 1 (such as 000003.jpg, as 000001.jpg)"
+    ]
+    (text,) = shared_images(reports)
+    assert text.startswith(f"1 images are in sound as well as in {name}, such as 000002.jpg: if")
+    assert shared_images([gate("sound"), gate(name)]) == []
+    assert len(shared_images([gate("sound"), gate("sound")])) == 1
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize(

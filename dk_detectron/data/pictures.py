@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -50,7 +51,7 @@ def _alike(name: str) -> str:
 
 
 class PictureFaults(Dataset):
-    """What is wrong with each picture: None, or the kind of fault.
+    """What is wrong with each picture, None or the kind of fault; and the hash of its content.
 
     It is loaded by worker processes, whose standard error is a file that decoders write to.
     """
@@ -59,7 +60,8 @@ class PictureFaults(Dataset):
         """
         Args:
             pictures: file name, width and height.
-            decode: decode every JPEG, also where nothing is odd about its head and its end.
+            decode: decode every JPEG, also where nothing is odd about its head and its end; without
+                it there are no hashes.
         """
         self.pictures = pictures
         self.root = root
@@ -68,9 +70,16 @@ class PictureFaults(Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> str | None:
-        name, width, height = self.pictures[index]
-        return picture_fault(os.path.join(self.root, name), (width, height), self.decode)
+    def __getitem__(self, index: int) -> tuple[str | None, str | None]:
+        name, *size = self.pictures[index]
+        path = os.path.join(self.root, name)
+        fault = picture_fault(path, (size[0], size[1]), self.decode)
+        return fault, content_hash(path) if self.decode and fault is None else None
+
+
+def content_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
 def _divert_warnings(worker: int) -> None:
@@ -92,9 +101,9 @@ def look_at_pictures(
     if kept.is_file():
         return json.loads(kept.read_text())
     decode = len(pictures) <= FEW
-    faults = check_pictures(pictures, root, decode=decode, progress=progress).lines()
-    write(kept, faults)
-    return faults
+    faults, _ = check_pictures(pictures, root, decode=decode, progress=progress)
+    write(kept, faults.lines())
+    return faults.lines()
 
 
 def check_pictures(
@@ -103,9 +112,13 @@ def check_pictures(
     *,
     decode: bool,
     progress: Callable | None = None,
-) -> Findings:
-    """The faults of all pictures, with names that are near to those of missing ones."""
-    faults, folder = Findings(), Folder(root)
+) -> tuple[Findings, dict[str, str]]:
+    """The faults of all pictures, with names that are near to those of missing ones.
+
+    Returns:
+        The faults; and, if decoded, the hash of the content of each sound picture, by name.
+    """
+    faults, folder, hashes = Findings(), Folder(root), {}
     found = DataLoader(
         PictureFaults(pictures, root, decode=decode),
         batch_size=BATCH,
@@ -113,15 +126,17 @@ def check_pictures(
         worker_init_fn=_divert_warnings,
         collate_fn=list,
     )
-    kinds = (kind for batch in found for kind in batch)
+    results = (result for batch in found for result in batch)
     if progress:
-        kinds = progress(kinds, total=len(pictures))
-    for (name, _, _), kind in zip(pictures, kinds, strict=True):
+        results = progress(results, total=len(pictures))
+    for (name, _, _), (kind, content) in zip(pictures, results, strict=True):
+        if content:
+            hashes[name] = content
         if kind == MISSING and (near := folder.near(name)):
             faults.add("missing image, of a name that is nearly there", f"{name}: there is {near}")
         elif kind:
             faults.add(kind, name)
-    return faults
+    return faults, hashes
 
 
 MISSING = "missing image"

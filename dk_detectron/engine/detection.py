@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.checking import Report, class_conflict, gate
+from ..data.checking import Report, class_conflict, gate, shared_images
 from ..data.coco import survey
 from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
@@ -62,7 +62,8 @@ class Trainer(BaseTrainer):
         for report in reports:
             _check_uses(cfg, report)
             adopt(report.name)
-        return ["\n".join([report.table(), *report.lines()]) for report in reports]
+        tables = ["\n".join([report.table(), *report.lines()]) for report in reports]
+        return tables + shared_images(reports)
 
     @staticmethod
     def classes(names) -> list[str]:
