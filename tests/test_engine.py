@@ -22,8 +22,9 @@ import torchvision
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from dk_detectron.engine import Trainer, setup
+from dk_detectron.engine import Trainer, command_line, setup
 from dk_detectron.engine.amp import build_loop
+from dk_detectron.engine.launch import launch
 from dk_detectron.layers import LocalDeformKernel2d
 from dk_detectron.model_zoo import CONFIGS, load_config
 
@@ -255,6 +256,20 @@ def test_torchrun_and_num_gpus_exclude_each_other(datasets_root, tmp_path):
     errors = finish(job).stderr
     assert job.returncode != 0
     assert "--num-gpus, --num-machines: expected none under torchrun" in errors
+
+
+def test_jobs_on_one_machine_have_ports_of_their_own(monkeypatch):
+    """detectron2's default is one port for every job of a user."""
+    taken = []
+    monkeypatch.setattr("sys.argv", ["train_net.py"])
+    # The package's attribute of that name is the function.
+    module = sys.modules["dk_detectron.engine.command_line"]
+    monkeypatch.setattr(module, "launch", lambda _, args: taken.append(args))
+    command_line(Trainer, "")
+    assert taken[0].dist_url == "auto"
+    taken[0].num_machines = 2
+    with pytest.raises(ValueError, match="--dist-url: expected the address of the first of 2"):
+        launch(print, taken[0])
 
 
 def test_a_killed_process_stops_the_job_and_resume_goes_on_exactly(datasets_root, tmp_path):

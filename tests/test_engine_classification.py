@@ -599,7 +599,7 @@ def run_tool(tool: str, *args, **env) -> subprocess.CompletedProcess:
 
 def test_two_processes_train_and_evaluate(pictures, tmp_path):
     """Each evaluates its half of the pictures, with the same network."""
-    more = "--config-file", CONFIG, "--dist-url", "auto", "--num-gpus", 2
+    more = "--config-file", CONFIG, "--num-gpus", 2
     steps = "SOLVER.MAX_ITER", 3, "SOLVER.EMA_DECAY", 0.5
     result = run_tool("train_imagenet.py", *more, *options(pictures, tmp_path), *steps)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -30,7 +30,10 @@ LOGGER = logging.getLogger("detectron2.dk_detectron.engine.command_line")
 
 def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
     """detectron2's standard command line, over one or more processes."""
-    args = default_argument_parser(epilog=epilog).parse_args()
+    parser = default_argument_parser(epilog=epilog)
+    # detectron2's own is one port for all jobs of a user, of which the second would fail.
+    parser.set_defaults(dist_url="auto")
+    args = parser.parse_args()
     launch(partial(main, trainer_class=trainer), args)
 
 
