@@ -474,7 +474,7 @@ def arguments(**changes) -> Namespace:
             FileNotFoundError,
             "--config-file: expected a YAML file, .* got 'none",
         ),
-        ({"opts": ["MODEL.DEFORM_KERNEL.SCOPE", 4]}, AssertionError, "Non-existent key: .*SCOPE"),
+        ({"opts": ["MODEL.DEFORM_KERNEL.SCOPE", 4]}, ValueError, "Non-existent key: .*SCOPE"),
         (
             {"opts": ["MODEL.WEIGHTS", "none.pth"]},
             FileNotFoundError,

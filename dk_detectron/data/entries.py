@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from .faults import Findings, as_integer, as_number, box_fault, has_area, is_number, overhang
+from .faults import (
+    Findings,
+    as_integer,
+    as_number,
+    box_fault,
+    has_area,
+    is_number,
+    is_text,
+    overhang,
+)
 from .masks import box_around, read_mask
 
 # detectron2 scales the longer side to 1333 pixels: of a thinner image nothing is left.
 THINNEST = 1333
+MOST_PIXELS = 2**32  # of pycocotools' RLEs
 # Corners that are read as sizes stick out of the image wherever an object lies right of its middle,
 # or below: three in four do if objects lie anywhere. Careless boxes do so far more rarely.
 CORNERS_HANG = 0.1
@@ -50,7 +60,7 @@ class Entries:
                 self.faults.add(f"{what} without a proper id, {text}", entry)
                 continue
             lacking = [key for key in ("id", *numbers) if not self._to_integer(entry, key, what)]
-            if not isinstance(entry.get(text), str):
+            if not is_text(entry.get(text)):
                 lacking.append(text)
             if lacking:
                 self.faults.add(f"{what} without a proper {', '.join(lacking)}", entry)
@@ -64,7 +74,7 @@ class Entries:
         """Whether the entry has, or means, an integer under the key; it has it afterwards."""
         value = entry.get(key)
         if type(value) is int:
-            return True
+            return is_number(value)
         number = as_integer(value)
         if number is None:
             return False
@@ -81,6 +91,8 @@ class Entries:
                     f"image whose sides are less than 1, or beyond {THINNEST} : 1",
                     f"{image['file_name']}: {image['width']}x{image['height']}",
                 )
+            elif short * long >= MOST_PIXELS:
+                self.faults.add("image of more pixels than a mask can count", image["file_name"])
             if image["file_name"] in names:
                 self.notes.add("file that is listed for several images", image["file_name"])
             names.add(image["file_name"])
@@ -100,8 +112,7 @@ class Entries:
         lacking = [
             key
             for key in ("image_id", "category_id")
-            if type(annotation.get(key)) is not int
-            and not self._to_integer(annotation, key, "annotation")
+            if not self._to_integer(annotation, key, "annotation")
         ]
         label = f"id {annotation['id']}" if "id" in annotation else f"number {position + 1}"
         if lacking:
@@ -122,6 +133,8 @@ class Entries:
                 return False
             self._read_area(annotation, label)
         self._read_flags(annotation, label)
+        if not _are_keypoints(annotation.get("keypoints")):
+            self.faults.add("keypoints that are no list of x, y, visibility, ...", label)
         return True
 
     def _read_strings(self, annotation: dict, label: str) -> None:
@@ -221,7 +234,16 @@ class Entries:
         for annotation in annotations if kind else ():
             if isinstance(annotation, dict):
                 self.faults.add(kind, f"id {annotation['id']}")
-        used = {a.get("category_id") for a in annotations if isinstance(a, dict)}
+        used = {
+            id for a in annotations if isinstance(a, dict) and is_number(id := a.get("category_id"))
+        }
         if annotations and (unused := [c for i, c in self.categories.items() if i not in used]):
             for category in unused:
                 self.notes.add("category without boxes", repr(category["name"]))
+
+
+def _are_keypoints(value: object) -> bool:
+    """Whether detectron2 can read them, or sees that there are none."""
+    return (
+        not value or isinstance(value, list) and len(value) % 3 == 0 and all(map(is_number, value))
+    )

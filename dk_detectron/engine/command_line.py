@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 
-from ..model_zoo import get_config, get_config_file
+from ..model_zoo import get_config, get_config_file, merge_options
 from ..weights import Checkpointer
 from .checks import (
     changes_since,
@@ -72,7 +72,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     """
     args.config_file = get_config_file(args.config_file)  # detectron2 reads it again, for its log
     cfg = get_config(args.config_file)
-    cfg.merge_from_list(args.opts)
+    merge_options(cfg, args.opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE: no GPU is available, using the CPU")
         cfg.MODEL.DEVICE = "cpu"
