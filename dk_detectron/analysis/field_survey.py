@@ -44,7 +44,7 @@ def describe(fields: ReceptiveFields, thing: Object, scale: float) -> tuple[np.n
     cell = fields.cell(thing.centre)
     field = fields.effective(cell).double().cpu().numpy()
     x0, y0, x1, y1 = fields.theoretical(cell)
-    measured = measure(field, thing.centre, thing.box, thing.mask)
+    measured = measure(field, thing.centre, None if thing.is_point else thing.box, thing.mask)
     return field, {
         "annotation_id": thing.identifier,
         "category": thing.category,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ class Object:
         identifier: of its annotation.
         category: its class' name.
         area: in pixels of the file, as annotated.
-        box: (x0, y0, x1, y1), in pixels of the picture, within it.
+        box: (x0, y0, x1, y1), in pixels of the picture, within it; of a mere point, without size.
         mask: [H, W], booleans; None if there is none.
     """
 
@@ -47,6 +47,10 @@ class Object:
     def centre(self) -> tuple[float, float]:
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
+
+    @property
+    def is_point(self) -> bool:
+        return self.box[:2] == self.box[2:]
 
     @property
     def bucket(self) -> str:
@@ -109,6 +113,17 @@ def _enlarged(thing: Object, by: tuple[float, float], size: tuple[int, int]) -> 
         mask = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
     box = x0 * by[0], y0 * by[1], x1 * by[0], y1 * by[1]
     return replace(thing, box=box, mask=mask)
+
+
+# How pictures are deformed in Figure 6, and fields [H, W] turned back.
+DEFORMATIONS: dict[str, tuple[Callable, Callable]] = {
+    "original": (lambda picture: picture, lambda field, shape: field),
+    "rotated by -90°": (Picture.rotated, lambda field, shape: np.rot90(field)),
+    "scaled by 1.5": (
+        lambda picture: picture.scaled(1.5),
+        lambda field, shape: cv2.resize(field, shape[::-1], interpolation=cv2.INTER_AREA),
+    ),
+}
 
 
 def read_picture(path: str | Path, cfg: CfgNode, objects: Sequence[Object] = ()) -> Picture:
