@@ -14,7 +14,7 @@ from torch import nn
 
 from dk_detectron.analysis import effective_receptive_field, measure
 from dk_detectron.analysis.field_figures import heat
-from dk_detectron.commands import visualize_erf
+from dk_detectron.commands import visualize_erf, visualize_kernels
 from dk_detectron.commands._networks import distinct_names
 from dk_detectron.model_zoo import load_config
 
@@ -190,6 +190,44 @@ def test_all_objects_as_tables(runs, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == text
     with pytest.raises(SystemExit, match="expected rows of the same network and settings"):
         run(visualize_erf, monkeypatch, *arguments)
+
+
+def test_kernels_of_networks(runs, tmp_path, monkeypatch, capsys):
+    arguments = runs["dk"], runs["dcn_dk"], "--count", 2, "--output-dir", tmp_path
+    run(visualize_kernels, monkeypatch, *arguments)
+    expected = {
+        *(f"{n}_kernels_{i}.png" for n in ("dk", "dcn_dk") for i in (1, 2)),
+        *(f"dcn_dk_samples_{i}.png" for i in (1, 2)),
+        *(f"{n}_kernel_offsets.png" for n in ("dk", "dcn_dk")), "dcn_dk_data_offsets.png",
+        *(f"{n}_offsets.csv" for n in ("dk", "dcn_dk")),
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert all(min(size(path)) > 100 for path in tmp_path.glob("*.png"))
+    table = rows(tmp_path / "dcn_dk_offsets.csv")
+    assert [r["kind"] for r in table] == ["kernel_offset"] * 17 + ["data_offset"] * 14
+    assert all(0 < float(r["mean"]) < float(r["largest"]) for r in table)
+    assert all(0 <= float(r["clipped"]) < 1 for r in table)
+    assert any(float(r["clipped"]) > 0 for r in table if r["kind"] == "kernel_offset")
+    # Five sizes of feature maps by default, a row of 2.25 inches each; or what one asks for.
+    every = size(tmp_path / "dk_kernels_1.png")
+    layers = "--layers", "backbone.bottom_up.res4.0.conv2", "--levels", 1
+    run(visualize_kernels, monkeypatch, *arguments, *layers)
+    one = size(tmp_path / "dk_kernels_1.png")
+    assert every[1] == one[1] and every[0] - one[0] == pytest.approx(4 * 2.25 * 110, abs=3)
+
+
+def test_kernels_need_offsets(runs, tmp_path, monkeypatch, capsys):
+    for arguments, message in {
+        (runs["rigid"],): "model: expected layers of dk_detectron.layers",
+        (runs["scc"],): "seed_0: expected layers with offsets, got gates alone",
+        (runs["dk"], "--layers", "res9"): "--layers: expected some of backbone.bottom_up.stem",
+    }.items():
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            run(visualize_kernels, monkeypatch, *arguments, "--output-dir", tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        run(visualize_kernels, monkeypatch, runs["dk"], "--levels", 0)
+    assert "--levels: expected" in capsys.readouterr().err
 
 
 def test_what_cannot_be_looked_at(runs, tmp_path, monkeypatch, capsys):

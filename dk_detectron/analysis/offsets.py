@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,16 +74,17 @@ def observe(model: nn.Module, image: Tensor) -> dict[str, Observation]:
     return found
 
 
+def _note(values: dict[str, Tensor], kind: str, _, __, output: Tensor) -> None:
+    values.setdefault(kind, output[0].detach())
+
+
 def _watch(stack: ExitStack, found: dict, name: str, layer: Any) -> None:
     values: dict[str, Tensor] = {}
-
-    def note(kind):
-        return lambda _, __, output: values.setdefault(kind, output[0].detach())
 
     if isinstance(layer, AdaptiveConv2d):
         for kind in KINDS:
             if (generator := getattr(layer, f"{kind}_generator", None)) is not None:
-                handle = generator.register_forward_hook(note(kind))
+                handle = generator.register_forward_hook(partial(_note, values, kind))
                 stack.callback(handle.remove)
 
     def finish(_, args, kwargs, output):

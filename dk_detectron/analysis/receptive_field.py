@@ -26,6 +26,7 @@ class ReceptiveFields:
 
     Attributes:
         size: (height, width) of the feature map.
+        strides: (down, across) from cell to cell, in pixels.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ReceptiveFields:
         self._graph = FieldGraph(self._output, self._image, units)
         self.size = tuple(self._output.shape[2:])
         self._axes = [self._centres(axis) for axis in range(2)]
+        self.strides = self._axes[0][1], self._axes[1][1]
 
     def _centres(self, axis: int) -> tuple[float, float]:
         """Along an axis, the pixel at which the first cell's field is centred, and their stride."""
@@ -77,6 +79,13 @@ class ReceptiveFields:
             )
         )
         return row, column
+
+    def centre(self, cell: tuple[float, float]) -> tuple[float, float]:
+        """The point (x, y) at which a cell's theoretical field is centred."""
+        y, x = (
+            n * stride + first + 0.5 for n, (first, stride) in zip(cell, self._axes, strict=True)
+        )
+        return x, y
 
     def effective(self, cell: tuple[int, int]) -> Tensor:
         """R of a cell, [H, W].

@@ -1,21 +1,24 @@
-"""The networks that a command looks at: of run directories, or of one configuration."""
+"""The networks that a command looks at, of run directories or one configuration; its files."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from matplotlib.figure import Figure
 from torch import nn
 
 from ..data.cache import state_of
 from ..model_zoo import get_config
-from ..weights import Checkpointer
+from ..weights import Checkpointer, replacing
 
 CONFIG, WEIGHTS = "config.yaml", "model_final.pth"
 
@@ -100,3 +103,18 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
         while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
             parts = [part[rest] for part in parts]
     return ["/".join(part) for part in parts]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture, whole or not at all, and says where."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    print(path)
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes a CSV file of all keys of its rows, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, {key: None for row in rows for key in row})
+        writer.writeheader()
+        writer.writerows(rows)

@@ -12,13 +12,11 @@ in docs/seeing.md.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -26,18 +24,14 @@ from ..analysis.field_figures import Panel, draw_fields
 from ..analysis.field_survey import correlations, describe, means_by_size, survey_fields
 from ..analysis.forward import deepest_feature
 from ..analysis.measures import overlap
-from ..analysis.objects import DEFORMATIONS, CocoPictures, Object, Picture, read_picture
+from ..analysis.objects import DEFORMATIONS, Picture
 from ..analysis.receptive_field import ReceptiveFields
 from ..weights import replacing
-from ._networks import Network, add_arguments, load_networks
+from . import _subjects
+from ._networks import Network, add_arguments, load_networks, save, write_table
 
 ROWS = 3  # of a page
 SHOWN = "number", "dead", "in_box", "in_mask", "radius_50", "radius_90", "field_size", "aspect"
-
-
-def parse_point(text: str) -> tuple[float, float]:
-    x, y = map(float, text.split(","))
-    return x, y
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,16 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    parser.add_argument(
-        "--dataset", metavar="NAME",
-        help="registered, or coco:JSON:IMAGES (default: the first network's DATASETS.TEST)",
-    )  # fmt: skip
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="pictures, instead")
-    parser.add_argument(
-        "--points", nargs="+", metavar="X,Y", type=parse_point,
-        help="where on --images, in pixels of the file (default: the centre)",
-    )  # fmt: skip
-    parser.add_argument("--count", type=int, default=3, help="number of objects (default: 3)")
+    _subjects.add_arguments(parser)
     parser.add_argument(
         "--deform", action="store_true", help="also of the picture rotated by -90°, scaled by 1.5"
     )
@@ -69,36 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="of --table: so many pictures, evenly spread")
     parser.add_argument("--output-dir", type=Path, default=Path("output/erf"))
     args = parser.parse_args()
-    if args.points and not args.images:
-        parser.error("--points: expected --images that they are on")
+    _subjects.check_arguments(parser, args)
     if args.table and args.images:
         parser.error("--table: expected a data set, got --images")
-    if args.count < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--count, --limit: expected a number of at least 1")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit: expected a number of at least 1")
     return args
-
-
-def subjects(args: argparse.Namespace, networks: list[Network]) -> Iterator[tuple[str, list]]:
-    """What to look at: a label, and the picture with one object as each network gets it."""
-    if args.images:
-        for path in args.images:
-            for number in range(len(args.points or [()])):
-                point = args.points[number] if args.points else None
-                seen = [with_point(read_picture(path, n.cfg), point) for n in networks]
-                yield Path(path).name, seen
-        return
-    pictures = CocoPictures(args.dataset or networks[0].cfg.DATASETS.TEST[0])
-    for image_id, identifier in pictures.spread(args.count):
-        seen = [pictures.read(image_id, n.cfg, only=[identifier]) for n in networks]
-        yield f"{seen[0].name}: {seen[0].objects[0].category}", seen
-
-
-def with_point(picture: Picture, point: tuple[float, float] | None) -> Picture:
-    """A picture with a point of interest, given in pixels of the file."""
-    height, width = picture.pixels.shape[:2]
-    x, y = (width / 2, height / 2) if point is None else (picture.scale * p for p in point)
-    thing = Object(0, "", 0, (x, y, x, y))
-    return Picture(picture.name, picture.pixels, picture.scale, picture.bgr, (thing,))
 
 
 def panels(args, networks: list[Network], seen: list[Picture]) -> Iterator[tuple[str, list]]:
@@ -129,12 +90,6 @@ def panels(args, networks: list[Network], seen: list[Picture]) -> Iterator[tuple
         yield name, row
 
 
-def save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-    print(path)
-
-
 def draw(args: argparse.Namespace, networks: list[Network]) -> None:
     """Pages of three rows, each saved as soon as it is full, and the numbers of all panels."""
     titles = [network.name for network in networks]
@@ -144,12 +99,11 @@ def draw(args: argparse.Namespace, networks: list[Network]) -> None:
     def finish() -> None:
         nonlocal page
         save(draw_fields(titles, waiting, how), args.output_dir / f"erf_{page}.png")
-        write_numbers(args.output_dir / "erf.csv", written)
+        write_table(written, args.output_dir / "erf.csv")
         waiting.clear()
         page += 1
 
-    count = len(args.images) * len(args.points or [()]) if args.images else args.count
-    for label, seen in tqdm(subjects(args, networks), total=count, desc="Fields", disable=None):
+    for label, seen in _subjects.subjects(args, [network.cfg for network in networks]):
         for name, row in panels(args, networks, seen):
             waiting.append((f"{label}\n{name}" if args.deform else label, row))
             written += [
@@ -162,16 +116,9 @@ def draw(args: argparse.Namespace, networks: list[Network]) -> None:
         finish()
 
 
-def write_numbers(path: Path, rows: list[dict]) -> None:
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, {key: None for row in rows for key in row})
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def measure_all(args: argparse.Namespace, networks: list[Network]) -> None:
     """Rows for all objects, into a file for each network; their means and correlations printed."""
-    pictures = CocoPictures(args.dataset or networks[0].cfg.DATASETS.TEST[0])
+    pictures = _subjects.dataset(args, networks[0].cfg)
     means: list[list] = []
     ranks: list[list] = []
     for network in networks:
