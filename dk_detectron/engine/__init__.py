@@ -5,6 +5,7 @@ from .classification import AccuracyEvaluator, ClassificationTrainer
 from .command_line import command_line, main, setup
 from .detection import Trainer
 from .divergence import DivergedError
+from .evaluator import DetectionEvaluator
 from .trainer import EVALUATION_FILE, BaseTrainer
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "AccuracyEvaluator",
     "BaseTrainer",
     "ClassificationTrainer",
+    "DetectionEvaluator",
     "DivergedError",
     "Trainer",
     "check_weights",

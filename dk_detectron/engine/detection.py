@@ -15,7 +15,6 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
-from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from ..data.checking import Report, class_conflict, gate
 from ..data.coco import survey
 from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
+from .evaluator import DetectionEvaluator
 from .trainer import BaseTrainer
 
 
@@ -90,17 +90,18 @@ class Trainer(BaseTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DetectionEvaluator:
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         if evaluator_type != "coco":
             raise ValueError(
                 f"DATASETS.TEST: expected data sets in COCO format, got {dataset_name!r} with "
                 f"evaluator type {evaluator_type!r}"
             )
-        # The official COCO API, since its numbers are the ones to publish.
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        heads = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+        tasks = ["bbox", *(task for task, is_on in heads.items() if is_on)]
         with repaired(dataset_name):
-            return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+            return DetectionEvaluator(dataset_name, if_nothing=tasks, output_dir=output_dir)
 
 
 def _has_run_lengths(cfg: CfgNode) -> bool:
