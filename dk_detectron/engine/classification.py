@@ -140,6 +140,12 @@ class ClassificationTrainer(BaseTrainer):
         )
 
     @classmethod
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """The class folders of the training data."""
+        names = load_pictures(cfg.DATASETS.TRAIN[0]).classes
+        return [{"id": i, "name": name} for i, name in enumerate(names)]
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:
         return AccuracyEvaluator()
 

@@ -8,12 +8,21 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
 
 from ..model_zoo import get_config, get_config_file
 from ..weights import Checkpointer
-from .checks import changes_since, check_batch, check_norms, check_solver, check_weights
+from .checks import (
+    changes_since,
+    check_batch,
+    check_norms,
+    check_solver,
+    check_weights,
+    starts_from_run,
+)
 from .detection import Trainer
 from .launch import launch
+from .record import last_checkpoint, record_training, refresh_config
 from .trainer import BaseTrainer
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
@@ -78,7 +87,12 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
+    resumes = args.resume and last_checkpoint(cfg.OUTPUT_DIR) is not None
     default_setup(cfg, args)
+    if comm.is_main_process():
+        if not args.eval_only:
+            record_training(cfg, resumes=resumes)
+        refresh_config(cfg.OUTPUT_DIR)
     for text in data:
         LOGGER.info("%s", text)
     if changes:
@@ -86,4 +100,6 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
             "Resuming with other settings than the run had, which take over from here:\n  %s",
             "\n  ".join(changes),
         )
+    if not (args.eval_only or resumes) and (text := starts_from_run(cfg, args.config_file)):
+        LOGGER.warning("%s", text)
     return cfg

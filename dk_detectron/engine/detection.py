@@ -90,6 +90,15 @@ class Trainer(BaseTrainer):
         )
 
     @classmethod
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """The categories of the training data."""
+        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        names = metadata.get("thing_classes", [])
+        ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+        places = {place: identifier for identifier, place in ids.items()}
+        return [{"id": places.get(i, i), "name": name} for i, name in enumerate(names)]
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DetectionEvaluator:
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         if evaluator_type != "coco":
