@@ -1,4 +1,4 @@
-"""Training and evaluation, from the command line on."""
+"""Training, evaluation and prediction, from the command line on."""
 
 from .checks import check_weights
 from .classification import AccuracyEvaluator, ClassificationTrainer
@@ -6,6 +6,7 @@ from .command_line import command_line, main, setup
 from .detection import Trainer
 from .divergence import DivergedError
 from .evaluator import DetectionEvaluator
+from .prediction import Predictor
 from .trainer import EVALUATION_FILE, BaseTrainer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ClassificationTrainer",
     "DetectionEvaluator",
     "DivergedError",
+    "Predictor",
     "Trainer",
     "check_weights",
     "command_line",
