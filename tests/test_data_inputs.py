@@ -61,6 +61,8 @@ def test_nothing_to_predict_on_is_an_error(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="INPUT: expected pictures .* got none but 1 other file"):
         find_inputs([str(tmp_path)], leave_out=tmp_path / "out")
+    with pytest.raises(ValueError, match="INPUT: expected pictures .* in gone.png, gone.mp4, got"):
+        find_inputs(["gone.png", "gone.mp4"], leave_out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1"])

@@ -63,7 +63,8 @@ def find_inputs(names: Sequence[str], leave_out: Path) -> Inputs:
         once.setdefault(os.path.realpath(path), path)
     found.pictures = list(once.values())
     found.videos = list(dict.fromkeys(found.videos))
-    if not found.pictures and not found.videos:
+    there = filter(os.path.exists, (*found.pictures, *found.videos))
+    if not any(there) and not any(map(is_webcam, found.videos)):
         others = f" but {len(found.others)} other files" if found.others else ""
         raise ValueError(
             f"INPUT: expected pictures ({', '.join(IMG_EXTENSIONS)}) in {', '.join(names)}, got "
