@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import shutil
 import signal
@@ -240,6 +241,8 @@ def inputs(tmp_path, pictures, monkeypatch) -> Path:
 def command(monkeypatch, *arguments) -> object:
     """The exit status of dk-predict; what a string is, is a message and 1."""
     monkeypatch.setattr(sys, "argv", ["dk-predict", *map(str, arguments)])
+    # As in a process of its own: detectron2's set-up of logs, which others call, stops them here.
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
     try:
         predict.main()
     except SystemExit as error:
