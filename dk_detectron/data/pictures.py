@@ -82,7 +82,8 @@ def content_hash(path: str) -> str:
         return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
-def _divert_warnings(worker: int) -> None:
+def divert_warnings(worker: int) -> None:
+    """Has a worker's standard error be a file, as `picture_fault` needs it."""
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
     cv2.setNumThreads(0)
@@ -123,7 +124,7 @@ def check_pictures(
         PictureFaults(pictures, root, decode=decode),
         batch_size=BATCH,
         num_workers=max(1, len(os.sched_getaffinity(0))),
-        worker_init_fn=_divert_warnings,
+        worker_init_fn=divert_warnings,
         collate_fn=list,
     )
     results = (result for batch in found for result in batch)
@@ -145,10 +146,12 @@ DAMAGED = "image that is damaged inside, of which part decodes to something else
 UNFINISHED = "image that is not whole: zeros to its end"
 
 
-def picture_fault(path: str, size: tuple[int, int], decode: bool) -> str | None:
+def picture_fault(path: str, size: tuple[int, int] | None, decode: bool) -> str | None:
     """What is wrong with a picture that should have this width and height, if anything is.
 
-    Standard error must be a file of this process (see `_divert_warnings`).
+    Without a size, any is right.
+
+    Standard error must be a file of this process (see `divert_warnings`).
     """
     try:
         content = Path(path).read_bytes() if decode else None
@@ -169,7 +172,7 @@ def picture_fault(path: str, size: tuple[int, int], decode: bool) -> str | None:
         return UNREADABLE
     if mode.startswith("I") or mode == "F":
         return "image of 16 bits or of floats, which would be read as white; convert it to 8 bits"
-    if found[:: -1 if turned else 1] == size:  # detectron2 turns it
+    if size is None or found[:: -1 if turned else 1] == size:  # detectron2 turns it
         return None
     if found == size:
         return "image that its EXIF turns, where the JSON has the size before; boxes may be turned"

@@ -15,7 +15,11 @@ from ..data.stream import local_batch_size, nearest_multiples
 from ..modeling import NORMS
 from ..weights import LAST_CHECKPOINT, refuse_pickle
 from .amp import check_amp
+from .record import CONFIG_FILE, TRAINING_FILE
 from .trainer import OPTIMIZERS
+
+# Between a run and the same resumed: where it is, and weights that then are not read.
+UNCOMPARED = "OUTPUT_DIR", "MODEL.WEIGHTS"
 
 
 def check_solver(cfg: CfgNode) -> None:
@@ -129,6 +133,19 @@ def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
         )
 
 
+def starts_from_run(cfg: CfgNode, config_file: str) -> str | None:
+    """What to know if training starts from the result of a run, by that run's config.yaml."""
+    folder = Path(config_file).resolve().parent
+    if not (folder / TRAINING_FILE).exists() or Path(config_file).name != CONFIG_FILE:
+        return None
+    if Path(cfg.MODEL.WEIGHTS).resolve().parent != folder:
+        return None
+    return (
+        f"Training starts from {cfg.MODEL.WEIGHTS}, the result of the run whose {CONFIG_FILE} this "
+        f"is: --config-file {folder / TRAINING_FILE} starts as that run did"
+    )
+
+
 def changes_since(cfg: CfgNode) -> list[str]:
     """How ``cfg`` differs from the run in ``OUTPUT_DIR`` that is to be resumed, "KEY: old -> new".
 
@@ -136,14 +153,16 @@ def changes_since(cfg: CfgNode) -> list[str]:
         ValueError: it cannot go on like this.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    if not (folder / LAST_CHECKPOINT).exists() or not (folder / "config.yaml").exists():
+    # Before version 0.2 there was no other record than config.yaml.
+    records = [folder / name for name in (TRAINING_FILE, CONFIG_FILE) if (folder / name).exists()]
+    if not (folder / LAST_CHECKPOINT).exists() or not records:
         return []
-    before = _flat(CfgNode.load_yaml_with_base(str(folder / "config.yaml")))
+    before = _flat(CfgNode.load_yaml_with_base(str(records[0])))
     now = _flat(CfgNode.load_cfg(cfg.dump()))
     changed = {
         key: (before[key], value)
         for key, value in now.items()
-        if key in before and before[key] != value and key != "OUTPUT_DIR"
+        if key in before and before[key] != value and key not in UNCOMPARED
     }
     if "SOLVER.OPTIMIZER" in changed:
         old, new = changed["SOLVER.OPTIMIZER"]

@@ -101,7 +101,7 @@ class ClassificationTrainer(BaseTrainer):
         return []
 
     @staticmethod
-    def classes(names) -> list[str]:
+    def class_names(names) -> list[str]:
         """The classes of data sets that have been checked."""
         return load_pictures(names[0]).classes
 
@@ -148,6 +148,12 @@ class ClassificationTrainer(BaseTrainer):
             generator=torch.Generator(),
             **_loading(cfg),
         )
+
+    @classmethod
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """The class folders of the training data."""
+        names = cls.class_names(cfg.DATASETS.TRAIN)
+        return [{"id": i, "name": name} for i, name in enumerate(names)]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:

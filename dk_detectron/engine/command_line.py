@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
 
 from ..model_zoo import get_config, get_config_file, merge_options
 from ..weights import Checkpointer
@@ -18,10 +19,12 @@ from .checks import (
     check_solver,
     check_weights,
     settle_classes,
+    starts_from_run,
     stated_keys,
 )
 from .detection import Trainer
 from .launch import launch
+from .record import last_checkpoint, record_training, refresh_config
 from .trainer import BaseTrainer
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
@@ -87,12 +90,17 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     trainer_class = trainer_class or Trainer
     data = trainer_class.check_datasets(cfg, names)
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
-    if classes := trainer_class.classes(names):
+    if classes := trainer_class.class_names(names):
         stated = stated_keys(args.config_file, args.opts)
         data += settle_classes(cfg, trainer_class.class_key(cfg), classes, stated)
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
+    resumes = args.resume and last_checkpoint(cfg.OUTPUT_DIR) is not None
     default_setup(cfg, args)
+    if comm.is_main_process():
+        if not args.eval_only:
+            record_training(cfg, resumes=resumes)
+        refresh_config(cfg.OUTPUT_DIR)
     for text in data:
         LOGGER.info("%s", text)
     if changes:
@@ -100,4 +108,6 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
             "Resuming with other settings than the run had, which take over from here:\n  %s",
             "\n  ".join(changes),
         )
+    if not (args.eval_only or resumes) and (text := starts_from_run(cfg, args.config_file)):
+        LOGGER.warning("%s", text)
     return cfg

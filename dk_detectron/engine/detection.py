@@ -16,7 +16,6 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
-from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from ..data.checking import Report, class_conflict, gate, shared_images
 from ..data.coco import survey
 from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
+from .evaluator import DetectionEvaluator
 from .trainer import BaseTrainer
 
 
@@ -66,7 +66,7 @@ class Trainer(BaseTrainer):
         return tables + shared_images(reports)
 
     @staticmethod
-    def classes(names) -> list[str]:
+    def class_names(names) -> list[str]:
         """The classes of data sets that have been checked, if they have any."""
         for name in names:
             metadata = MetadataCatalog.get(name)
@@ -109,17 +109,27 @@ class Trainer(BaseTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """The categories of the training data."""
+        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        names = metadata.get("thing_classes", [])
+        ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+        places = {place: identifier for identifier, place in ids.items()}
+        return [{"id": places.get(i, i), "name": name} for i, name in enumerate(names)]
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DetectionEvaluator:
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         if evaluator_type != "coco":
             raise ValueError(
                 f"DATASETS.TEST: expected data sets in COCO format, got {dataset_name!r} with "
                 f"evaluator type {evaluator_type!r}"
             )
-        # The official COCO API, since its numbers are the ones to publish.
         folder = inference_folder(cfg.OUTPUT_DIR, dataset_name)
+        heads = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+        tasks = ["bbox", *(task for task, is_on in heads.items() if is_on)]
         with repaired(dataset_name):
-            return COCOEvaluator(dataset_name, output_dir=str(folder), use_fast_impl=False)
+            return DetectionEvaluator(dataset_name, if_nothing=tasks, output_dir=str(folder))
 
 
 def inference_folder(output_dir: str, dataset_name: str) -> Path:
