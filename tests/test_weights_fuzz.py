@@ -78,7 +78,8 @@ OTHER_FILES = [
     saved(lambda content, file: np.savez(file, **content), NAMED),
     pickle.dumps(NAMED), pickle.dumps({"a": 1}), gzip.compress(FILES[0]), as_archive(NAMED),
     json.dumps({"a": [1]}).encode(), b"<html></html>", b"version https://git-lfs", b"", bytes(100),
-    saved(torch.save, nn.Linear(2, 2)), saved(torch.save, [1, SMALL]), saved(torch.save, SMALL["a"]),
+    saved(torch.save, nn.Linear(2, 2)), saved(torch.save, [1, SMALL]),
+    saved(torch.save, SMALL["a"]),
     (8).to_bytes(8, "little") + b'{"a": 1}', b"\x93NUMPY", b"\x89HDF\r\n\x1a\n",
 ]  # fmt: skip
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from .faults import Findings, as_integer, as_number, box_fault, is_number, is_text, overhang
-from .masks import read_mask
+from .faults import (
+    Findings,
+    as_integer,
+    as_number,
+    box_fault,
+    has_area,
+    is_number,
+    is_text,
+    overhang,
+)
+from .masks import box_around, read_mask
 
 # detectron2 scales the longer side to 1333 pixels: of a thinner image nothing is left.
 THINNEST = 1333
 MOST_PIXELS = 2**32  # of pycocotools' RLEs
+# Corners that are read as sizes stick out of the image wherever an object lies right of its middle,
+# or below: three in four do if objects lie anywhere. Careless boxes do so far more rarely.
+CORNERS_HANG = 0.1
 
 
 class Entries:
@@ -113,9 +125,26 @@ class Entries:
         if annotation["category_id"] not in self.categories:
             self.faults.add("annotation of an unknown category", label)
         size = image["width"], image["height"]
-        self._read_flags(annotation, label)
+        self._read_strings(annotation, label)
+        self._read_mask(annotation, size, label)
         if self._read_box(annotation, size, label):
+            if not has_area(annotation["bbox"]):
+                self.repairs.add("bbox without area, left out", f"{label}: {annotation['bbox']}")
+                return False
             self._read_area(annotation, label)
+        self._read_flags(annotation, label)
+        if not _are_keypoints(annotation.get("keypoints")):
+            self.faults.add("keypoints that are no list of x, y, visibility, ...", label)
+        return True
+
+    def _read_strings(self, annotation: dict, label: str) -> None:
+        box = annotation.get("bbox")
+        if isinstance(box, list) and any(isinstance(value, str) for value in box):
+            annotation["bbox"] = [as_number(value) for value in box]
+            self.repairs.add("bbox whose numbers were written as strings", label)
+
+    def _read_mask(self, annotation: dict, size: tuple[int, int], label: str) -> None:
+        """Understands the mask; a box that is missing, or covers nothing, is drawn around it."""
         if segmentation := annotation.get("segmentation"):
             mask = read_mask(segmentation, size)
             if mask.fault:
@@ -123,9 +152,11 @@ class Entries:
             elif mask.repair:
                 self.repairs.add(mask.repair, label)
             annotation["segmentation"] = mask.segmentation or []
-        if not _are_keypoints(annotation.get("keypoints")):
-            self.faults.add("keypoints that are no list of x, y, visibility, ...", label)
-        return True
+            if mask.segmentation and not has_area(annotation.get("bbox")):
+                box = box_around(mask.segmentation, size)
+                if has_area(box):
+                    annotation["bbox"] = box
+                    self.repairs.add("bbox that is missing or empty, drawn around its mask", label)
 
     def _read_flags(self, annotation: dict, label: str) -> None:
         crowd = annotation.get("iscrowd")
@@ -144,9 +175,6 @@ class Entries:
     def _read_box(self, annotation: dict, size: tuple[int, int], label: str) -> bool:
         """Judges the box; False if it has no meaning."""
         box = annotation.get("bbox")
-        if isinstance(box, list) and any(isinstance(value, str) for value in box):
-            annotation["bbox"] = box = [as_number(value) for value in box]
-            self.repairs.add("bbox whose numbers were written as strings", label)
         if fault := box_fault(box, size):
             self.faults.add(fault, f"{label}: {box}")
             return False
@@ -161,8 +189,6 @@ class Entries:
                 "bbox that sticks out of its image and will be clipped",
                 f"{label}: {box} in {size[0]}x{size[1]}",
             )
-        elif width == 0 or height == 0:
-            self.notes.add("bbox without area, which will be ignored", f"{label}: {box}")
         return True
 
     def _read_area(self, annotation: dict, label: str) -> None:
@@ -201,7 +227,7 @@ class Entries:
                 "annotations that are all crowds (iscrowd 1), of which nothing is learnt or "
                 "evaluated; many exports write 1 for every mask as an RLE, where 0 is meant"
             )
-        elif self.boxes and self.corners == self.boxes and self.hanging > self.boxes / 2:
+        elif self.corners >= 0.99 * self.boxes and self.hanging > CORNERS_HANG * self.boxes:
             kind = "bboxes that are corners (x1, y1, x2, y2); COCO's are x, y, width, height"
         elif self.boxes and self.fractions == self.boxes:
             kind = "bboxes in fractions of the image; COCO's are in pixels"

@@ -92,6 +92,11 @@ def overhang(box: list[float], size: tuple[int, int]) -> float:
     return max(-x, -y, x + width - size[0], y + height - size[1])
 
 
+def has_area(box: object) -> bool:
+    """Whether it is a box (xywh) that covers something."""
+    return isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) > 0
+
+
 def box_fault(box: object, size: tuple[int, int]) -> str | None:
     """Why a box (xywh, in pixels) has no meaning in an image of this width and height, if so."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):

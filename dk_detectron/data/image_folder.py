@@ -102,8 +102,8 @@ def load_pictures(name: str) -> Pictures:
     )
 
 
-def check_classes(names: list[str], num_classes: int) -> None:
-    """Raises ``ValueError`` unless all data sets have the same classes, and that many."""
+def check_classes(names: list[str]) -> None:
+    """Raises ``ValueError`` unless all data sets have the same classes."""
     found = {name: load_pictures(name).classes for name in names}
     (first, expected), *others = found.items()
     for name, classes in others:
@@ -113,11 +113,6 @@ def check_classes(names: list[str], num_classes: int) -> None:
                 f"DATASETS: expected the same class folders in {first!r} ({len(expected)}) and "
                 f"{name!r} ({len(classes)}), only one of them has: {some}"
             )
-    if len(expected) != num_classes:
-        raise ValueError(
-            f"MODEL.CLASSIFIER.NUM_CLASSES: expected {len(expected)}, the number of class folders "
-            f"in {first!r}, got {num_classes}"
-        )
 
 
 def training_transform(cfg: CfgNode) -> v2.Compose:

@@ -6,6 +6,8 @@ from itertools import chain
 from math import isfinite
 from typing import NamedTuple
 
+from pycocotools import mask as mask_util
+
 from .faults import FAR
 
 
@@ -53,6 +55,18 @@ def read_mask(segmentation: object, size: tuple[int, int]) -> Mask:
     if len(sound) < len(polygons):
         return Mask(sound, "part of a mask that is no polygon of three points, left out")
     return Mask(polygons, repair)
+
+
+def box_around(segmentation: list | dict, size: tuple[int, int]) -> list[float]:
+    """The box (xywh) of a sound mask in an image of this width and height."""
+    if isinstance(segmentation, list):
+        xs = [x for polygon in segmentation for x in polygon[0::2]]
+        ys = [y for polygon in segmentation for y in polygon[1::2]]
+        x, y = min(xs), min(ys)
+        return [x, y, max(xs) - x, max(ys) - y]
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, size[1], size[0])
+    return mask_util.toBbox(segmentation).tolist()
 
 
 def _read_rle(rle: dict, size: tuple[int, int]) -> Mask:

@@ -8,12 +8,23 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
 
 from ..model_zoo import get_config, get_config_file, merge_options
 from ..weights import Checkpointer
-from .checks import changes_since, check_batch, check_norms, check_solver, check_weights
+from .checks import (
+    changes_since,
+    check_batch,
+    check_norms,
+    check_solver,
+    check_weights,
+    settle_classes,
+    starts_from_run,
+    stated_keys,
+)
 from .detection import Trainer
 from .launch import launch
+from .record import last_checkpoint, record_training, refresh_config
 from .trainer import BaseTrainer
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
@@ -22,7 +33,10 @@ LOGGER = logging.getLogger("detectron2.dk_detectron.engine.command_line")
 
 def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
     """detectron2's standard command line, over one or more processes."""
-    args = default_argument_parser(epilog=epilog).parse_args()
+    parser = default_argument_parser(epilog=epilog)
+    # detectron2's own is one port for all jobs of a user, of which the second would fail.
+    parser.set_defaults(dist_url="auto")
+    args = parser.parse_args()
     launch(partial(main, trainer_class=trainer), args)
 
 
@@ -72,13 +86,21 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
-    data = (trainer_class or Trainer).check_datasets(
-        cfg, cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
-    )
+    names = cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
+    trainer_class = trainer_class or Trainer
+    data = trainer_class.check_datasets(cfg, names)
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
+    if classes := trainer_class.class_names(names):
+        stated = stated_keys(args.config_file, args.opts)
+        data += settle_classes(cfg, trainer_class.class_key(cfg), classes, stated)
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
+    resumes = args.resume and last_checkpoint(cfg.OUTPUT_DIR) is not None
     default_setup(cfg, args)
+    if comm.is_main_process():
+        if not args.eval_only:
+            record_training(cfg, resumes=resumes)
+        refresh_config(cfg.OUTPUT_DIR)
     for text in data:
         LOGGER.info("%s", text)
     if changes:
@@ -86,4 +108,6 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
             "Resuming with other settings than the run had, which take over from here:\n  %s",
             "\n  ".join(changes),
         )
+    if not (args.eval_only or resumes) and (text := starts_from_run(cfg, args.config_file)):
+        LOGGER.warning("%s", text)
     return cfg

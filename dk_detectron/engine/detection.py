@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 from functools import partial
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -15,15 +16,15 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
-from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.checking import Report, class_conflict, gate
+from ..data.checking import Report, class_conflict, gate, shared_images
 from ..data.coco import survey
 from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
+from .evaluator import DetectionEvaluator
 from .trainer import BaseTrainer
 
 
@@ -61,7 +62,25 @@ class Trainer(BaseTrainer):
         for report in reports:
             _check_uses(cfg, report)
             adopt(report.name)
-        return ["\n".join([report.table(), *report.lines()]) for report in reports]
+        tables = ["\n".join([report.table(), *report.lines()]) for report in reports]
+        return tables + shared_images(reports)
+
+    @staticmethod
+    def class_names(names) -> list[str]:
+        """The classes of data sets that have been checked, if they have any."""
+        for name in names:
+            metadata = MetadataCatalog.get(name)
+            if is_coco(name):
+                return survey(metadata.json_file).classes
+            if classes := metadata.get("thing_classes"):
+                return classes
+        return []
+
+    @staticmethod
+    def class_key(cfg: CfgNode) -> str:
+        """Where the number of classes stands in ``cfg``."""
+        one_stage = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS")
+        return f"MODEL.{'RETINANET' if one_stage else 'ROI_HEADS'}.NUM_CLASSES"
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
@@ -90,17 +109,32 @@ class Trainer(BaseTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """The categories of the training data."""
+        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        names = metadata.get("thing_classes", [])
+        ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+        places = {place: identifier for identifier, place in ids.items()}
+        return [{"id": places.get(i, i), "name": name} for i, name in enumerate(names)]
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DetectionEvaluator:
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         if evaluator_type != "coco":
             raise ValueError(
                 f"DATASETS.TEST: expected data sets in COCO format, got {dataset_name!r} with "
                 f"evaluator type {evaluator_type!r}"
             )
-        # The official COCO API, since its numbers are the ones to publish.
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        folder = inference_folder(cfg.OUTPUT_DIR, dataset_name)
+        heads = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+        tasks = ["bbox", *(task for task, is_on in heads.items() if is_on)]
         with repaired(dataset_name):
-            return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+            return DetectionEvaluator(dataset_name, if_nothing=tasks, output_dir=str(folder))
+
+
+def inference_folder(output_dir: str, dataset_name: str) -> Path:
+    """Where the results on a data set are; ``coco:JSON:IMAGES`` is one folder, not several."""
+    return Path(output_dir, "inference", re.sub(r"[^\w.-]+", "_", dataset_name))
 
 
 def _has_run_lengths(cfg: CfgNode) -> bool:

@@ -24,11 +24,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.stream import seed_from
 from ..modeling import to_channels_last
-from ..weights import Checkpointer, replacing, write_checkpoint
+from ..weights import replacing, write_checkpoint
 from .amp import build_loop
 from .divergence import DivergenceGuard
 from .monitoring import OffsetMonitor
 from .optimizer import build_optimizer, parameter_groups
+from .record import RunCheckpointer
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.trainer")
@@ -55,7 +56,8 @@ class WeightAverage(HookBase):
 
     def after_train(self):
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
-            write_checkpoint({"model": self.averaged.module.state_dict()}, self.path)
+            content = {"model": self.averaged.module.state_dict()}
+            write_checkpoint(content | {"classes": self.trainer.checkpointer.classes}, self.path)
 
     def state_dict(self):
         return self.averaged.state_dict()
@@ -97,7 +99,9 @@ class BaseTrainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = build_loop(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = RunCheckpointer(
+            model, cfg.OUTPUT_DIR, self.classes(cfg), trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -161,10 +165,13 @@ class BaseTrainer(DefaultTrainer):
         self.data_loader.batch_sampler.start = self.start_iter
 
     def evaluate(self) -> OrderedDict:
-        """Evaluates the weights and, under names that end in ``_ema``, their moving average."""
+        """Evaluates the weights and, under names that end in ``_ema``, their moving average.
+
+        What is in ``OUTPUT_DIR/inference`` afterwards is of the weights.
+        """
+        averaged = self.test(self.cfg, self.ema.averaged.module) if self.ema else {}
         results = self.test(self.cfg, self.model)
-        if self.ema:
-            averaged = self.test(self.cfg, self.ema.averaged.module)
+        if averaged:
             results.update({f"{name}_ema": metrics for name, metrics in averaged.items()})
             write_evaluation(self.cfg, results)
         self._last_eval_results = results
@@ -176,6 +183,14 @@ class BaseTrainer(DefaultTrainer):
         if cfg.MODEL.BACKBONE.COMPILE:
             model.backbone.compile(dynamic=True)  # in place, so that names stay as they are
         return to_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
+
+    @classmethod
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """What the network tells apart, in the order of its outputs: "id" and "name" of each.
+
+        None is known unless a subclass knows them.
+        """
+        return []
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
