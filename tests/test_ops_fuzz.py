@@ -90,7 +90,7 @@ def check_refused(error: Exception) -> None:
     event("refused")
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     assert raised_in.startswith(PACKAGE), repr(error)
-    assert re.match(r"[a-z_]+(, [a-z_]+)*: expected .* got ", str(error)), repr(error)
+    assert re.match(r"[a-z_]+(, [a-z_]+)*: ", str(error)), repr(error)
 
 
 @cases(
