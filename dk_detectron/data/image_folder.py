@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from .datasets import check_on_disk, datasets_root
+from .pictures import read_picture
 
 HOW_TO_GET = {
     "imagenet": "put the class folders n01440764 ... n15075141 there, for val too",
@@ -183,9 +183,9 @@ class PictureDataset(Dataset):
         for attempt in range(len(self) if self.replace else 1):
             path, label = self.samples[(index + attempt) % len(self)]
             try:
-                picture = default_loader(path)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                skipped.append(f"{path}: expected a picture, got what cannot be read: {error}")
+                picture = read_picture(path)
+            except ValueError as error:
+                skipped.append(str(error))
                 if not self.skip:
                     raise ValueError(
                         f"{skipped[0]}; repair it, or set DATALOADER.SKIP_CORRUPT True to leave "

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
+from detectron2.data.detection_utils import read_image
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -60,8 +61,8 @@ class PictureFaults(Dataset):
         """
         Args:
             pictures: file name, width and height.
-            decode: decode every JPEG, also where nothing is odd about its head and its end; without
-                it there are no hashes.
+            decode: decode every picture, also where nothing is odd about its head and its end;
+                without it there are no hashes.
         """
         self.pictures = pictures
         self.root = root
@@ -142,6 +143,8 @@ def check_pictures(
 
 MISSING = "missing image"
 UNREADABLE = "unreadable image"
+TOO_DEEP = "image of 16 bits or of floats, which would be read as white; convert it to 8 bits"
+DRAWN = "image that a program would draw (EPS): convert it to PNG"
 DAMAGED = "image that is damaged inside, of which part decodes to something else"
 UNFINISHED = "image that is not whole: zeros to its end"
 
@@ -156,9 +159,10 @@ def picture_fault(path: str, size: tuple[int, int] | None, decode: bool) -> str 
     try:
         content = Path(path).read_bytes() if decode else None
         with Image.open(path) as image:
-            kind, mode, found = image.format, image.mode, image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            if kind not in ("JPEG", "PNG"):
+            if fault := _format_fault(image):
+                return fault
+            kind, found, turned = image.format, image.size, _is_turned(image)
+            if kind != "JPEG" and (decode or kind != "PNG"):
                 image.load()
         if kind == "PNG":
             with Image.open(path) as image:
@@ -170,13 +174,44 @@ def picture_fault(path: str, size: tuple[int, int] | None, decode: bool) -> str 
     # Pillow reports a broken file in many ways, its decompression bombs among them.
     except Exception:
         return UNREADABLE
-    if mode.startswith("I") or mode == "F":
-        return "image of 16 bits or of floats, which would be read as white; convert it to 8 bits"
     if size is None or found[:: -1 if turned else 1] == size:  # detectron2 turns it
         return None
     if found == size:
         return "image that its EXIF turns, where the JSON has the size before; boxes may be turned"
     return "image of another size than the JSON says"
+
+
+def _format_fault(image: Image.Image) -> str | None:
+    """Why a picture that has been opened must not be read, if so."""
+    if image.format == "EPS":
+        return DRAWN
+    return TOO_DEEP if image.mode.startswith("I") or image.mode == "F" else None
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether detectron2 exchanges width and height by EXIF, which it ignores if it is broken."""
+    try:
+        exif = image.getexif()
+    except Exception:
+        return False
+    return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+def read_picture(path: str) -> Image.Image:
+    """A picture in RGB, turned as its EXIF says: what detectors see of it.
+
+    Raises:
+        ValueError: it cannot be read, or not without loss.
+    """
+    try:
+        with Image.open(path) as image:
+            fault = _format_fault(image)
+        if not fault:
+            return Image.fromarray(read_image(path, "RGB"))
+    # As above.
+    except Exception as error:
+        fault = f"what cannot be read: {error}"
+    raise ValueError(f"{path}: expected a picture, got {fault}")
 
 
 def _jpeg_fault(path: str, content: bytes | None) -> str | None:
