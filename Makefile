@@ -20,7 +20,7 @@ ifeq ($(filter shapes trees,$(DATASET)),)
 $(error DATASET must be shapes or trees, got '$(DATASET)': make demo DATASET=shapes)
 endif
 
-.PHONY: help setup demo test sanitize ptx costs lint format lock clean distclean FORCE
+.PHONY: help setup demo test fuzz sanitize ptx costs lint format lock clean distclean FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,12 +29,18 @@ setup: $(OPERATORS) .venv/.detectron2 ## Install everything into .venv and compi
 
 demo: setup ## Train on DATASET (shapes or trees) and draw the results, into OUTPUT
 	$(BIN)/python tools/prepare_$(DATASET).py
-	$(BIN)/python tools/train_net.py --config-file configs/demo/$(DATASET)_MNV2_FPN_dk_l3.yaml \
+	$(BIN)/python tools/train_net.py --resume \
+		--config-file configs/demo/$(DATASET)_MNV2_FPN_dk_l3.yaml \
 		OUTPUT_DIR $(OUTPUT) $(OPTS)
 	$(BIN)/python tools/visualize_results.py --config-file $(OUTPUT)/config.yaml
 
 test: setup ## Run the tests
 	$(BIN)/python -m pytest $(OPTS)
+
+fuzz: setup ## Try thousands of strange files and arguments (a part of `make test`)
+	$(BIN)/python -m pytest tests/test_data_fuzz.py tests/test_weights_fuzz.py \
+		tests/test_evaluation_fuzz.py tests/test_model_zoo_fuzz.py tests/test_ops_fuzz.py \
+		--hypothesis-profile=fuzz -s $(OPTS)
 
 sanitize: setup ## Run the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	PYTHON=$(BIN)/python tests/emulation/sanitize.sh

@@ -10,7 +10,15 @@ from .config import add_dk_config
 from .ops import deform_kernel_conv2d, sample_kernel
 
 __version__ = "0.2.0"
-__all__ = ["add_dk_config", "data", "deform_kernel_conv2d", "modeling", "ops", "sample_kernel"]
+__all__ = [
+    "Predictor",
+    "add_dk_config",
+    "data",
+    "deform_kernel_conv2d",
+    "modeling",
+    "ops",
+    "sample_kernel",
+]
 # Imported when they are first asked for, since detectron2's models take as long to import as torch.
 ROOMS = "analysis", "data", "engine", "evaluation", "layers", "model_zoo", "modeling", "weights"
 
@@ -18,4 +26,10 @@ ROOMS = "analysis", "data", "engine", "evaluation", "layers", "model_zoo", "mode
 def __getattr__(name: str):
     if name in ROOMS:
         return import_module(f".{name}", __name__)
+    if name == "Predictor":
+        return import_module(".engine", __name__).Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *ROOMS})

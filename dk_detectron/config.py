@@ -33,6 +33,8 @@ def add_dk_config(cfg: CfgNode) -> None:
     # Deformable convolution (DCN) in the depthwise 3x3 of res2, res3, res4, res5: data offsets,
     # alone or (with CONV_3X3 "local") together with kernel offsets.
     cfg.MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE = [False, False, False, False]
+    # Histograms of every layer's offsets go to TensorBoard every so many steps; 0 for never.
+    cfg.MODEL.DEFORM_KERNEL.VIS_PERIOD = 0
     # Experts of a conditional convolution: 8 in the paper's MobileNet-V2, 2 in its ResNet-50-DW.
     cfg.MODEL.DEFORM_KERNEL.NUM_EXPERTS = 8
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from dk_detectron.data import checking, coco
-from dk_detectron.data.checking import Release, check_dataset, class_conflict
+from dk_detectron.data.checking import Release, check_dataset, class_conflict, gate, shared_images
 from dk_detectron.data.datasets import adopt, repaired
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,13 @@ def first(key):
 image, annotation, category = first("images"), first("annotations"), first("categories")
 
 
+def boxes(*values):
+    return lambda content: [
+        annotation.update(bbox=box)
+        for annotation, box in zip(content["annotations"], values, strict=True)
+    ]
+
+
 def every(**values):
     return lambda content: [entry.update(values) for entry in content["annotations"]]
 
@@ -119,6 +127,8 @@ def every(**values):
         (image(width=1334, height=1), "beyond 1333 : 1: 1 .*1334x1"),
         (every(bbox=[0.1, 0.2, 0.5, 0.5]), "in fractions of the image.*: 3 .*id 1"),
         (every(bbox=[20, 10, 35, 25]), "are corners .*: 3 .*id 1"),
+        # Corners of objects on the left and above do not stick out, when read as sizes.
+        (boxes([1, 2, 10, 12], [3, 4, 20, 16], [20, 10, 35, 25]), "are corners .*: 3 .*id 1"),
         (every(iscrowd=1), "all crowds .*: 3 .*id 1"),
         (lambda c: c.update(images=[]), "expected images and categories, found an empty list"),
         (lambda c: c.pop("images"), "found no list of images"),
@@ -160,6 +170,12 @@ POLYGON = [1.0, 2.0, 31.0, 2.0, 31.0, 22.0]
         (annotation(segmentation={"counts": [0, 1200]}), "without its size", "segmentation",
          {"counts": [0, 1200], "size": [HEIGHT, WIDTH]}),
         (annotation(image_id=7), "unknown image, left out: 1 .*id 1", "id", 2),
+        # pycocotools would look for an object that detectron2 never learnt.
+        (annotation(bbox=[3, 2, 20, 0]), "without area, left out: 1 .*id 1", "id", 2),
+        (annotation(bbox=[3, 2, 0, 0], segmentation=[POLYGON]), "around its mask", "bbox",
+         [1, 2, 30, 20]),
+        (annotation(bbox=None, segmentation={"counts": [62, 5, 25, 3, 1105]}), "around its mask",
+         "bbox", [2, 2, 2, 5]),
         (image(width="40"), "width was not written as an integer", "id", 1),
     ],
 )  # fmt: skip
@@ -224,10 +240,34 @@ def test_classes_that_differ(dataset, tmp_path):
     MetadataCatalog.remove(reports[1].name)
 
 
+def test_images_that_are_twice_in_one_set_or_in_two(dataset, tmp_path):
+    """By content, as copies have other names; by path where the content has not been read."""
+    folder = dataset[2]
+    assert check_dataset("sound").notes == []
+    shutil.copyfile(folder / "000001.jpg", folder / "000003.jpg")
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    shutil.copyfile(folder / "000002.jpg", copies / "another.jpg")
+    content = json.loads(dataset[1].read_text())
+    content |= {"images": [{**content["images"][1], "file_name": "another.jpg"}], "annotations": []}
+    (tmp_path / "copies.json").write_text(json.dumps(content))
+
+    name = f"coco:{tmp_path / 'copies.json'}:{copies}"
+    reports = check_dataset("sound"), check_dataset(name)
+    assert reports[0].notes == [
+        "image whose content another one has: 1 (such as 000003.jpg, as 000001.jpg)"
+    ]
+    (text,) = shared_images(reports)
+    assert text.startswith(f"1 images are in sound as well as in {name}, such as 000002.jpg: if")
+    assert shared_images([gate("sound"), gate(name)]) == []
+    assert len(shared_images([gate("sound"), gate("sound")])) == 1
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
 @pytest.mark.parametrize(
     ("box", "note"),
-    [([30, 2, 20, 4], "sticks out of its image"), ([3, 2, 20, 0], "without area"),
-     ([-0.5, 0, 40.9, 30.6], None)],
+    [([30, 2, 20, 4], "sticks out of its image"), ([-0.5, 0, 40.9, 30.6], None)],
 )  # fmt: skip
 def test_what_detectron2_copes_with_is_only_noted(dataset, box, note):
     edit(dataset[1], annotation(bbox=box))

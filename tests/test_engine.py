@@ -22,8 +22,9 @@ import torchvision
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from dk_detectron.engine import Trainer, setup
+from dk_detectron.engine import Trainer, command_line, setup
 from dk_detectron.engine.amp import build_loop
+from dk_detectron.engine.launch import launch
 from dk_detectron.layers import LocalDeformKernel2d
 from dk_detectron.model_zoo import CONFIGS, load_config
 
@@ -257,6 +258,20 @@ def test_torchrun_and_num_gpus_exclude_each_other(datasets_root, tmp_path):
     assert "--num-gpus, --num-machines: expected none under torchrun" in errors
 
 
+def test_jobs_on_one_machine_have_ports_of_their_own(monkeypatch):
+    """detectron2's default is one port for every job of a user."""
+    taken = []
+    monkeypatch.setattr("sys.argv", ["train_net.py"])
+    # The package's attribute of that name is the function.
+    module = sys.modules["dk_detectron.engine.command_line"]
+    monkeypatch.setattr(module, "launch", lambda _, args: taken.append(args))
+    command_line(Trainer, "")
+    assert taken[0].dist_url == "auto"
+    taken[0].num_machines = 2
+    with pytest.raises(ValueError, match="--dist-url: expected the address of the first of 2"):
+        launch(print, taken[0])
+
+
 def test_a_killed_process_stops_the_job_and_resume_goes_on_exactly(datasets_root, tmp_path):
     options = (
         "--num-gpus", 2, "SOLVER.MAX_ITER", 20, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()"
@@ -442,6 +457,10 @@ def test_a_detector_trains_and_resumes_in_bfloat16_on_a_cpu(datasets_root, tmp_p
     assert all(t.dtype == torch.float32 for t in weights.values() if t.is_floating_point())
 
 
+SHAPES = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
+SCRATCH = ["MODEL.MOBILENETV2.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0]
+
+
 def arguments(**changes) -> Namespace:
     defaults = {"config_file": str(CONFIG), "opts": [], "eval_only": False, "resume": False}
     return Namespace(**(defaults | changes))
@@ -455,7 +474,7 @@ def arguments(**changes) -> Namespace:
             FileNotFoundError,
             "--config-file: expected a YAML file, .* got 'none",
         ),
-        ({"opts": ["MODEL.DEFORM_KERNEL.SCOPE", 4]}, AssertionError, "Non-existent key: .*SCOPE"),
+        ({"opts": ["MODEL.DEFORM_KERNEL.SCOPE", 4]}, ValueError, "Non-existent key: .*SCOPE"),
         (
             {"opts": ["MODEL.WEIGHTS", "none.pth"]},
             FileNotFoundError,
@@ -487,8 +506,15 @@ def arguments(**changes) -> Namespace:
             ValueError,
             "learns nothing from scratch",
         ),
+        ({}, ValueError, r"ROI_HEADS.NUM_CLASSES: expected 1, .* in the data \(square\), got 6: "),
+        (
+            {"config_file": "COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml",
+             "opts": [*SHAPES, *SCRATCH, "MODEL.ROI_HEADS.NUM_CLASSES", 80]},
+            ValueError,
+            "NUM_CLASSES: expected 1, .* got 80: correct it, or leave it out",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_work_is_refused_before_any_work(
     changes, error, message, datasets_root, tmp_path, monkeypatch
 ):
@@ -511,6 +537,29 @@ def replace_registered(datasets, root: Path) -> None:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     datasets.register_all(root)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [("faster_rcnn_MNV2_FPN_dk_l3_1x", "ROI_HEADS"), ("retinanet_MNV2_FPN_dk_l3_1x", "RETINANET")],
+)
+def test_the_number_of_classes_comes_from_the_data(config, key, datasets_root, tmp_path):
+    """A configuration that does not say it, on data by a name that says where they are."""
+    shapes = datasets_root / "shapes"
+    data = [
+        f"('coco:{shapes}/annotations/instances_{split}.json:{shapes}/{split}',)"
+        for split in ("train", "val")
+    ]
+    args = arguments(
+        config_file=f"COCO-Detection/{config}.yaml",
+        opts=["DATASETS.TRAIN", data[0], "DATASETS.TEST", data[1], *SCRATCH,
+              "OUTPUT_DIR", str(tmp_path)],
+    )  # fmt: skip
+    cfg = setup(args)
+    assert cfg.MODEL[key].NUM_CLASSES == 1
+    assert f"{key}.NUM_CLASSES: 1, as in the data (square)" in (tmp_path / "log.txt").read_text()
+    evaluator = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+    assert Path(evaluator._output_dir).parent == tmp_path / "inference"
 
 
 def test_resume_tells_what_has_changed(run, datasets_root, tmp_path):

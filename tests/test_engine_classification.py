@@ -504,6 +504,12 @@ def test_what_cannot_work_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_number_of_classes_comes_from_the_data(own_pictures, tmp_path):
+    args = arguments(own_pictures, tmp_path / "out", "SOLVER.REFERENCE_WORLD_SIZE", 0)
+    args.config_file = str(CONFIGS / "ImageNet" / "MNV2_dk_l3.yaml")
+    assert setup(args, ClassificationTrainer).MODEL.CLASSIFIER.NUM_CLASSES == 6
+
+
 def test_warm_up_that_never_ends_is_refused(pictures, tmp_path):
     cfg = config(pictures, tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.WARMUP_EPOCHS", 5)
     with pytest.raises(ValueError, match="fewer iterations of warm-up than the 6 .* got 30; set"):
@@ -593,7 +599,7 @@ def run_tool(tool: str, *args, **env) -> subprocess.CompletedProcess:
 
 def test_two_processes_train_and_evaluate(pictures, tmp_path):
     """Each evaluates its half of the pictures, with the same network."""
-    more = "--config-file", CONFIG, "--dist-url", "auto", "--num-gpus", 2
+    more = "--config-file", CONFIG, "--num-gpus", 2
     steps = "SOLVER.MAX_ITER", 3, "SOLVER.EMA_DECAY", 0.5
     result = run_tool("train_imagenet.py", *more, *options(pictures, tmp_path), *steps)
     assert result.returncode == 0, result.stderr[-3000:]

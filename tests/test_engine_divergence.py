@@ -13,6 +13,7 @@ import torch
 from detectron2.engine import HookBase, launch
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engine_classification import CONFIGS, config, detection_set, load_config, pictures  # noqa: F401
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
@@ -224,6 +225,32 @@ def test_gradient_checkpointing_has_the_same_offsets(pictures, tmp_path, monkeyp
         train(config(pictures, folder, *LIVELY, *more))
         found.append({k: v for k, v in metrics(folder)[2].items() if "_offset/" in k})
     assert found[0] == found[1] and len(found[0]) == 7
+
+
+def test_histograms_of_offsets_go_to_tensorboard_if_asked_for(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitoring, "PERIOD", 2)
+    events = {}
+    for period in 0, 3:
+        more = "SOLVER.MAX_ITER", 4, "MODEL.DEFORM_KERNEL.VIS_PERIOD", period
+        trainer = train(config(pictures, tmp_path / str(period), *LIVELY, *more))
+        events[period] = EventAccumulator(str(tmp_path / str(period)))
+        events[period].Reload()
+    kinds = "kernel_offset", "data_offset"
+    assert set(events[3].Tags()["histograms"]) == {
+        f"{kind}/{name}"
+        for name, layer in trainer.checkpointer.model.named_modules()
+        for kind in kinds
+        if hasattr(layer, f"{kind}_generator")
+    }
+    for kind in kinds:
+        tags = [tag for tag in events[3].Tags()["histograms"] if tag.startswith(kind)]
+        drawn = [event for tag in tags for event in events[3].Histograms(tag)]
+        assert {event.step for event in drawn} == {2}
+        values = [event.histogram_value for event in drawn]
+        assert all(sum(value.bucket) == value.num > 0 for value in values)
+        largest = dict((i, v) for v, i in trainer.storage.history(f"{kind}/max").values())
+        assert max(max(-v.min, v.max) for v in values) == pytest.approx(largest[2])
+    assert not events[0].Tags()["histograms"]
 
 
 def test_a_compiled_backbone_is_not_watched_and_says_so(

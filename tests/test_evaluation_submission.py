@@ -12,18 +12,19 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
+from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dk_detectron.data import shapes
-from dk_detectron.evaluation import submission
-from dk_detectron.evaluation.submission import collect, file_name, read_image_info, read_results
+from dk_detectron.evaluation.submission import collect, file_name, read_image_info
 
 ROOT = Path(__file__).parent.parent
 IMAGES = {7: (100, 80), 9: (64, 64)}
@@ -39,58 +40,25 @@ def result(**changes) -> dict:
     } | changes
 
 
-def parse(text: str) -> list:
-    file = io.StringIO(text)
-    file.name = "results.json"
-    return list(read_results(file))
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize(
-    ("chunk", "results"),
-    [(1, [{}, {}, {}]), (200, [result(score=i / 7, note='"},{[') for i in range(9)])],
-)
-def test_reading_in_pieces_is_reading_at_once(chunk, results, indent, monkeypatch):
-    monkeypatch.setattr(submission, "CHUNK", chunk)
-    assert parse(json.dumps(results, indent=indent)) == results
-    assert parse(" [ ] \n") == []
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "expected an array of results with '\\[' at character 0, got the end of the file"),
-        ('{"a": 1}', "'\\[' at character 0, got '{'"),
-        ("[1, 2]", "'{' at character 1, got '1'"),
-        ('[{"a": 1}, {"a": ', "JSON at character 17, got Expecting value"),
-        ('[{"a": 1}', "',' or '\\]' at character 9, got the end of the file, which is not whole"),
-        ('[{"a": 1},]', "'{' at character 10, got '\\]'"),
-        ('[{"a": 1}] x', "its end at character 11, got 'x'"),
-        ('[{"a": cat}, ' + '{"a": 1},' * 300_000, "JSON at character 7, got Expecting value"),
-    ],
-)
-def test_what_is_no_results_file(text, message):
-    with pytest.raises(ValueError, match=f"results.json: .*{message}"):
-        parse(text)
-
-
 @pytest.mark.parametrize(
     ("changes", "violation"),
     [
         ({"image_id": 8}, "unknown image_id"),
-        ({"image_id": "7"}, "unknown image_id"),
+        ({"image_id": "seven"}, "unknown image_id"),
         ({"image_id": [7]}, "unknown image_id"),
         ({"category_id": 2}, "unknown category_id"),
         ({"category_id": True}, "unknown category_id"),
         ({"bbox": [1, 2, 3]}, "bbox is not four finite numbers"),
         ({"bbox": [1, 2, 3, float("inf")]}, "bbox is not four finite numbers"),
-        ({"bbox": [1, 2, 3, "4"]}, "bbox is not four finite numbers"),
+        ({"bbox": [1, 2, 3, None]}, "bbox is not four finite numbers"),
+        ({"bbox": {"x": 1}}, "bbox is not four finite numbers"),
+        ({"bbox": [1, 2, 3, 10**400]}, "bbox is not four finite numbers"),
+        ({"bbox": [1, 2, 3000, 4]}, "bbox that reaches beyond 10 times its image"),
         ({"bbox": [1, 2, 3, -4]}, "bbox of negative size"),
         ({"bbox": [101, 2, 3, 4]}, "bbox outside its image"),
         ({"score": float("nan")}, "score is not a finite number"),
         ({"score": None}, "score is not a finite number"),
-        ({"score": 1.5}, "score outside \\[0, 1\\]"),
-        ({"score": -0.1}, "score outside \\[0, 1\\]"),
+        ({"score": 10**400}, "score is not a finite number"),
     ],
 )
 def test_faulty_results_are_dropped_and_counted(changes, violation):
@@ -107,6 +75,132 @@ def test_faulty_results_are_dropped_and_counted(changes, violation):
 
 def texts(found) -> list[dict]:
     return [json.loads(text) for heap in found.best.values() for _, _, text in heap]
+
+
+@pytest.mark.parametrize(
+    ("changes", "violation"),
+    [
+        (
+            {"image_id": "7"},
+            "image_id of another type than a number's (read as one): 1 (such as 7)",
+        ),
+        ({"image_id": 7.0}, "image_id of another type"),
+        ({"category_id": "90"}, "category_id of another type"),
+        ({"score": "0.5"}, "score of another type"),
+        ({"bbox": ["1", "2.0", 30, "4e1"]}, "bbox whose numbers were written as strings"),
+    ],
+)
+def test_numbers_are_read_as_they_are_meant(changes, violation):
+    found = collect([result(**changes)], IMAGES, CATEGORIES)
+    assert texts(found) == [result()]
+    (line,) = found.violations.lines()
+    assert line.startswith(violation)
+
+
+def test_long_identifiers_keep_every_digit():
+    identifier = 2**62 + 1  # which no float holds
+    found = collect([result(image_id=str(identifier))], {identifier: (100, 80)}, CATEGORIES)
+    assert texts(found) == [result(image_id=identifier)]
+
+
+@pytest.mark.parametrize("score", [1.5, 99, -0.1, -3])
+def test_another_scale_of_scores_is_an_error(score):
+    """What is dropped would be the best."""
+    message = f"r.json: score: expected probabilities, .* got {score} in result 2: .* sigmoid"
+    with pytest.raises(ValueError, match=message):
+        collect([result(), result(score=score)], IMAGES, CATEGORIES, source="r.json")
+    rounding = collect([result(score=1 + 1e-7), result(score=-1e-7, image_id=9)], IMAGES, {90})
+    assert [r["score"] for r in texts(rounding)] == [1, 0]
+    assert rounding.violations.lines() == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0, 1, 2], "got 0 in result 1; all of them may be positions from 0: write sorted"),
+        ([2, 1, 3], "got 2 in result 1; all of them may be positions from 1: write sorted"),
+        ([89, 0, 3], "got 89 in result 1; all of them may be one less than the ids: add 1"),
+        ([5, 91, 2], "got 5 in result 1; all of them may be one more than the ids: subtract 1"),
+        ([1, 90, 7], None),
+    ],
+)
+def test_category_ids_that_are_counted_otherwise(ids, message):
+    results = [result(category_id=identifier, score=0.1 * k) for k, identifier in enumerate(ids)]
+    if message is None:
+        found = collect(results, IMAGES, {1, 4, 90})
+        assert found.kept == 2 and "unknown category_id (dropped): 1" in found.violations.lines()[0]
+        return
+    with pytest.raises(ValueError, match=f"r.json: category_id: expected .*{message}"):
+        collect(results, IMAGES, {1, 4, 90}, source="r.json")
+
+
+def test_results_that_are_there_twice():
+    # As of a file that was concatenated with itself; the second half meets full images.
+    results = [result(score=round(0.9 - i / 200, 5), bbox=[0, 0, i, 1]) for i in range(1, 121)]
+    found = collect([dict(r) for r in results + results], IMAGES, CATEGORIES)
+    assert sorted(r["score"] for r in texts(found)) == sorted(r["score"] for r in results[:100])
+    # The hundredth and those after it are not among the best the second time.
+    assert found.violations.counts["result that is there twice (kept once)"] == 99
+
+
+PIXELS = np.zeros((80, 100), dtype=np.uint8, order="F")
+PIXELS[2:42, 1:31] = 1
+RLE = mask_util.encode(PIXELS)
+RLE["counts"] = RLE["counts"].decode()
+
+
+@pytest.mark.parametrize(
+    ("mask", "violation"),
+    [
+        (RLE, None),
+        ({"counts": RLE["counts"]}, "RLE without its size"),
+        ({"size": [80, 100], "counts": [82, 40] + [40, 40] * 29 + [5558]}, "RLE that is a list"),
+        ([[1, 2, 31, 2, 31, 42, 1, 42]], "mask of polygons (turned into an RLE)"),
+        ([1, 2, 31, 2, 31, 42, 1, 42], "polygon that is not in a list"),
+    ],
+)
+def test_masks_are_submitted_as_the_server_reads_them(mask, violation):
+    found = collect([result(segmentation=mask)], IMAGES, CATEGORIES)
+    assert found.task == "segm"
+    (written,) = texts(found)
+    assert written.keys() == {"image_id", "category_id", "segmentation", "score"}
+    assert (mask_util.decode(written["segmentation"]) == PIXELS).all()
+    lines = found.violations.lines()
+    assert lines[0].startswith(violation) if violation else lines == []
+    assert found.notes.lines() == [
+        "bbox, left out: --task bbox submits it: 1 (such as bbox of result 1)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mask", "violation"),
+    [
+        (None, "segmentation without a mask"),
+        ([[1, 2, 3, 4]], "segmentation without a mask"),
+        ({**RLE, "counts": "0000"}, "RLE that has more or fewer pixels than its image"),
+        ({**RLE, "size": [100, 80]}, "RLE whose size is not [height, width] of its image"),
+        (
+            {**RLE, "counts": "o" * 100_000},
+            "RLE whose counts are neither a list of numbers nor a compressed string",
+        ),
+        ("mask", "segmentation is neither polygons nor an RLE"),
+    ],
+)
+def test_masks_that_are_none_are_dropped(mask, violation):
+    found = collect([result(segmentation=RLE), result(segmentation=mask)], IMAGES, CATEGORIES)
+    assert found.kept == 1
+    (line,) = found.violations.lines()
+    assert line.startswith(f"{violation} (dropped): 1") and len(line) < 1000
+
+
+def test_what_a_submission_leaves_out_is_said():
+    results = [result(segmentation=RLE, keypoints=[1, 2, 2]), result(score=0.4)]
+    found = collect(results, IMAGES, CATEGORIES, "bbox")
+    assert texts(found) == [result(score=0.4), result()] and found.violations.lines() == []
+    assert found.notes.lines() == [
+        "segmentation, left out: --task segm submits it: 1 (such as segmentation of result 1)",
+        "other keys, left out: 1 (such as keypoints of result 1)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +250,11 @@ def test_names_that_no_file_can_have(name):
         file_name(name)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"images": []}', '{"images": [{}], "categories": []}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"images": []}', '{"images": [{}], "categories": []}', "[" * 10**5,
+     '{"images": [{"id": 1}], "categories": [{"id": 1, "name": "a"}]}'],
+)  # fmt: skip
 def test_what_is_no_image_info(text, tmp_path):
     path = tmp_path / "info.json"
     path.write_text(text)
@@ -286,14 +384,20 @@ def test_strict_writes_nothing(evaluated, tmp_path):
     for output in strict, lenient:
         assert "violation: unknown image_id (dropped): 1 (such as {'image_id': 999" in output
         assert "violation: bbox that sticks out of its image (clipped): 1 (such as" in output
-        assert f"kept {len(results) - 1} of {len(results)} results, in 12 of 12 images" in output
+        assert (
+            f"kept {len(results) - 1} of {len(results)} results (bbox), in 12 of 12 images"
+            in output
+        )
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text[:-10], "error: .*broken.json: expected an array of results"),
-        (lambda text: "[]", "error: expected results to submit, found none among 0"),
+        (lambda text: text[:-10], "error: .*broken.json: expected JSON at character"),
+        (
+            lambda text: "[]",
+            "error: .*broken.json: expected results to submit, found none among 0: eval",
+        ),
         (lambda text: text.replace("image_id", "image"), "found none among"),
     ],
 )

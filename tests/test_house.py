@@ -59,10 +59,10 @@ def test_rooms_are_there_when_they_are_asked_for():
     program = (
         "import dk_detectron; print(dk_detectron.modeling.mobilenet_v2.__name__, "
         "dk_detectron.model_zoo.get_config_file('ImageNet/MNV2.yaml').endswith('MNV2.yaml'), "
-        "hasattr(dk_detectron, 'cellar'))"
+        "dk_detectron.Predictor.__name__, hasattr(dk_detectron, 'cellar'))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout == "mobilenet_v2 True False\n", result.stderr
+    assert result.stdout == "mobilenet_v2 True Predictor False\n", result.stderr
 
 
 def test_the_environment_for_issues():

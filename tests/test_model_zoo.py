@@ -48,3 +48,56 @@ def test_a_configuration_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match="config.yaml: expected plain YAML"):
         model_zoo.get_config(path)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL: {DEFORM_KERNEL: {CONV_3x3: local}}", "key: MODEL.DEFORM_KERNEL.CONV_3x3; did you "
+         "mean MODEL.DEFORM_KERNEL.CONV_3X3?"),
+        ("SOLVER: {BASE_LR: fast}", "for config key: SOLVER.BASE_LR"),
+        ("- MODEL", "cannot be merged"),
+        ("", "cannot be merged"),
+        ("1: 2", "cannot be merged"),
+        ("MODEL: 5", "cannot be merged"),
+        ("VERSION: two", "cannot be merged"),
+        ("TEST: {DATE: 2020-99-99}", "month must be in 1..12"),
+        ("_BASE_: config.yaml", "a _BASE_ that leads back to its own file"),
+        ("_BASE_: [5]", "cannot be merged"),
+        ("a: &a [*a]", "a value inside itself"),
+        ("\n".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" if i else "x0: &x0 [1]"
+                   for i in range(12)) + "\nSOLVER: {BASE_LR: *x11}", "more than 100,000 values"),
+        ("MODEL: {WEIGHTS: \x00}", "expected plain YAML"),
+        ("MODEL: {DEVICE: '" + "(" * 5000 + "'}", None),
+    ],
+)  # fmt: skip
+def test_what_is_no_configuration(text, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    if message is None:
+        assert model_zoo.get_config(path).MODEL.DEVICE.startswith("(((")
+        return
+    with pytest.raises(ValueError, match="config.yaml: expected ") as error:
+        model_zoo.get_config(path)
+    assert message in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_base_that_is_missing(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("_BASE_: base.yaml")
+    with pytest.raises(FileNotFoundError, match="config.yaml: .* _BASE_ names, got .*/base.yaml"):
+        model_zoo.get_config(path)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.WEIGHT", "x.pth"], "key: MODEL.WEIGHT; did you mean MODEL.WEIGHTS?"),
+        (["SOLVER.MAX_ITER"], "odd length"),
+        (["SOLVER.MAX_ITER", "many"], "for config key: SOLVER.MAX_ITER"),
+    ],
+)
+def test_options_that_cannot_be(opts, message):
+    with pytest.raises(ValueError, match="options KEY VALUE ...: expected") as error:
+        model_zoo.load_config(NAME, opts)
+    assert message in str(error.value)

@@ -590,6 +590,13 @@ def test_file_names_that_cannot_work(source, target, error, message, tmp_path, m
             Checkpointer(model).resume_or_load(source, resume=False)
 
 
+def test_a_weight_without_a_name_is_nobodys(torchvision_net):
+    """It is not taken for that of every layer that the checkpoint does not have."""
+    converted, report = convert({**torchvision_net.state_dict(), "": torch.ones(3)}, build(MNV2))
+    assert converted.keys() == convert(torchvision_net.state_dict(), build(MNV2))[0].keys()
+    assert report.unexpected[-1] == ": not in the model"
+
+
 def test_a_model_of_somebody_else_is_refused(torchvision_net):
     with pytest.raises(CheckpointError, match="model: expected one with a backbone of this"):
         convert(torchvision_net.state_dict(), torchvision_net)

@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 from dk_detectron.engine import Trainer
 from dk_detectron.engine.amp import PRECISIONS
-from dk_detectron.model_zoo import load_config
+from dk_detectron.model_zoo import load_config, merge_options
 
 # Fed means this much faster than the model, since the time of an image varies.
 MARGIN = 1.2
@@ -153,7 +153,7 @@ def main() -> None:
     if min(args.workers) < 0 or args.images < 1 or args.steps < 0:
         parser.error("--workers, --steps: expected no negative number; --images: at least 1")
     cfg = load_config(args.config_file)
-    cfg.merge_from_list(args.opts)  # after load_config has chosen the CPU
+    merge_options(cfg, args.opts)  # after load_config has chosen the CPU
     Trainer.check_datasets(cfg, cfg.DATASETS.TRAIN)
     cfg = Trainer.auto_scale_workers(cfg, 1)  # the batch of one process
 

@@ -7,6 +7,7 @@ ImageNet weights.
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
+from dk_detectron.engine import DetectionEvaluator
 from dk_detectron.engine.optimizer import build_optimizer, parameter_groups
 from dk_detectron.modeling import mobilenet_v2
 
@@ -26,6 +27,7 @@ model.input_format = "RGB"
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.image_format = "RGB"
 dataloader.train.mapper.use_instance_mask = False
+dataloader.evaluator = L(DetectionEvaluator)(dataset_name="${..test.dataset.names}")
 
 optimizer = L(build_optimizer)(
     params=L(parameter_groups)(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.checking import COCO, Report, check_dataset, class_conflict
+from ..data.checking import COCO, Report, check_dataset, class_conflict, shared_images
 from ..data.datasets import PREFIX, datasets_root
 
 
@@ -51,7 +51,10 @@ def main() -> None:
         print_report(report)
         reports.append(report)
     if args.json_report:
-        Path(args.json_report).write_text(json.dumps([asdict(r) for r in reports], indent=2))
+        found = [{k: v for k, v in asdict(r).items() if k != "contents"} for r in reports]
+        Path(args.json_report).write_text(json.dumps(found, indent=2))
+    for text in shared_images(reports):
+        print(text)
     conflict = class_conflict(reports) if args.names and all(r.survey for r in reports) else None
     if conflict:
         print(conflict)

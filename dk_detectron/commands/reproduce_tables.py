@@ -81,7 +81,7 @@ def main() -> None:
             return
         check(runs)
         settings.save(args.output)
-    except (AssertionError, FileExistsError, FileNotFoundError, KeyError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     failures = 0
     for number, run in enumerate(runs, start=1):

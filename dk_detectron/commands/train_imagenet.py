@@ -7,7 +7,7 @@
 
 Any folders of class folders do as data, without registration:
 
-    %(prog)s --config-file ... MODEL.CLASSIFIER.NUM_CLASSES 200 \
+    %(prog)s --config-file ... \
         DATASETS.TRAIN "('birds/train',)" DATASETS.TEST "('birds/val',)"
 
 Without a GPU it runs on the CPU; there --num-gpus is the number of processes.

@@ -3,28 +3,32 @@
     %(prog)s --config-file output/demo/config.yaml
 
 Reads OUTPUT_DIR/inference and OUTPUT_DIR/evaluation.json, which tools/train_net.py leaves behind,
-and writes OUTPUT_DIR/pictures.
+and writes OUTPUT_DIR/pictures anew. Without an evaluation, of a run that was interrupted, it
+predicts with the last checkpoint.
 """
 
 import argparse
 import json
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
-from matplotlib import colormaps
 from tabulate import tabulate
 from tqdm import tqdm
 
 from ..data.datasets import resolve
-from ..engine import EVALUATION_FILE
+from ..data.inputs import distinct_names
+from ..data.writing import replacing_folder
+from ..engine import EVALUATION_FILE, Predictor
+from ..engine.detection import inference_folder
+from ..engine.outputs import RESULTS_FILE, give_colours, write_picture
 from ..model_zoo import load_config
 
 SHORT_SIDE = 480
@@ -44,11 +48,10 @@ def to_instances(predictions: list[dict], size: tuple[int, int], metadata: Metad
     return instances
 
 
-def draw_pair(record: dict, predictions: list[dict], metadata: Metadata) -> np.ndarray:
-    """Ground truth on the left, detections on the right; RGB."""
+def draw_pair(record: dict, instances: Instances, metadata: Metadata) -> np.ndarray:
+    """Ground truth on the left, detections on the right; BGR."""
     image = read_image(record["file_name"], "RGB")
     scale = SHORT_SIDE / min(image.shape[:2])
-    instances = to_instances(predictions, image.shape[:2], metadata)
     # Boxes alone, as on the right: a mask would recolour the objects.
     keys = "bbox", "bbox_mode", "category_id"
     boxes = record | {"annotations": [{k: a[k] for k in keys} for a in record["annotations"]]}
@@ -56,39 +59,52 @@ def draw_pair(record: dict, predictions: list[dict], metadata: Metadata) -> np.n
     right = Visualizer(image, metadata, scale, MODE).draw_instance_predictions(instances)
     right = right.get_image()
     gap = np.full((left.shape[0], 8, 3), 255, dtype=np.uint8)
-    return np.concatenate([left, gap, right], axis=1)
+    return np.concatenate([left, gap, right], axis=1)[:, :, ::-1]
 
 
-def draw(cfg: CfgNode, dataset: str, count: int, threshold: float) -> Path:
-    """Draws ``count`` images, evenly spread over the data set, and returns their folder."""
-    results = Path(cfg.OUTPUT_DIR, "inference", dataset, "coco_instances_results.json")
+def detections(cfg: CfgNode, dataset: str, threshold: float) -> Callable[[dict], Instances]:
+    """What gives those of a record: from the last evaluation, else by the last checkpoint."""
+    results = inference_folder(cfg.OUTPUT_DIR, dataset) / RESULTS_FILE
     if not results.is_file():
-        raise FileNotFoundError(
-            f"{results}: expected the detections that tools/train_net.py writes"
-        )
-    predictions = defaultdict(list)
+        predictor = Predictor(cfg.OUTPUT_DIR, threshold=threshold)
+        print(f"{results}: no evaluation yet; predicting with {predictor.weights}")
+        return lambda record: predictor(record["file_name"])
+    found = defaultdict(list)
     for prediction in json.loads(results.read_text()):
         if prediction["score"] >= threshold:
-            predictions[prediction["image_id"]].append(prediction)
-    resolve(dataset)
-    records = DatasetCatalog.get(dataset)
+            found[prediction["image_id"]].append(prediction)
     metadata = MetadataCatalog.get(dataset)
-    if not metadata.get("thing_colors"):
-        palette = colormaps["Set1"](range(colormaps["Set1"].N))[:, :3]
-        colours = (palette[i % len(palette)] for i in range(len(metadata.thing_classes)))
-        metadata.thing_colors = [tuple(int(255 * c) for c in colour) for colour in colours]
-    folder = Path(cfg.OUTPUT_DIR, "pictures")
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
-    for i in tqdm(chosen, desc="Drawing"):
-        picture = draw_pair(records[i], predictions[records[i]["image_id"]], metadata)
-        path = folder / f"{Path(records[i]['file_name']).stem}.png"
-        cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    return folder
+    return lambda record: to_instances(
+        found[record["image_id"]], (record["height"], record["width"]), metadata
+    )
+
+
+def draw(cfg: CfgNode, count: int, threshold: float) -> Path:
+    """Draws ``count`` images of each data set, evenly spread, and returns their folder."""
+    chosen = []
+    for dataset in cfg.DATASETS.TEST:
+        resolve(dataset)
+        records = DatasetCatalog.get(dataset)
+        places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
+        chosen += [(dataset, records[place]) for place in places]
+    names = distinct_names([record["file_name"] for _, record in chosen])
+    found = {dataset: detections(cfg, dataset, threshold) for dataset in cfg.DATASETS.TEST}
+    with replacing_folder(Path(cfg.OUTPUT_DIR, "pictures")) as folder:
+        for (dataset, record), name in zip(tqdm(chosen, desc="Drawing"), names, strict=True):
+            metadata = give_colours(MetadataCatalog.get(dataset))
+            instances = found[dataset](record)
+            if instances.has("pred_masks"):
+                instances.remove("pred_masks")
+            write_picture(folder / f"{name}.png", draw_pair(record, instances, metadata))
+    return Path(cfg.OUTPUT_DIR, "pictures")
 
 
 def print_metrics(path: Path) -> None:
-    for task, metrics in json.loads(path.read_text()).items():
+    results = json.loads(path.read_text())
+    for key, value in [*results.items()]:
+        if any(isinstance(metrics, dict) for metrics in value.values()):  # of several data sets
+            results |= {f"{key}, {task}": metrics for task, metrics in results.pop(key).items()}
+    for task, metrics in results.items():
         rows = [[name, value] for name, value in metrics.items()]
         print(f"\n{task}, from {path}:\n")
         print(tabulate(rows, ["metric", "%"], tablefmt="github", floatfmt=".1f"))
@@ -101,10 +117,12 @@ def main() -> None:
     parser.add_argument("--config-file", required=True, help="the run's OUTPUT_DIR/config.yaml")
     parser.add_argument("--count", type=int, default=12, help="number of pictures (default: 12)")
     parser.add_argument("--threshold", type=float, default=0.6, help="least score (default: 0.6)")
+    parser.add_argument("--opts", nargs="+", default=(), help="KEY VALUE pairs over the file's")
     args = parser.parse_args()
-    cfg = load_config(args.config_file)
-    for dataset in cfg.DATASETS.TEST:
-        print(f"Pictures: {draw(cfg, dataset, args.count, args.threshold)}{os.sep}")
+    if args.count < 1:
+        parser.error(f"--count: expected 1 or more, got {args.count}")
+    cfg = load_config(args.config_file, args.opts)
+    print(f"Pictures: {draw(cfg, args.count, args.threshold)}{os.sep}")
     evaluation = Path(cfg.OUTPUT_DIR, EVALUATION_FILE)
     if evaluation.is_file():
         print_metrics(evaluation)

@@ -8,11 +8,12 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from iopath.common.file_io import get_cache_dir
 
 # Part of every key: whoever changes what is judged, or what is kept, raises it.
-RULES = 1
+RULES = 3
 
 
 def cache_file(kind: str, key: str) -> Path:
@@ -20,12 +21,26 @@ def cache_file(kind: str, key: str) -> Path:
     return Path(get_cache_dir(), "dk_detectron", f"{kind}-{RULES}-{key}.json")
 
 
+def read(path: Path) -> Any:
+    """What was kept; None if it was not, or is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def write(path: Path, content: object) -> None:
     """Whole or not at all, whichever of a job's processes comes first."""
+    text = json.dumps(content)  # json.dump would do without the encoder in C
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file)
-    os.replace(file.name, path)
+        try:
+            file.write(text)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.remove(file.name)
+            raise
 
 
 def state_of(paths: Iterable[str]) -> str:
@@ -37,5 +52,5 @@ def state_of(paths: Iterable[str]) -> str:
             state = f"{path} {status.st_size} {status.st_mtime_ns}\n"
         except OSError:
             state = f"{path}\n"
-        digest.update(state.encode(errors="surrogateescape"))
+        digest.update(os.fsencode(state))
     return digest.hexdigest()

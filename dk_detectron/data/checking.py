@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
@@ -13,6 +14,7 @@ from tabulate import tabulate
 
 from .coco import Survey, survey
 from .datasets import is_coco, resolve
+from .faults import EXAMPLES, Findings
 from .pictures import check_pictures, look_at_pictures
 
 MOST_CLASSES = 80  # in a table
@@ -48,6 +50,7 @@ class Report:
         repairs: what training and evaluation read otherwise than it is written, or leave out.
         notes: what is odd but does no harm, because detectron2 deals with it.
         survey: of the JSON, if it can be read.
+        contents: the hash of each sound picture, by file name, if they were all read.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Report:
     repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     survey: Survey | None = None
+    contents: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Problems, with each cure once, after all that it cures; repairs and notes."""
@@ -100,10 +104,16 @@ def check_dataset(name: str, progress: Callable[..., Iterable] | None = None) ->
         ValueError: it is no data set in COCO's format.
     """
 
+    contents: dict[str, str] = {}
+
     def decode(pictures: list, root: str) -> list[str]:
-        return check_pictures(pictures, root, decode=True, progress=progress).lines()
+        faults, hashes = check_pictures(pictures, root, decode=True, progress=progress)
+        contents.update(hashes)
+        return faults.lines()
 
     report = _examine(name, decode)
+    report.contents = contents
+    report.notes += _duplicates(contents)
     if name in COCO and report.survey:
         json_cure, _ = _cures(name, *_files(name))
         for what in "images", "categories":
@@ -146,6 +156,41 @@ def class_conflict(reports: list[Report]) -> str | None:
                 "list of categories"
             )
     return None
+
+
+def _duplicates(contents: dict[str, str]) -> list[str]:
+    first: dict[str, str] = {}
+    found = Findings()
+    for name, content in contents.items():
+        if (other := first.setdefault(content, name)) is not name:
+            found.add("image whose content another one has", f"{name}, as {other}")
+    return found.lines()
+
+
+def shared_images(reports: list[Report]) -> list[str]:
+    """Which data sets share images: the same files or, where all were read, the same content."""
+    return [
+        f"{len(common):,} images are in {one.name} as well as in {two.name}, such as "
+        f"{', '.join(common[:EXAMPLES])}: if one is to train and the other to test, the test "
+        "measures what was learnt by heart"
+        for one, two in combinations(reports, 2)
+        if (common := _common(one, two))
+    ]
+
+
+def _common(one: Report, two: Report) -> list[str]:
+    paths, contents = set(_paths(two).values()), set(two.contents.values())
+    return [
+        name
+        for name, path in _paths(one).items()
+        if path in paths or one.contents.get(name) in contents
+    ]
+
+
+def _paths(report: Report) -> dict[str, str]:
+    _, root = _files(report.name)
+    images = report.survey.images if report.survey else []
+    return {name: os.path.normpath(os.path.join(root, name)) for name, _, _ in images}
 
 
 def _files(name: str) -> tuple[str, str]:

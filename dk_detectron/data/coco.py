@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from detectron2.utils.file_io import PathManager
 
-from .cache import cache_file, write
+from .cache import cache_file, read, write
 from .entries import Entries
 from .faults import Findings
 
@@ -81,8 +82,8 @@ def _survey(json_file: str, *unchanged: int) -> Survey:
     raw = Path(json_file).read_bytes()
     key = hashlib.blake2b(raw, digest_size=16).hexdigest()
     kept, copy = cache_file("survey", key), cache_file("repaired", key)
-    if kept.is_file():
-        found = Survey(**json.loads(kept.read_text()))
+    if content := read(kept):
+        found = Survey(**content)
         if not found.repairs or found.faults:
             found.path = json_file  # one of the same content may have been elsewhere
             return found
@@ -91,7 +92,7 @@ def _survey(json_file: str, *unchanged: int) -> Survey:
             return found
     with _without_collection():
         entries = Entries()
-        content = _parse(json_file, raw, entries.repairs)
+        content = parse(json_file, raw, entries.repairs)
         entries.read(content)
         found = _summarise(json_file, content, entries)
         if found.repairs and not found.faults:
@@ -113,7 +114,15 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _parse(json_file: str, raw: bytes, repairs: Findings) -> dict:
+def parse(json_file: str, raw: bytes, repairs: Findings) -> dict:
+    """The lists in a file of these bytes: images, categories, and annotations but in a test set.
+
+    Args:
+        repairs: takes what was done to read it.
+
+    Raises:
+        ValueError: it is not COCO's JSON.
+    """
     try:
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
@@ -122,7 +131,7 @@ def _parse(json_file: str, raw: bytes, repairs: Findings) -> dict:
         if encoding != "utf-8":
             repairs.add(f"file in {encoding}, read as such", json_file)
         content = json.loads(raw)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, RecursionError, ValueError, zlib.error) as error:
         raise ValueError(f"{json_file}: not whole, or no JSON: {error}") from error
     kinds = ["images", "categories", "annotations"]
     if isinstance(content, dict) and "annotations" not in content:  # a test set's file has none

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from .faults import Findings, as_integer, as_number, box_fault, is_number, overhang
-from .masks import read_mask
+from .faults import (
+    Findings,
+    as_integer,
+    as_number,
+    box_fault,
+    has_area,
+    is_number,
+    is_text,
+    overhang,
+)
+from .masks import box_around, read_mask
 
 # detectron2 scales the longer side to 1333 pixels: of a thinner image nothing is left.
 THINNEST = 1333
+MOST_PIXELS = 2**32  # of pycocotools' RLEs
+# Corners that are read as sizes stick out of the image wherever an object lies right of its middle,
+# or below: three in four do if objects lie anywhere. Careless boxes do so far more rarely.
+CORNERS_HANG = 0.1
 
 
 class Entries:
@@ -47,7 +60,7 @@ class Entries:
                 self.faults.add(f"{what} without a proper id, {text}", entry)
                 continue
             lacking = [key for key in ("id", *numbers) if not self._to_integer(entry, key, what)]
-            if not isinstance(entry.get(text), str):
+            if not is_text(entry.get(text)):
                 lacking.append(text)
             if lacking:
                 self.faults.add(f"{what} without a proper {', '.join(lacking)}", entry)
@@ -61,7 +74,7 @@ class Entries:
         """Whether the entry has, or means, an integer under the key; it has it afterwards."""
         value = entry.get(key)
         if type(value) is int:
-            return True
+            return is_number(value)
         number = as_integer(value)
         if number is None:
             return False
@@ -78,6 +91,8 @@ class Entries:
                     f"image whose sides are less than 1, or beyond {THINNEST} : 1",
                     f"{image['file_name']}: {image['width']}x{image['height']}",
                 )
+            elif short * long >= MOST_PIXELS:
+                self.faults.add("image of more pixels than a mask can count", image["file_name"])
             if image["file_name"] in names:
                 self.notes.add("file that is listed for several images", image["file_name"])
             names.add(image["file_name"])
@@ -97,8 +112,7 @@ class Entries:
         lacking = [
             key
             for key in ("image_id", "category_id")
-            if type(annotation.get(key)) is not int
-            and not self._to_integer(annotation, key, "annotation")
+            if not self._to_integer(annotation, key, "annotation")
         ]
         label = f"id {annotation['id']}" if "id" in annotation else f"number {position + 1}"
         if lacking:
@@ -111,9 +125,26 @@ class Entries:
         if annotation["category_id"] not in self.categories:
             self.faults.add("annotation of an unknown category", label)
         size = image["width"], image["height"]
-        self._read_flags(annotation, label)
+        self._read_strings(annotation, label)
+        self._read_mask(annotation, size, label)
         if self._read_box(annotation, size, label):
+            if not has_area(annotation["bbox"]):
+                self.repairs.add("bbox without area, left out", f"{label}: {annotation['bbox']}")
+                return False
             self._read_area(annotation, label)
+        self._read_flags(annotation, label)
+        if not _are_keypoints(annotation.get("keypoints")):
+            self.faults.add("keypoints that are no list of x, y, visibility, ...", label)
+        return True
+
+    def _read_strings(self, annotation: dict, label: str) -> None:
+        box = annotation.get("bbox")
+        if isinstance(box, list) and any(isinstance(value, str) for value in box):
+            annotation["bbox"] = [as_number(value) for value in box]
+            self.repairs.add("bbox whose numbers were written as strings", label)
+
+    def _read_mask(self, annotation: dict, size: tuple[int, int], label: str) -> None:
+        """Understands the mask; a box that is missing, or covers nothing, is drawn around it."""
         if segmentation := annotation.get("segmentation"):
             mask = read_mask(segmentation, size)
             if mask.fault:
@@ -121,7 +152,11 @@ class Entries:
             elif mask.repair:
                 self.repairs.add(mask.repair, label)
             annotation["segmentation"] = mask.segmentation or []
-        return True
+            if mask.segmentation and not has_area(annotation.get("bbox")):
+                box = box_around(mask.segmentation, size)
+                if has_area(box):
+                    annotation["bbox"] = box
+                    self.repairs.add("bbox that is missing or empty, drawn around its mask", label)
 
     def _read_flags(self, annotation: dict, label: str) -> None:
         crowd = annotation.get("iscrowd")
@@ -140,9 +175,6 @@ class Entries:
     def _read_box(self, annotation: dict, size: tuple[int, int], label: str) -> bool:
         """Judges the box; False if it has no meaning."""
         box = annotation.get("bbox")
-        if isinstance(box, list) and any(isinstance(value, str) for value in box):
-            annotation["bbox"] = box = [as_number(value) for value in box]
-            self.repairs.add("bbox whose numbers were written as strings", label)
         if fault := box_fault(box, size):
             self.faults.add(fault, f"{label}: {box}")
             return False
@@ -157,8 +189,6 @@ class Entries:
                 "bbox that sticks out of its image and will be clipped",
                 f"{label}: {box} in {size[0]}x{size[1]}",
             )
-        elif width == 0 or height == 0:
-            self.notes.add("bbox without area, which will be ignored", f"{label}: {box}")
         return True
 
     def _read_area(self, annotation: dict, label: str) -> None:
@@ -197,14 +227,23 @@ class Entries:
                 "annotations that are all crowds (iscrowd 1), of which nothing is learnt or "
                 "evaluated; many exports write 1 for every mask as an RLE, where 0 is meant"
             )
-        elif self.boxes and self.corners == self.boxes and self.hanging > self.boxes / 2:
+        elif self.corners >= 0.99 * self.boxes and self.hanging > CORNERS_HANG * self.boxes:
             kind = "bboxes that are corners (x1, y1, x2, y2); COCO's are x, y, width, height"
         elif self.boxes and self.fractions == self.boxes:
             kind = "bboxes in fractions of the image; COCO's are in pixels"
         for annotation in annotations if kind else ():
             if isinstance(annotation, dict):
                 self.faults.add(kind, f"id {annotation['id']}")
-        used = {a.get("category_id") for a in annotations if isinstance(a, dict)}
+        used = {
+            id for a in annotations if isinstance(a, dict) and is_number(id := a.get("category_id"))
+        }
         if annotations and (unused := [c for i, c in self.categories.items() if i not in used]):
             for category in unused:
                 self.notes.add("category without boxes", repr(category["name"]))
+
+
+def _are_keypoints(value: object) -> bool:
+    """Whether detectron2 can read them, or sees that there are none."""
+    return (
+        not value or isinstance(value, list) and len(value) % 3 == 0 and all(map(is_number, value))
+    )

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from math import isfinite
-from typing import cast
+from typing import TypeGuard
 
 EXAMPLES = 3
+LONGEST = 300  # characters of an example
+# What torch and numpy hold of an integer.
+LARGEST = 2**63 - 1
 # Boxes may stick out of their image by this many pixels: it is rounding, of float32 or of decimals.
 ROUNDING = 0.01
+# Nobody means a place beyond so many times the size of an image, and the memory that pycocotools
+# takes for a polygon grows with it.
+FAR = 10
 
 
 class Findings:
@@ -25,44 +31,70 @@ class Findings:
 
     def describe(self, kind: str) -> str:
         more = ", ..." if self.counts[kind] > EXAMPLES else ""
-        examples = ", ".join(str(example) for example in self.examples[kind])
+        examples = ", ".join(map(shortened, self.examples[kind]))
         return f"{kind}: {self.counts[kind]:,} (such as {examples}{more})"
 
     def lines(self) -> list[str]:
         return [self.describe(kind) for kind in self.counts]
 
 
-def is_number(value: object) -> bool:
+def shortened(example: object) -> str:
+    """What can be printed of an example, which may hold a whole mask, or half a character."""
+    try:
+        text = str(example)
+    except RecursionError:
+        return f"a {type(example).__name__} of too many levels"
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text.encode(errors="backslashreplace").decode()
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a string of whole characters, which can be printed or name a file."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return value.encode(errors="ignore").decode() == value
+
+
+def is_number(value: object) -> TypeGuard[float]:
     # Not of bool, which is an int as well.
-    return type(value) in (int, float) and isfinite(cast(float, value))
+    if type(value) is int:
+        return abs(value) <= LARGEST
+    return type(value) is float and isfinite(value)
 
 
 def as_number(value: object) -> int | float | None:
     """The finite number that a value of JSON means, if it means one: "12" is 12, True is 1."""
     if is_number(value):
-        return cast(float, value)
+        return value
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            return None
-        if isfinite(number):
-            return int(number) if number.is_integer() else number
+        for kind in int, float:  # a float does not hold every digit of a long identifier
+            try:
+                number = kind(value)
+            except ValueError:
+                continue
+            return number if is_number(number) else None
     return None
 
 
 def as_integer(value: object) -> int | None:
     """The same of integers; 12.0 is one."""
     number = as_number(value)
-    return int(number) if number is not None and number == int(number) else None
+    if number is None or number != int(number):
+        return None
+    return int(number) if abs(number) <= LARGEST else None
 
 
 def overhang(box: list[float], size: tuple[int, int]) -> float:
     """By how many pixels a box (xywh) sticks out of an image of this width and height."""
     x, y, width, height = box
     return max(-x, -y, x + width - size[0], y + height - size[1])
+
+
+def has_area(box: object) -> bool:
+    """Whether it is a box (xywh) that covers something."""
+    return isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) > 0
 
 
 def box_fault(box: object, size: tuple[int, int]) -> str | None:
@@ -72,6 +104,8 @@ def box_fault(box: object, size: tuple[int, int]) -> str | None:
     x, y, width, height = box
     if width < 0 or height < 0:
         return "bbox of negative size"
+    if max(abs(x), width) > FAR * size[0] or max(abs(y), height) > FAR * size[1]:
+        return f"bbox that reaches beyond {FAR} times its image"
     # Of a box inside, however small, the corner is inside; a box of no size may lie on the border.
     if x > size[0] or y > size[1] or x + width < 0 or y + height < 0:
         return "bbox outside its image"

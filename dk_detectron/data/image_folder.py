@@ -21,11 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from .datasets import check_on_disk, datasets_root
-from .unreadable import naming
+from .pictures import read_picture
 
 HOW_TO_GET = {
     "imagenet": "put the class folders n01440764 ... n15075141 there, for val too",
@@ -103,8 +102,8 @@ def load_pictures(name: str) -> Pictures:
     )
 
 
-def check_classes(names: list[str], num_classes: int) -> None:
-    """Raises ``ValueError`` unless all data sets have the same classes, and that many."""
+def check_classes(names: list[str]) -> None:
+    """Raises ``ValueError`` unless all data sets have the same classes."""
     found = {name: load_pictures(name).classes for name in names}
     (first, expected), *others = found.items()
     for name, classes in others:
@@ -114,11 +113,6 @@ def check_classes(names: list[str], num_classes: int) -> None:
                 f"DATASETS: expected the same class folders in {first!r} ({len(expected)}) and "
                 f"{name!r} ({len(classes)}), only one of them has: {some}"
             )
-    if len(expected) != num_classes:
-        raise ValueError(
-            f"MODEL.CLASSIFIER.NUM_CLASSES: expected {len(expected)}, the number of class folders "
-            f"in {first!r}, got {num_classes}"
-        )
 
 
 def training_transform(cfg: CfgNode) -> v2.Compose:
@@ -176,9 +170,7 @@ class PictureDataset(Dataset):
             UnreadableError: the picture cannot be read; the file is named.
         """
         path, label = self.samples[index]
-        with naming(path):
-            picture = default_loader(path)
-        image = self.transform(picture)
+        image = self.transform(read_picture(path))
         return {"image": image.flip(0) if self.bgr else image, "label": label, "file_name": path}
 
 

@@ -6,6 +6,10 @@ from itertools import chain
 from math import isfinite
 from typing import NamedTuple
 
+from pycocotools import mask as mask_util
+
+from .faults import FAR
+
 
 class Mask(NamedTuple):
     """A mask as it was understood.
@@ -21,6 +25,7 @@ class Mask(NamedTuple):
     fault: str | None = None
 
 
+LONGEST_RUN = 32  # bits: pycocotools counts no further
 PLACEHOLDER = "placeholder where a mask would stand, used as a box alone"
 
 
@@ -40,14 +45,28 @@ def read_mask(segmentation: object, size: tuple[int, int]) -> Mask:
     try:
         if not isfinite(sum(map(sum, polygons))):
             return Mask(fault="polygon with a coordinate that is not finite")
-    except TypeError:
+    except (OverflowError, TypeError):
         return Mask(fault="polygon of something else than numbers")
     sound = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if not sound:
         return Mask(repair=PLACEHOLDER)
+    if max(map(max, sound)) > FAR * max(size) or min(map(min, sound)) < -FAR * max(size):
+        return Mask(fault=f"polygon that reaches beyond {FAR} times its image")
     if len(sound) < len(polygons):
         return Mask(sound, "part of a mask that is no polygon of three points, left out")
     return Mask(polygons, repair)
+
+
+def box_around(segmentation: list | dict, size: tuple[int, int]) -> list[float]:
+    """The box (xywh) of a sound mask in an image of this width and height."""
+    if isinstance(segmentation, list):
+        xs = [x for polygon in segmentation for x in polygon[0::2]]
+        ys = [y for polygon in segmentation for y in polygon[1::2]]
+        x, y = min(xs), min(ys)
+        return [x, y, max(xs) - x, max(ys) - y]
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, size[1], size[0])
+    return mask_util.toBbox(segmentation).tolist()
 
 
 def _read_rle(rle: dict, size: tuple[int, int]) -> Mask:
@@ -82,7 +101,7 @@ def _compressed_pixels(text: bytes) -> int | None:
     runs, value, shift = [], 0, 0
     for character in text:
         bits = character - 48
-        if not 0 <= bits < 64:
+        if not 0 <= bits < 64 or shift > LONGEST_RUN:
             return None
         value |= (bits & 31) << shift
         shift += 5

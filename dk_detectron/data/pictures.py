@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
+from detectron2.data.detection_utils import read_image
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,7 +52,7 @@ def _alike(name: str) -> str:
 
 
 class PictureFaults(Dataset):
-    """What is wrong with each picture: None, or the kind of fault.
+    """What is wrong with each picture, None or the kind of fault; and the hash of its content.
 
     It is loaded by worker processes, whose standard error is a file that decoders write to.
     """
@@ -59,7 +61,8 @@ class PictureFaults(Dataset):
         """
         Args:
             pictures: file name, width and height.
-            decode: decode every JPEG, also where nothing is odd about its head and its end.
+            decode: decode every picture, also where nothing is odd about its head and its end;
+                without it there are no hashes.
         """
         self.pictures = pictures
         self.root = root
@@ -68,12 +71,20 @@ class PictureFaults(Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> str | None:
-        name, width, height = self.pictures[index]
-        return picture_fault(os.path.join(self.root, name), (width, height), self.decode)
+    def __getitem__(self, index: int) -> tuple[str | None, str | None]:
+        name, *size = self.pictures[index]
+        path = os.path.join(self.root, name)
+        fault = picture_fault(path, (size[0], size[1]), self.decode)
+        return fault, content_hash(path) if self.decode and fault is None else None
 
 
-def _divert_warnings(worker: int) -> None:
+def content_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+
+
+def divert_warnings(worker: int) -> None:
+    """Has a worker's standard error be a file, as `picture_fault` needs it."""
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
     cv2.setNumThreads(0)
@@ -92,9 +103,9 @@ def look_at_pictures(
     if kept.is_file():
         return json.loads(kept.read_text())
     decode = len(pictures) <= FEW
-    faults = check_pictures(pictures, root, decode=decode, progress=progress).lines()
-    write(kept, faults)
-    return faults
+    faults, _ = check_pictures(pictures, root, decode=decode, progress=progress)
+    write(kept, faults.lines())
+    return faults.lines()
 
 
 def check_pictures(
@@ -103,44 +114,55 @@ def check_pictures(
     *,
     decode: bool,
     progress: Callable | None = None,
-) -> Findings:
-    """The faults of all pictures, with names that are near to those of missing ones."""
-    faults, folder = Findings(), Folder(root)
+) -> tuple[Findings, dict[str, str]]:
+    """The faults of all pictures, with names that are near to those of missing ones.
+
+    Returns:
+        The faults; and, if decoded, the hash of the content of each sound picture, by name.
+    """
+    faults, folder, hashes = Findings(), Folder(root), {}
     found = DataLoader(
         PictureFaults(pictures, root, decode=decode),
         batch_size=BATCH,
         num_workers=max(1, len(os.sched_getaffinity(0))),
-        worker_init_fn=_divert_warnings,
+        worker_init_fn=divert_warnings,
         collate_fn=list,
     )
-    kinds = (kind for batch in found for kind in batch)
+    results = (result for batch in found for result in batch)
     if progress:
-        kinds = progress(kinds, total=len(pictures))
-    for (name, _, _), kind in zip(pictures, kinds, strict=True):
+        results = progress(results, total=len(pictures))
+    for (name, _, _), (kind, content) in zip(pictures, results, strict=True):
+        if content:
+            hashes[name] = content
         if kind == MISSING and (near := folder.near(name)):
             faults.add("missing image, of a name that is nearly there", f"{name}: there is {near}")
         elif kind:
             faults.add(kind, name)
-    return faults
+    return faults, hashes
 
 
 MISSING = "missing image"
 UNREADABLE = "unreadable image"
+TOO_DEEP = "image of 16 bits or of floats, which would be read as white; convert it to 8 bits"
+DRAWN = "image that a program would draw (EPS): convert it to PNG"
 DAMAGED = "image that is damaged inside, of which part decodes to something else"
 UNFINISHED = "image that is not whole: zeros to its end"
 
 
-def picture_fault(path: str, size: tuple[int, int], decode: bool) -> str | None:
+def picture_fault(path: str, size: tuple[int, int] | None, decode: bool) -> str | None:
     """What is wrong with a picture that should have this width and height, if anything is.
 
-    Standard error must be a file of this process (see `_divert_warnings`).
+    Without a size, any is right.
+
+    Standard error must be a file of this process (see `divert_warnings`).
     """
     try:
         content = Path(path).read_bytes() if decode else None
         with Image.open(path) as image:
-            kind, mode, found = image.format, image.mode, image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            if kind not in ("JPEG", "PNG"):
+            if fault := _format_fault(image):
+                return fault
+            kind, found, turned = image.format, image.size, _is_turned(image)
+            if kind != "JPEG" and (decode or kind != "PNG"):
                 image.load()
         if kind == "PNG":
             with Image.open(path) as image:
@@ -152,13 +174,48 @@ def picture_fault(path: str, size: tuple[int, int], decode: bool) -> str | None:
     # Pillow reports a broken file in many ways, its decompression bombs among them.
     except Exception:
         return UNREADABLE
-    if mode.startswith("I") or mode == "F":
-        return "image of 16 bits or of floats, which would be read as white; convert it to 8 bits"
-    if found[:: -1 if turned else 1] == size:  # detectron2 turns it
+    if size is None or found[:: -1 if turned else 1] == size:  # detectron2 turns it
         return None
     if found == size:
         return "image that its EXIF turns, where the JSON has the size before; boxes may be turned"
     return "image of another size than the JSON says"
+
+
+def _format_fault(image: Image.Image) -> str | None:
+    """Why a picture that has been opened must not be read, if so."""
+    if image.format == "EPS":
+        return DRAWN
+    return TOO_DEEP if image.mode.startswith("I") or image.mode == "F" else None
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether detectron2 exchanges width and height by EXIF, which it ignores if it is broken."""
+    try:
+        exif = image.getexif()
+    except Exception:
+        return False
+    return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+class UnreadableError(ValueError):
+    """A picture that cannot be read; the message begins with its file."""
+
+
+def read_picture(path: str) -> Image.Image:
+    """A picture in RGB, turned as its EXIF says: what detectors see of it.
+
+    Raises:
+        UnreadableError: it cannot be read, or not without loss.
+    """
+    try:
+        with Image.open(path) as image:
+            fault = _format_fault(image)
+        if not fault:
+            return Image.fromarray(read_image(path, "RGB"))
+    # As above.
+    except Exception as error:
+        fault = f"what cannot be read: {error}"
+    raise UnreadableError(f"{path}: expected a picture, got {fault}")
 
 
 def _jpeg_fault(path: str, content: bytes | None) -> str | None:

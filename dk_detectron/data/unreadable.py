@@ -13,14 +13,11 @@ from detectron2.utils.events import get_event_storage
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from .pictures import UnreadableError
 from .stream import SampleStream
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
 LOGGER = logging.getLogger("detectron2.dk_detectron.data.unreadable")
-
-
-class UnreadableError(ValueError):
-    """A picture that cannot be read; the message begins with its file."""
 
 
 @contextmanager

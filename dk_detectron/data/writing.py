@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ARGUMENTS_FILE = "made_with.json"
@@ -41,16 +42,23 @@ def make_folder(
                 f"{target}: expected a data set made with {arguments}, found one made with "
                 f"{found}; --force replaces it"
             )
+    with replacing_folder(target) as made:
+        build(made)
+        (made / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2))
+    return True
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder, which takes the place of ``target`` once it is filled."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
         made = Path(folder) / target.name
         made.mkdir()
-        build(made)
-        (made / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2))
+        yield made
         if target.exists():
             target.rename(Path(folder) / "replaced")
         made.rename(target)
-    return True
 
 
 def write_coco(path: Path, images: list, categories: list, annotations: list | None) -> None:

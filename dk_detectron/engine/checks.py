@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
@@ -15,7 +18,11 @@ from ..data.stream import local_batch_size, nearest_multiples
 from ..modeling import NORMS
 from ..weights import LAST_CHECKPOINT, refuse_pickle
 from .amp import check_amp
+from .record import CONFIG_FILE, TRAINING_FILE
 from .trainer import OPTIMIZERS
+
+# Between a run and the same resumed: where it is, and weights that then are not read.
+UNCOMPARED = "OUTPUT_DIR", "MODEL.WEIGHTS"
 
 
 def check_solver(cfg: CfgNode) -> None:
@@ -129,6 +136,37 @@ def check_ignored(cfg: CfgNode) -> None:
                 )
 
 
+def stated_keys(config_file: str, opts: Sequence) -> set[str]:
+    """The keys that a configuration file, those that it is based on, or ``opts`` give."""
+    return {*_flat(CfgNode.load_yaml_with_base(config_file)), *opts[::2]}
+
+
+def settle_classes(cfg: CfgNode, key: str, classes: Sequence[str], stated: set[str]) -> list[str]:
+    """The number of classes is that of the data; who states it must state the same.
+
+    Args:
+        key: of the number in ``cfg``.
+        classes: of the data.
+
+    Returns:
+        What has been taken from the data, for the log.
+
+    Raises:
+        ValueError: another number is stated.
+    """
+    number = reduce(getitem, key.split("."), cfg)
+    if number == len(classes):
+        return []
+    some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+    if key in stated:
+        raise ValueError(
+            f"{key}: expected {len(classes)}, the number of classes in the data ({some}), got "
+            f"{number}: correct it, or leave it out, and it is taken from the data"
+        )
+    cfg.merge_from_list([key, len(classes)])
+    return [f"{key}: {len(classes)}, as in the data ({some})"]
+
+
 def check_batch(cfg: CfgNode) -> None:
     """Raises ``ValueError`` if the batch does not divide among the processes."""
     batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -192,6 +230,19 @@ def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
         )
 
 
+def starts_from_run(cfg: CfgNode, config_file: str) -> str | None:
+    """What to know if training starts from the result of a run, by that run's config.yaml."""
+    folder = Path(config_file).resolve().parent
+    if not (folder / TRAINING_FILE).exists() or Path(config_file).name != CONFIG_FILE:
+        return None
+    if Path(cfg.MODEL.WEIGHTS).resolve().parent != folder:
+        return None
+    return (
+        f"Training starts from {cfg.MODEL.WEIGHTS}, the result of the run whose {CONFIG_FILE} this "
+        f"is: --config-file {folder / TRAINING_FILE} starts as that run did"
+    )
+
+
 def changes_since(cfg: CfgNode) -> list[str]:
     """How ``cfg`` differs from the run in ``OUTPUT_DIR`` that is to be resumed, "KEY: old -> new".
 
@@ -199,14 +250,16 @@ def changes_since(cfg: CfgNode) -> list[str]:
         ValueError: it cannot go on like this.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    if not (folder / LAST_CHECKPOINT).exists() or not (folder / "config.yaml").exists():
+    # Before version 0.2 there was no other record than config.yaml.
+    records = [folder / name for name in (TRAINING_FILE, CONFIG_FILE) if (folder / name).exists()]
+    if not (folder / LAST_CHECKPOINT).exists() or not records:
         return []
-    before = _flat(CfgNode.load_yaml_with_base(str(folder / "config.yaml")))
+    before = _flat(CfgNode.load_yaml_with_base(str(records[0])))
     now = _flat(CfgNode.load_cfg(cfg.dump()))
     changed = {
         key: (before[key], value)
         for key, value in now.items()
-        if key in before and before[key] != value and key != "OUTPUT_DIR"
+        if key in before and before[key] != value and key not in UNCOMPARED
     }
     if "SOLVER.OPTIMIZER" in changed:
         old, new = changed["SOLVER.OPTIMIZER"]

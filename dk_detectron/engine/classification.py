@@ -68,14 +68,24 @@ class ClassificationTrainer(BaseTrainer):
 
     @classmethod
     def check_datasets(cls, cfg: CfgNode, names) -> list[str]:
-        """Raises unless the data sets are on disk and have the classifier's classes."""
+        """Raises unless the data sets are on disk and have the same classes."""
         if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
             raise ValueError(
                 "MODEL.META_ARCHITECTURE: expected ImageClassifier, as in configs/ImageNet, got "
                 f"{cfg.MODEL.META_ARCHITECTURE!r}"
             )
-        check_classes(names, cfg.MODEL.CLASSIFIER.NUM_CLASSES)
+        check_classes(names)
         return []
+
+    @staticmethod
+    def class_names(names) -> list[str]:
+        """The classes of data sets that have been checked."""
+        return load_pictures(names[0]).classes
+
+    @staticmethod
+    def class_key(cfg: CfgNode) -> str:
+        """Where the number of classes stands in ``cfg``."""
+        return "MODEL.CLASSIFIER.NUM_CLASSES"
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -115,6 +125,12 @@ class ClassificationTrainer(BaseTrainer):
             generator=torch.Generator(),
             **_loading(cfg),
         )
+
+    @classmethod
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """The class folders of the training data."""
+        names = cls.class_names(cfg.DATASETS.TRAIN)
+        return [{"id": i, "name": name} for i, name in enumerate(names)]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -12,7 +11,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from ..model_zoo import get_config, get_config_file
+from ..model_zoo import get_config, get_config_file, merge_options
 from ..weights import Checkpointer
 from .checks import (
     changes_since,
@@ -22,10 +21,14 @@ from .checks import (
     check_norms,
     check_solver,
     check_weights,
+    settle_classes,
+    starts_from_run,
+    stated_keys,
 )
 from .detection import Trainer
 from .launch import launch
-from .run_directory import check_unused, configuration_kept, is_new, set_aside
+from .record import record_training, refresh_config
+from .run_directory import check_unused, is_new, set_aside
 from .trainer import BaseTrainer
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
@@ -34,7 +37,10 @@ LOGGER = logging.getLogger("detectron2.dk_detectron.engine.command_line")
 
 def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
     """detectron2's standard command line, over one or more processes."""
-    args = default_argument_parser(epilog=epilog).parse_args()
+    parser = default_argument_parser(epilog=epilog)
+    # detectron2's own is one port for all jobs of a user, of which the second would fail.
+    parser.set_defaults(dist_url="auto")
+    args = parser.parse_args()
     launch(partial(main, trainer_class=trainer), args)
 
 
@@ -85,7 +91,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     """
     args.config_file = get_config_file(args.config_file)  # detectron2 reads it again, for its log
     cfg = get_config(args.config_file)
-    cfg.merge_from_list(args.opts)
+    merge_options(cfg, args.opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE: no GPU is available, using the CPU")
         cfg.MODEL.DEVICE = "cpu"
@@ -100,17 +106,23 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
-    data = (trainer_class or Trainer).check_datasets(
-        cfg, cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
-    )
+    names = cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
+    trainer_class = trainer_class or Trainer
+    data = trainer_class.check_datasets(cfg, names)
     check_ignored(cfg)
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
+    if classes := trainer_class.class_names(names):
+        stated = stated_keys(args.config_file, args.opts)
+        data += settle_classes(cfg, trainer_class.class_key(cfg), classes, stated)
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
     starts = not args.eval_only and is_new(cfg.OUTPUT_DIR, resume=args.resume)
     aside = set_aside(cfg.OUTPUT_DIR) if starts else None
-    with configuration_kept(cfg.OUTPUT_DIR) if args.eval_only else nullcontext():
-        default_setup(cfg, args)
+    default_setup(cfg, args)
+    if comm.is_main_process():
+        if not args.eval_only:
+            record_training(cfg, resumes=not starts)
+        refresh_config(cfg.OUTPUT_DIR)
     if aside:
         LOGGER.info("Metrics of a run that had no checkpoint yet are now in %s", aside)
     for text in data:
@@ -120,4 +132,6 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
             "Resuming with other settings than the run had, which take over from here:\n  %s",
             "\n  ".join(changes),
         )
+    if starts and (text := starts_from_run(cfg, args.config_file)):
+        LOGGER.warning("%s", text)
     return cfg

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import os
+import re
 from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -17,26 +17,18 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
-from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
-from ..data.checking import Report, class_conflict, gate
+from ..data.checking import Report, class_conflict, gate, shared_images
 from ..data.coco import survey
 from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
 from ..data.unreadable import CountingLoader, Mapper, Readable
+from .evaluator import DetectionEvaluator
 from .trainer import BaseTrainer
-
-
-class Evaluator(COCOEvaluator):
-    """COCO's metrics over the images that could be read, which are all unless some are left out."""
-
-    def evaluate(self, img_ids: list[int] | None = None) -> dict:
-        found = comm.gather([prediction["image_id"] for prediction in self._predictions])
-        return super().evaluate(img_ids or list(itertools.chain(*found)))
 
 
 class Trainer(BaseTrainer):
@@ -73,7 +65,25 @@ class Trainer(BaseTrainer):
         for report in reports:
             _check_uses(cfg, report)
             adopt(report.name)
-        return ["\n".join([report.table(), *report.lines()]) for report in reports]
+        tables = ["\n".join([report.table(), *report.lines()]) for report in reports]
+        return tables + shared_images(reports)
+
+    @staticmethod
+    def class_names(names) -> list[str]:
+        """The classes of data sets that have been checked, if they have any."""
+        for name in names:
+            metadata = MetadataCatalog.get(name)
+            if is_coco(name):
+                return survey(metadata.json_file).classes
+            if classes := metadata.get("thing_classes"):
+                return classes
+        return []
+
+    @staticmethod
+    def class_key(cfg: CfgNode) -> str:
+        """Where the number of classes stands in ``cfg``."""
+        one_stage = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS")
+        return f"MODEL.{'RETINANET' if one_stage else 'ROI_HEADS'}.NUM_CLASSES"
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> CountingLoader:
@@ -115,12 +125,21 @@ class Trainer(BaseTrainer):
         )
 
     @classmethod
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """The categories of the training data."""
+        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        names = metadata.get("thing_classes", [])
+        ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+        places = {place: identifier for identifier, place in ids.items()}
+        return [{"id": places.get(i, i), "name": name} for i, name in enumerate(names)]
+
+    @classmethod
     def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, output_folder: str = "inference"
-    ) -> Evaluator:
+        cls, cfg: CfgNode, dataset_name: str, parent: str = "inference"
+    ) -> DetectionEvaluator:
         """
         Args:
-            output_folder: in ``OUTPUT_DIR``.
+            parent: the folder in ``OUTPUT_DIR`` for the results.
         """
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         if evaluator_type != "coco":
@@ -128,12 +147,14 @@ class Trainer(BaseTrainer):
                 f"DATASETS.TEST: expected data sets in COCO format, got {dataset_name!r} with "
                 f"evaluator type {evaluator_type!r}"
             )
+        folder = inference_folder(cfg.OUTPUT_DIR, dataset_name, parent)
+        heads = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+        tasks = ["bbox", *(task for task, is_on in heads.items() if is_on)]
         with repaired(dataset_name):
-            return Evaluator(
+            return DetectionEvaluator(
                 dataset_name,
-                output_dir=os.path.join(cfg.OUTPUT_DIR, output_folder, dataset_name),
-                # The official COCO API, since its numbers are the ones to publish.
-                use_fast_impl=False,
+                if_nothing=tasks,
+                output_dir=str(folder),
                 kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
 
@@ -152,6 +173,11 @@ def _readable(cfg: CfgNode, parts: dict, *, replace: bool) -> Readable:
         replace=replace,
         hint="; dk-check-dataset (tools/check_dataset.py) names all that are damaged",
     )
+
+
+def inference_folder(output_dir: str, dataset_name: str, parent: str = "inference") -> Path:
+    """Where the results on a data set are; ``coco:JSON:IMAGES`` is one folder, not several."""
+    return Path(output_dir, parent, re.sub(r"[^\w.-]+", "_", dataset_name))
 
 
 def _has_run_lengths(cfg: CfgNode) -> bool:

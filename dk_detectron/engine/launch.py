@@ -29,13 +29,18 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
     on each of --num-machines.
 
     Raises:
-        ValueError: both say it.
+        ValueError: both say it, or nothing says where the first of several machines is.
         Stopped: a signal has stopped the job.
         SystemExit: a process was killed; its number and the signal are named.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join(main, args)
         return
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            f"--dist-url: expected the address of the first of {args.num_machines} machines and a "
+            "free port there, the same on all, such as tcp://10.0.0.1:29500, got nothing"
+        )
     start = partial(
         detectron2.engine.launch,
         partial(_run, main),

@@ -109,6 +109,9 @@ class OffsetMonitor(HookBase):
     ``data_offset/mean`` and ``/max``, in pixels; and the worst layer under a name that has it:
     ``kernel_offset/most_clipped/LAYER``, or ``/largest_mean/LAYER`` if no tap is clipped.
 
+    Every ``MODEL.DEFORM_KERNEL.VIS_PERIOD`` steps also the histograms of each layer's, for
+    TensorBoard: ``kernel_offset/LAYER`` and ``data_offset/LAYER``.
+
     Attributes:
         latest, iteration: the last look of :meth:`after_step`, and when that was.
     """
@@ -122,13 +125,15 @@ class OffsetMonitor(HookBase):
         ]
         self._handles = []
         self._measured = {}
+        self._draws = False
+        self._drawn = {}
         self.latest = []
         self.iteration = None
 
     def watch(self) -> None:
         """Measures the next forward pass, until :meth:`stop`."""
         self.stop()
-        self._measured = {}
+        self._measured, self._drawn = {}, {}
         for kind, name, layer in self._generators:
             note = partial(self._note, kind, name, layer)
             handle = getattr(layer, f"{kind}_generator").register_forward_hook(note)
@@ -139,6 +144,8 @@ class OffsetMonitor(HookBase):
         if (kind, name) not in self._measured:
             reach = max(layer.scope_size if kind == "kernel_offset" else output.shape[2:])
             self._measured[kind, name] = _measure(output, kind, layer), output.numel(), reach
+            if self._draws:
+                self._drawn[f"{kind}/{name}"] = output.detach().flatten().float()
 
     def stop(self) -> list[Offsets]:
         """Ends :meth:`watch`: what it has seen, of each kind that there is."""
@@ -157,12 +164,15 @@ class OffsetMonitor(HookBase):
 
     def before_train(self):
         self._hidden = self.trainer.cfg.MODEL.BACKBONE.COMPILE
+        self._period = self.trainer.cfg.MODEL.DEFORM_KERNEL.VIS_PERIOD
         if self._hidden and self._generators:
             LOGGER.info("Offsets are not logged: MODEL.BACKBONE.COMPILE hides them")
 
     def before_step(self):
         step, last = self.trainer.iter + 1, self.trainer.max_iter
-        if comm.is_main_process() and not self._hidden and (step % PERIOD == 0 or step == last):
+        self._draws = self._period > 0 and step % self._period == 0
+        due = self._draws or step % PERIOD == 0 or step == last
+        if comm.is_main_process() and not self._hidden and due:
             self.watch()
 
     def after_step(self):
@@ -172,6 +182,10 @@ class OffsetMonitor(HookBase):
                     self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
                 LOGGER.info("%s", offsets)
             self.latest, self.iteration = found, self.trainer.iter
+        for name, values in self._drawn.items():
+            if (finite := values[values.isfinite()]).numel():
+                self.trainer.storage.put_histogram(name, finite)
+        self._drawn = {}
 
     def after_train(self):
         self.stop()

@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 from detectron2.utils import comm
 
-from ..weights import LAST_CHECKPOINT, replacing
+from ..weights import LAST_CHECKPOINT
+from .record import last_checkpoint
 
-CONFIG = "config.yaml"
 # What a trainer writes; other weights may lie beside them.
 CHECKPOINT = re.compile(r"model_(\d{7}|final|final_ema)\.pth")
 # What a run appends to, so that the next would be mixed with it.
 APPENDED = "metrics.json", "events.out.tfevents.*"
 
 
-def last_checkpoint(folder: str | Path) -> str:
-    """The name of the checkpoint that ``--resume`` takes; empty if there is none."""
-    tag = Path(folder, LAST_CHECKPOINT)
-    return tag.read_text().strip() if tag.exists() else ""
-
-
 def checkpoints(folder: str | Path) -> list[str]:
     """The names of a run's checkpoints; none if there is no folder."""
-    names = [path.name for path in Path(folder).glob("*.pth")]
     last = last_checkpoint(folder)
-    return sorted(name for name in names if CHECKPOINT.fullmatch(name) or name == last)
+    paths = Path(folder).glob("*.pth")
+    return sorted(p.name for p in paths if CHECKPOINT.fullmatch(p.name) or p == last)
 
 
 def how_to_go_on(folder: str | Path) -> str:
     """What to do after a run has stopped, as a sentence."""
     if last := last_checkpoint(folder):
-        return f"the same command with --resume goes on from {last}"
+        return f"the same command with --resume goes on from {last.name}"
     return "there is no checkpoint yet: start again"
 
 
 def is_new(folder: str | Path, *, resume: bool) -> bool:
     """Whether a run starts there, and does not go on."""
-    return not (resume and Path(folder, LAST_CHECKPOINT).exists())
+    return not resume or last_checkpoint(folder) is None
 
 
 def check_unused(folder: str | Path, *, resume: bool) -> None:
@@ -85,20 +77,3 @@ def set_aside(folder: str | Path) -> Path | None:
         for path in folder.glob(pattern):
             path.rename(target / path.name)
     return target
-
-
-@contextmanager
-def configuration_kept(folder: str | Path) -> Iterator[None]:
-    """Within it, the configuration of a run is overwritten, and put back after.
-
-    ``--resume`` has to compare with what was trained, not with what has been evaluated since.
-    """
-    path = Path(folder, CONFIG)
-    keep = comm.is_main_process() and checkpoints(folder) and path.exists()
-    content = path.read_bytes() if keep else None
-    try:
-        yield
-    finally:
-        if content is not None:
-            with replacing(path) as temporary:
-                Path(temporary).write_bytes(content)

@@ -27,11 +27,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.stream import seed_from
 from ..modeling import to_channels_last
-from ..weights import Checkpointer, replacing, write_checkpoint
+from ..weights import replacing, write_checkpoint
 from .amp import build_loop
 from .divergence import DivergenceGuard
 from .monitoring import OffsetMonitor
 from .optimizer import build_optimizer, parameter_groups
+from .record import FINAL, RunCheckpointer
 from .resources import explained
 from .signals import EvaluationHook, StopHook, StopRequest
 
@@ -39,7 +40,6 @@ from .signals import EvaluationHook, StopHook, StopRequest
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.trainer")
 
 EVALUATION_FILE = "evaluation.json"
-FINAL = "model_final"
 OPTIMIZERS = ("SGD", "AdamW")
 
 
@@ -61,7 +61,8 @@ class WeightAverage(HookBase):
 
     def after_train(self):
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
-            write_checkpoint({"model": self.averaged.module.state_dict()}, self.path)
+            content = {"model": self.averaged.module.state_dict()}
+            write_checkpoint(content | {"classes": self.trainer.checkpointer.classes}, self.path)
 
     def state_dict(self):
         return self.averaged.state_dict()
@@ -97,7 +98,9 @@ class BaseTrainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = build_loop(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = RunCheckpointer(
+            model, cfg.OUTPUT_DIR, self.classes(cfg), trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -138,8 +141,8 @@ class BaseTrainer(DefaultTrainer):
             Stopped: that has happened.
             OutOfMemoryError, WorkerError, DiskError: what has given out, and what helps.
         """
-        if self.start_iter >= self.max_iter and f"{FINAL}.pth" in self.unfinished():
-            self.checkpointer.save(FINAL, iteration=self.iter)
+        if self.start_iter >= self.max_iter and FINAL in self.unfinished():
+            self.checkpointer.save(FINAL.removesuffix(".pth"), iteration=self.iter)
         with explained(self.cfg, training=True), self.stop_request.listening():
             return super().train()
 
@@ -189,7 +192,7 @@ class BaseTrainer(DefaultTrainer):
 
     def unfinished(self) -> list[str]:
         """The files that the end of a run, whose iterations are all done, has still to leave."""
-        names = [f"{FINAL}.pth", EVALUATION_FILE]
+        names = [FINAL, EVALUATION_FILE]
         if self.ema:
             names.append(os.path.basename(self.ema.path))
         missing = [name for name in names if not Path(self.cfg.OUTPUT_DIR, name).exists()]
@@ -200,16 +203,17 @@ class BaseTrainer(DefaultTrainer):
     def evaluate(self) -> OrderedDict:
         """Evaluates the weights and, under names that end in ``_ema``, their moving average.
 
-        After the last iteration, with test-time augmentation as well, if ``TEST.AUG`` asks for it.
+        What is in ``OUTPUT_DIR/inference`` afterwards is of the weights. After the last iteration,
+        with test-time augmentation as well, if ``TEST.AUG`` asks for it.
         """
         final = self.iter >= self.max_iter
         if final and comm.is_main_process():
             # Metrics of an earlier iteration must not be taken for these, if this is interrupted.
             Path(self.cfg.OUTPUT_DIR, EVALUATION_FILE).unlink(missing_ok=True)
         measure: Callable = self.measure_in_full if final else self.measure
+        averaged = measure(self.cfg, self.ema.averaged.module) if self.ema else {}
         results = measure(self.cfg, self.model)
-        if self.ema:
-            averaged = measure(self.cfg, self.ema.averaged.module)
+        if averaged:
             results.update({f"{name}_ema": metrics for name, metrics in averaged.items()})
         write_evaluation(self.cfg, results)
         self._last_eval_results = results
@@ -221,6 +225,14 @@ class BaseTrainer(DefaultTrainer):
         if cfg.MODEL.BACKBONE.COMPILE:
             model.backbone.compile(dynamic=True)  # in place, so that names stay as they are
         return to_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
+
+    @classmethod
+    def classes(cls, cfg: CfgNode) -> list[dict]:
+        """What the network tells apart, in the order of its outputs: "id" and "name" of each.
+
+        None is known unless a subclass knows them.
+        """
+        return []
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -8,100 +8,32 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
 
-from ..data.faults import ROUNDING, Findings, box_fault, is_number, overhang
+from pycocotools import mask as mask_util
+
+from ..data.coco import parse
+from ..data.entries import Entries
+from ..data.faults import (
+    ROUNDING,
+    Findings,
+    as_integer,
+    as_number,
+    box_fault,
+    is_number,
+    overhang,
+    shortened,
+)
+from ..data.masks import read_mask
 
 DETECTIONS_PER_IMAGE = 100
 BOX_DECIMALS, SCORE_DECIMALS = 2, 5
-CHUNK = 2**20  # characters that are read at once
-SPACE = re.compile(r"[ \t\r\n]*")
-
-
-class _JsonReader:
-    """A JSON file in pieces: characters, and values of less than `CHUNK` characters."""
-
-    def __init__(self, file: TextIO, progress: Callable[[int], object] | None) -> None:
-        self.file = file
-        self.progress = progress
-        self.buffer = ""
-        self.position = 0  # in the buffer
-        self.dropped = 0  # characters that have left the buffer
-        self.decoder = json.JSONDecoder()
-
-    @property
-    def place(self) -> int:
-        """Characters before the next one, in the file."""
-        return self.dropped + self.position
-
-    def fill(self) -> bool:
-        text = self.file.read(CHUNK)
-        self.buffer = self.buffer[self.position :] + text
-        self.dropped += self.position
-        self.position = 0
-        if self.progress:
-            self.progress(len(text))
-        return bool(text)
-
-    def error(self, expected: str, got: str, place: int) -> ValueError:
-        return ValueError(
-            f"{self.file.name}: expected an array of results with {expected} at character "
-            f"{place:,}, got {got}"
-        )
-
-    def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
-        while True:
-            if space := SPACE.match(self.buffer, self.position):
-                self.position = space.end()
-            if self.position < len(self.buffer) or not self.fill():
-                return self.buffer[self.position : self.position + 1]
-
-    def expect(self, *characters: str) -> str:
-        found = self.peek()
-        if found not in characters:
-            got = repr(found) if found else "the end of the file, which is not whole"
-            raise self.error(" or ".join(map(repr, characters)), got, self.place)
-        self.position += 1
-        return found
-
-    def value(self) -> Any:
-        while True:
-            try:
-                value, self.position = self.decoder.raw_decode(self.buffer, self.position)
-                return value
-            except json.JSONDecodeError as error:
-                place = self.dropped + error.pos
-                # It may continue after the end of the buffer.
-                if len(self.buffer) - self.position > CHUNK or not self.fill():
-                    raise self.error("JSON", error.msg, place) from error
-
-
-def read_results(file: TextIO, progress: Callable[[int], object] | None = None) -> Iterator[dict]:
-    """The objects of a JSON array, one after the other, however long the array is.
-
-    Args:
-        progress: called with the number of characters after each read.
-
-    Raises:
-        ValueError: this is no array of objects, or not a whole one.
-    """
-    reader = _JsonReader(file, progress)
-    reader.expect("[")
-    if reader.peek() == "]":
-        reader.expect("]")
-    else:
-        separator = ","
-        while separator == ",":
-            reader.expect("{")
-            reader.position -= 1
-            yield reader.value()
-            separator = reader.expect(",", "]")
-    if found := reader.peek():
-        raise reader.error("its end", repr(found), reader.place)
+# What can be submitted, and the key under which a result has it.
+TASKS = {"bbox": "bbox", "segm": "segmentation"}
+KEYS = "image_id", "category_id", "score"
 
 
 @dataclass
@@ -109,16 +41,26 @@ class Submission:
     """What goes to the server.
 
     Attributes:
-        images: identifiers of all images of the test set.
+        images: width and height of all images of the test set, by identifier.
+        task: of `TASKS`.
+        source: what to call the results in messages.
         best: heaps of (score, -order of appearance, text), by image; at most 100 each.
         total: results read.
         violations: what the results did wrong.
+        notes: what they have beside it, which is left out.
     """
 
     images: dict[int, tuple[int, int]]
+    task: str
+    source: str
     best: dict[int, list[tuple[float, int, str]]] = field(default_factory=dict)
     total: int = 0
     violations: Findings = field(default_factory=Findings)
+    notes: Findings = field(default_factory=Findings)
+
+    @property
+    def key(self) -> str:
+        return TASKS[self.task]
 
     @property
     def kept(self) -> int:
@@ -130,48 +72,83 @@ def read_image_info(path: str | Path) -> tuple[dict[int, tuple[int, int]], set[i
     ``image_info_test-dev2017.json``.
 
     Raises:
+        OSError: it cannot be read.
         ValueError: it is not such a file.
     """
+    entries = Entries()
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        images = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-        categories = {category["id"] for category in content["categories"]}
-    except (ValueError, KeyError, TypeError) as error:
+        content = parse(str(path), Path(path).read_bytes(), entries.repairs)
+        content.pop("annotations", None)
+        entries.read(content)
+        if entries.faults.counts:
+            raise ValueError(f"{path}: {'; '.join(entries.faults.lines())}")
+    except ValueError as error:
         raise ValueError(
-            f"IMAGE_INFO: expected images and categories as in image_info_test-dev2017.json, "
-            f"got {path}: {type(error).__name__}: {error}"
+            "IMAGE_INFO: expected images and categories as in image_info_test-dev2017.json, got "
+            f"{error}"
         ) from error
-    return images, categories
+    images = {id: (image["width"], image["height"]) for id, image in entries.images.items()}
+    return images, set(entries.categories)
 
 
 def collect(
-    results: Iterator[dict], images: dict[int, tuple[int, int]], categories: set[int]
+    results: Iterable[dict],
+    images: dict[int, tuple[int, int]],
+    categories: set[int],
+    task: str | None = None,
+    source: str = "results",
 ) -> Submission:
-    """Validates results and keeps the best of each image, rounded.
+    """Judges results, repairs what has one meaning, and keeps the best of each image, rounded.
 
     Boxes that stick out of their image are clipped. Other faulty results are dropped.
 
     Args:
         images: width and height by identifier.
         categories: the allowed identifiers.
+        task: "bbox" or "segm"; by default masks if the first result has one, else boxes.
+        source: what to call the results in messages, such as their path.
+
+    Raises:
+        ValueError: all of the results are wrong in one way: scores on another scale than [0, 1],
+            category ids that are counted otherwise.
     """
-    submission = Submission(images)
+    results = iter(results)
+    head = list(islice(results, 1))
+    if task is None:
+        task = "segm" if head and head[0].get("segmentation") else "bbox"
+    submission = Submission(images, task, source)
+    seen: dict[float, int] = {}  # category ids, and the results where they first appear
     counts: dict[int, int] = {}
-    for order, result in enumerate(results):
+    texts: dict[int, set[str]] = {}
+    for number, result in enumerate(chain(head, results), start=1):
         submission.total += 1
-        if fault := _fault(result, images, categories):
+        _note_extras(submission, result, number)
+        _mend_numbers(submission, result)
+        if is_number(category := result.get("category_id")):
+            seen.setdefault(category, number)
+        if fault := _fault(submission, result, categories):
             submission.violations.add(f"{fault} (dropped)", result)
             continue
-        image, size = result["image_id"], images[result["image_id"]]
-        if overhang(result["bbox"], size) > ROUNDING:
-            submission.violations.add("bbox that sticks out of its image (clipped)", result)
+        score, image = result["score"], result["image_id"]
+        if not 0 <= round(score, SCORE_DECIMALS) <= 1:
+            raise ValueError(
+                f"{source}: score: expected probabilities, from 0 to 1, got {score} in result "
+                f"{number:,}: turn logits into them by a sigmoid, and divide percentages by 100"
+            )
+        heap, known = submission.best.setdefault(image, []), texts.setdefault(image, set())
+        full = len(heap) == DETECTIONS_PER_IMAGE
+        if not full or score > heap[0][0]:  # of equal scores the earlier stay, as in pycocotools
+            text = _text(submission, result)
+            if text in known:
+                submission.violations.add("result that is there twice (kept once)", result)
+                continue
+            known.add(text)
+            if full:
+                known.discard(heapq.heapreplace(heap, (score, -number, text))[2])
+            else:
+                heapq.heappush(heap, (score, -number, text))
         counts[image] = counts.get(image, 0) + 1
-        heap = submission.best.setdefault(image, [])
-        score = result["score"]
-        if len(heap) < DETECTIONS_PER_IMAGE:
-            heapq.heappush(heap, (score, -order, _text(result, size)))
-        elif score > heap[0][0]:  # of equal scores the earlier stay, as in pycocotools
-            heapq.heapreplace(heap, (score, -order, _text(result, size)))
+    _check_categories(submission, seen, categories)
     for image, count in counts.items():
         if count > DETECTIONS_PER_IMAGE:
             submission.violations.add(
@@ -181,46 +158,118 @@ def collect(
     return submission
 
 
-def _fault(result: dict, images: dict[int, tuple[int, int]], categories: set[int]) -> str | None:
+def _note_extras(submission: Submission, result: dict, number: int) -> None:
+    for key in result:
+        if key not in KEYS and key != submission.key:
+            task = next((task for task, own in TASKS.items() if own == key), None)
+            kind = f"{key}, left out: --task {task} submits it" if task else "other keys, left out"
+            submission.notes.add(kind, f"{key} of result {number:,}")
+
+
+def _mend_numbers(submission: Submission, result: dict) -> None:
+    """Strings and floats become the numbers that they mean."""
+    for key in KEYS:
+        convert, strange = (as_number, str) if key == "score" else (as_integer, str | float)
+        value = result.get(key)
+        if isinstance(value, strange) and (number := convert(value)) is not None:
+            result[key] = number
+            submission.violations.add(f"{key} of another type than a number's (read as one)", value)
+    box = result.get("bbox")
+    if isinstance(box, list) and any(isinstance(value, str) for value in box):
+        result["bbox"] = [as_number(value) for value in box]
+        submission.violations.add("bbox whose numbers were written as strings (read as such)", box)
+
+
+def _fault(submission: Submission, result: dict, categories: set[int]) -> str | None:
     """Why a result cannot be submitted, if so."""
-    for key in "image_id", "category_id", "bbox", "score":
+    for key in *KEYS, submission.key:
         if key not in result:
             return f"no {key}"
-    if type(result["image_id"]) is not int or result["image_id"] not in images:
+    if type(result["image_id"]) is not int or result["image_id"] not in submission.images:
         return "unknown image_id"
     if type(result["category_id"]) is not int or result["category_id"] not in categories:
         return "unknown category_id"
-    if fault := box_fault(result["bbox"], images[result["image_id"]]):
-        return fault
     if not is_number(result["score"]):
         return "score is not a finite number"
-    if not 0 <= result["score"] <= 1:
-        return "score outside [0, 1]"
+    size = submission.images[result["image_id"]]
+    if submission.task == "segm":
+        return _encode_mask(submission, result, size)
+    if fault := box_fault(result["bbox"], size):
+        return fault
+    if overhang(result["bbox"], size) > ROUNDING:
+        submission.violations.add("bbox that sticks out of its image (clipped)", result)
     return None
 
 
-def _text(result: dict, size: tuple[int, int]) -> str:
+def _encode_mask(submission: Submission, result: dict, size: tuple[int, int]) -> str | None:
+    """Gives the result its mask as the server reads it, or says why there is none."""
+    mask = read_mask(result["segmentation"], size)
+    found = mask.segmentation
+    if found is None:
+        return mask.fault or "segmentation without a mask"
+    if mask.repair:
+        submission.violations.add(f"{mask.repair} (repaired)", result)
+    if isinstance(found, list):
+        submission.violations.add("mask of polygons (turned into an RLE)", result)
+        found = mask_util.merge(mask_util.frPyObjects(found, *size[::-1]))
+    elif isinstance(found["counts"], list):
+        submission.violations.add("RLE that is a list of numbers (compressed)", result)
+        found = mask_util.frPyObjects(found, *size[::-1])
+    counts = found["counts"]
+    result["segmentation"] = {
+        "size": list(size[::-1]),
+        "counts": counts.decode() if isinstance(counts, bytes) else counts,
+    }
+    return None
+
+
+def _check_categories(submission: Submission, seen: dict[float, int], categories: set[int]) -> None:
+    """Raises ``ValueError`` if category ids are not a few strangers, but counted otherwise."""
+    unknown = seen.keys() - categories
+    if not unknown:
+        return
+    ids = "sorted(ids of IMAGE_INFO)"
+    schemes = {
+        f"positions from 0: write {ids}[category_id]": range(len(categories)),
+        f"positions from 1: write {ids}[category_id - 1]": range(1, len(categories) + 1),
+        "one less than the ids: add 1": {identifier - 1 for identifier in categories},
+        "one more than the ids: subtract 1": {identifier + 1 for identifier in categories},
+    }
+    for scheme, members in schemes.items():
+        if seen.keys() <= set(members):
+            first = min(unknown, key=lambda identifier: seen[identifier])
+            raise ValueError(
+                f"{submission.source}: category_id: expected one of the {len(categories)} ids of "
+                f"IMAGE_INFO, {shortened(sorted(categories)[:5])}, got {first} in result "
+                f"{seen[first]:,}; all of them may be {scheme}"
+            )
+
+
+def _text(submission: Submission, result: dict) -> str:
     """The JSON of a result, its box clipped, everything rounded."""
-    x, y, width, height = result["bbox"]
-    # Rounding corners, not sizes, keeps the box inside the image.
-    x1, y1, x2, y2 = (
-        round(min(max(value, 0), limit), BOX_DECIMALS)
-        for value, limit in zip((x, y, x + width, y + height), (*size, *size), strict=True)
-    )
-    box = [x1, y1, round(x2 - x1, BOX_DECIMALS), round(y2 - y1, BOX_DECIMALS)]
+    shape = result[submission.key]
+    if submission.task == "bbox":
+        x, y, width, height = shape
+        size = submission.images[result["image_id"]]
+        # Rounding corners, not sizes, keeps the box inside the image.
+        x1, y1, x2, y2 = (
+            round(min(max(value, 0), limit), BOX_DECIMALS)
+            for value, limit in zip((x, y, x + width, y + height), (*size, *size), strict=True)
+        )
+        shape = [x1, y1, round(x2 - x1, BOX_DECIMALS), round(y2 - y1, BOX_DECIMALS)]
     return json.dumps(
         {
             "image_id": result["image_id"],
             "category_id": result["category_id"],
-            "bbox": box,
-            "score": round(result["score"], SCORE_DECIMALS),
+            submission.key: shape,
+            "score": round(min(max(result["score"], 0), 1), SCORE_DECIMALS),
         },
         separators=(",", ":"),
     )
 
 
 def file_name(algorithm: str) -> str:
-    """The name that the server asks for.
+    """The name that the server asks for, the same for boxes and masks.
 
     Raises:
         ValueError: the algorithm's name does not fit into it.
@@ -238,7 +287,12 @@ def write(submission: Submission, folder: Path, algorithm: str) -> Path:
     """
     name = file_name(algorithm)
     if not submission.kept:
-        raise ValueError(f"expected results to submit, found none among {submission.total:,}")
+        found = submission.violations.counts + submission.notes.counts
+        why = "; ".join(f"{kind}: {count:,}" for kind, count in found.items())
+        raise ValueError(
+            f"{submission.source}: expected results to submit, found none among "
+            f"{submission.total:,}: {why or 'evaluate again, with a lower threshold of scores'}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".submission-", dir=folder) as temporary:
         made = Path(temporary, name)

@@ -155,7 +155,7 @@ def convert(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         for name, old in target.items():
-            new = state.get(origins.get(name, ""))
+            new = state[origins[name]] if name in origins else None
             if new is None:
                 report.initialised.append(name)
             elif new.shape == old.shape:

@@ -65,6 +65,7 @@ def read_checkpoint(path: str) -> dict:
         FileNotFoundError: no such file.
         UnreadableCheckpointError: it is truncated, corrupt, or of another format.
         CheckpointError: it needs arbitrary unpickling, or holds no weights.
+        MemoryError: there is too little of it.
     """
     refuse_pickle(path)
     with open(path, "rb") as file:
@@ -72,8 +73,12 @@ def read_checkpoint(path: str) -> dict:
     _refuse_mistaken(path, start)
     try:
         content = _load(path, start)
-    except (MemoryError, CheckpointError):
+    except CheckpointError:
         raise
+    except MemoryError as error:
+        raise MemoryError(
+            f"{path}: expected memory for all of its tensors, got too little"
+        ) from error
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code:
@@ -139,16 +144,33 @@ def _with_model(path: str, content: Any) -> dict:
     entries = [*content]
     state = content.pop(key, None)
     if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise CheckpointError(
             f"{path}: expected tensors by name, alone or under {', '.join(WEIGHT_KEYS)}, got the "
             f"entries {', '.join(map(repr, entries[:8]))}"
         )
+    _refuse_without_values(path, state)
     plain = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
-    plain.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
     consume_prefix_in_state_dict_if_present(plain, "module.")
+    if len(plain) < len(state):
+        raise CheckpointError(
+            f"{path}: expected every weight once, got some with and without a wrapper's prefix "
+            "(_orig_mod., module.): save the state dict of one network alone"
+        )
+    plain.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
     return {**content, "model": plain}
+
+
+def _refuse_without_values(path: str, state: dict[str, Tensor]) -> None:
+    """Raises on tensors that have no value for every place, such as those of the meta device."""
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+            what = "nested" if tensor.is_nested else f"{tensor.layout} on {tensor.device}"
+            raise CheckpointError(
+                f"{path}: expected dense tensors with their values, got {name} that is {what}: "
+                "save it by .to_dense(), or with the values of the network"
+            )
 
 
 @contextmanager

@@ -1,0 +1,120 @@
+"""The networks that a command looks at, of run directories or one configuration; its files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from matplotlib.figure import Figure
+from torch import nn
+
+from ..data.cache import state_of
+from ..model_zoo import get_config
+from ..weights import Checkpointer, replacing
+
+CONFIG, WEIGHTS = "config.yaml", "model_final.pth"
+
+
+@dataclass
+class Network:
+    """A network to look at.
+
+    Attributes:
+        name: what tells it from the others.
+    """
+
+    name: str
+    cfg: CfgNode
+    model: nn.Module
+
+    @property
+    def settings(self) -> dict:
+        """What its results depend on."""
+        weights = self.cfg.MODEL.WEIGHTS
+        test = [self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST]
+        return {"weights": weights, "state": state_of([weights]) if weights else "", "size": test}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which networks."""
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN",
+        help=f"folders that training has left, with {CONFIG} and {WEIGHTS}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config-file",
+        help="instead of runs, one network: a YAML file; then KEY VALUE pairs, such as "
+        "MODEL.WEIGHTS FILE, take the place of RUN",
+    )
+
+
+def load_networks(args: argparse.Namespace) -> list[Network]:
+    """The networks of the command line.
+
+    Raises:
+        ValueError, OSError: one of them is not there, or cannot be loaded.
+    """
+    if args.config_file:
+        return [_load(Path(args.config_file).stem, args.config_file, args.runs)]
+    if not args.runs:
+        raise ValueError("RUN: expected folders of finished runs, or --config-file, got neither")
+    folders = [Path(run) for run in args.runs]
+    for folder in folders:
+        for file in CONFIG, WEIGHTS:
+            if not (folder / file).is_file():
+                raise FileNotFoundError(
+                    f"{folder}: expected a finished run, with {CONFIG} and {WEIGHTS}, got none "
+                    f"with {file}; other weights are for --config-file ... MODEL.WEIGHTS FILE"
+                )
+    return [
+        _load(name, folder / CONFIG, ["MODEL.WEIGHTS", str(folder / WEIGHTS)])
+        for name, folder in zip(distinct_names(folders), folders, strict=True)
+    ]
+
+
+def _load(name: str, config_file: str | Path, opts: Sequence[str]) -> Network:
+    cfg = get_config(config_file)
+    cfg.merge_from_list(list(opts))
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(cfg)
+    checkpointer = Checkpointer(model)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    report = checkpointer.report
+    if not cfg.MODEL.WEIGHTS or (report and report.initialised):
+        what = "some weights are" if cfg.MODEL.WEIGHTS else "without MODEL.WEIGHTS, weights are"
+        print(f"{name}: {what} not trained, but drawn at random", file=sys.stderr)
+    return Network(name, cfg, model.eval())
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Of folders such as .../rigid/seed_0 and .../local/seed_0, what differs: rigid and local."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) == 1:
+        return [part[-1] for part in parts]
+    for end, rest in (0, slice(1, None)), (-1, slice(-1)):
+        while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
+            parts = [part[rest] for part in parts]
+    return ["/".join(part) for part in parts]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture, whole or not at all, and says where."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    print(path)
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes a CSV file of all keys of its rows, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, {key: None for row in rows for key in row})
+        writer.writeheader()
+        writer.writerows(rows)

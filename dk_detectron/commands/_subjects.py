@@ -1,0 +1,97 @@
+"""What a command looks at on pictures: objects of a data set, or points of any picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from ..analysis.objects import CocoPictures, Object, Picture, read_picture
+
+
+def parse_point(text: str) -> tuple[float, float]:
+    x, y = map(float, text.split(","))
+    return x, y
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say where to look."""
+    parser.add_argument(
+        "--dataset", metavar="NAME",
+        help="registered, or coco:JSON:IMAGES (default: the first network's DATASETS.TEST)",
+    )  # fmt: skip
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="pictures, instead")
+    parser.add_argument(
+        "--points", nargs="+", metavar="X,Y", type=parse_point,
+        help="where on --images, in pixels of the file (default: the centre)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--count", type=int, default=3,
+        help="number of the data set's objects, from large to small (default: 3)",
+    )  # fmt: skip
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.points and not args.images:
+        parser.error("--points: expected --images that they are on")
+    if args.count < 1:
+        parser.error("--count: expected a number of at least 1")
+
+
+def dataset(args: argparse.Namespace, cfg: CfgNode) -> CocoPictures:
+    """The data set of the command line, or that of a configuration.
+
+    Raises:
+        ValueError, FileNotFoundError: there is none, or it is of no use.
+    """
+    names = [args.dataset] if args.dataset else cfg.DATASETS.TEST
+    if not names:
+        raise ValueError("--dataset: expected a data set, as the network's DATASETS.TEST is empty")
+    return CocoPictures(names[0])
+
+
+def subjects(
+    args: argparse.Namespace, cfgs: Sequence[CfgNode]
+) -> Iterable[tuple[str, list[Picture]]]:
+    """Of each subject, a label, and its picture with one object as each network gets it.
+
+    Raises:
+        ValueError, FileNotFoundError: a data set or picture is of no use.
+    """
+    if args.images:
+        total = len(args.images) * len(args.points or [()])
+        found = _points(args, cfgs)
+    else:
+        pictures = dataset(args, cfgs[0])
+        chosen = pictures.spread(args.count)
+        total, found = len(chosen), _objects(pictures, chosen, cfgs)
+    return tqdm(found, total=total, desc="Looking", disable=None)
+
+
+def _objects(
+    pictures: CocoPictures, chosen: list[tuple[int, int]], cfgs: Sequence[CfgNode]
+) -> Iterator[tuple[str, list[Picture]]]:
+    for image_id, identifier in chosen:
+        seen = [pictures.read(image_id, cfg, only=[identifier]) for cfg in cfgs]
+        yield f"{seen[0].name}: {seen[0].objects[0].category}", seen
+
+
+def _points(
+    args: argparse.Namespace, cfgs: Sequence[CfgNode]
+) -> Iterator[tuple[str, list[Picture]]]:
+    for path in args.images:
+        pictures = [read_picture(path, cfg) for cfg in cfgs]
+        for point in args.points or [None]:
+            label = Path(path).name + (f" at {point[0]:g},{point[1]:g}" if point else "")
+            yield label, [_with_point(picture, point) for picture in pictures]
+
+
+def _with_point(picture: Picture, point: tuple[float, float] | None) -> Picture:
+    """A picture with a point of interest, given in pixels of the file; by default, its centre."""
+    height, width = picture.pixels.shape[:2]
+    x, y = (width / 2, height / 2) if point is None else (picture.scale * p for p in point)
+    return replace(picture, objects=(Object(0, "", 0, (x, y, x, y)),))

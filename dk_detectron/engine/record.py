@@ -1,0 +1,83 @@
+"""What a run leaves in its OUTPUT_DIR, so that it can be repeated, resumed and used.
+
+training.yaml    the configuration as training was started: what --resume compares with
+config.yaml      the same for use: MODEL.WEIGHTS is the last checkpoint
+classes.json     the categories in the order of the network's outputs, COCO's "id" and "name" of
+                 each; every checkpoint has them too, under "classes"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..weights import LAST_CHECKPOINT, Checkpointer, replacing
+
+TRAINING_FILE, CONFIG_FILE, CLASSES_FILE = "training.yaml", "config.yaml", "classes.json"
+# The last checkpoint of a run that is finished.
+FINAL = "model_final.pth"
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that a run would resume from, if there is one."""
+    tag = Path(folder, LAST_CHECKPOINT)
+    return Path(folder, tag.read_text().strip()) if tag.is_file() else None
+
+
+def record_training(cfg: CfgNode, *, resumes: bool) -> None:
+    """Writes training.yaml; a run that resumes keeps the weights that it had started from."""
+    path = Path(cfg.OUTPUT_DIR, TRAINING_FILE)
+    content = yaml.safe_load(cfg.dump())
+    if resumes and path.is_file():
+        content["MODEL"]["WEIGHTS"] = yaml.safe_load(path.read_text())["MODEL"]["WEIGHTS"]
+    _write(path, yaml.safe_dump(content))
+
+
+def refresh_config(folder: str | Path) -> None:
+    """Has config.yaml name the last checkpoint; until there is one, the final one that is to come.
+
+    So nothing is predicted, in silence, with the weights that training started from. A folder that
+    no training was started in is left alone.
+    """
+    training = Path(folder, TRAINING_FILE)
+    if training.is_file():
+        content = yaml.safe_load(training.read_text())
+        weights = last_checkpoint(folder) or Path(folder, FINAL)
+        content["MODEL"]["WEIGHTS"] = os.path.abspath(weights)
+        _write(Path(folder, CONFIG_FILE), yaml.safe_dump(content))
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text)
+
+
+class RunCheckpointer(Checkpointer):
+    """Keeps what else a run leaves in step with its checkpoints."""
+
+    def __init__(self, model: nn.Module, save_dir: str, classes: list[dict], **checkpointables):
+        """
+        Args:
+            classes: "id" and "name" of each, in the order of the network's outputs.
+        """
+        super().__init__(model, save_dir, **checkpointables)
+        self.classes = classes
+
+    def save(self, name: str, **kwargs) -> None:
+        super().save(name, classes=self.classes, **kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        super().tag_last_checkpoint(last_filename_basename)
+        _write(Path(self.save_dir, CLASSES_FILE), json.dumps(self.classes, indent=2))
+        refresh_config(self.save_dir)
+
+    def rewind(self, is_good: Callable[[dict], bool]) -> str | None:
+        good = super().rewind(is_good)
+        refresh_config(self.save_dir)
+        return good

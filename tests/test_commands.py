@@ -1,0 +1,261 @@
+"""The commands that look at trained networks, end to end on run directories."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from dk_detectron.analysis import effective_receptive_field, measure
+from dk_detectron.analysis.field_figures import heat
+from dk_detectron.commands import visualize_erf, visualize_kernels
+from dk_detectron.commands._networks import distinct_names
+from dk_detectron.model_zoo import load_config
+
+# The demo's network, smaller still.
+OPTIONS = """
+    MODEL.ROI_HEADS.NUM_CLASSES 2 MODEL.FPN.OUT_CHANNELS 8 MODEL.ROI_BOX_HEAD.FC_DIM 8
+    INPUT.MIN_SIZE_TEST 64
+""".split()
+KERNELS = {
+    "rigid": ["MODEL.DEFORM_KERNEL.CONV_3X3", "rigid"],
+    "dk": [],
+    "dcn_dk": ["MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE", [False, True, True, True]],
+    "scc": ["MODEL.DEFORM_KERNEL.CONV_3X3", "conditional"],
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    """Six pictures of 64x96, three with two objects each: one of 8 pixels, one of 32."""
+    root = tmp_path_factory.mktemp("coco")
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(1, 7):
+        cv2.imwrite(str(root / f"{i}.png"), rng.integers(0, 256, (64, 96, 3), dtype=np.uint8))
+        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
+        for j, side in enumerate((8, 32) if i % 2 else ()):
+            x, y = 10 + 5 * i, 5 * i
+            annotations.append(
+                {"id": 2 * i + j, "image_id": i, "category_id": j + 1, "iscrowd": 0,
+                 "bbox": [x, y, side, side], "area": side**2 + i,
+                 "segmentation": [[x, y, x + side, y, x + side, y + side]]}
+            )  # fmt: skip
+    categories = [{"id": 1, "name": "dot"}, {"id": 2, "name": "square"}]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    (root / "annotations.json").write_text(json.dumps(content))
+    return f"coco:{root / 'annotations.json'}:{root}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dataset) -> dict[str, Path]:
+    """Run directories of untrained networks whose offsets move."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, options in KERNELS.items():
+        cfg = load_config("demo/shapes_MNV2_FPN_dk_l3.yaml", OPTIONS + options)
+        cfg.DATASETS.TEST = (dataset,)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        for parameter_name, parameter in model.named_parameters():
+            if "generator.weight" in parameter_name and "proposal" not in parameter_name:
+                nn.init.normal_(parameter, std=0.05)
+        folder = root / name / "seed_0"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(cfg.dump())
+        torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    return {name: root / name / "seed_0" for name in KERNELS}
+
+
+def run(command, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
+    command.main()
+
+
+def size(path: Path) -> tuple[int, int]:
+    return cv2.imread(str(path)).shape[:2]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_names_are_what_differs():
+    assert distinct_names([Path("/a/rigid/seed_0"), Path("/a/dk/seed_0")]) == ["rigid", "dk"]
+    assert distinct_names([Path("/a/rigid/seed_0"), Path("/a/dk/seed_1")]) == [
+        "rigid/seed_0",
+        "dk/seed_1",
+    ]
+    assert distinct_names([Path("/a/b")]) == ["b"]
+    assert distinct_names([Path("/a/b"), Path("/a/b")]) == ["b", "b"]
+    assert distinct_names([Path("/a"), Path("/a/b")]) == ["a", "a/b"]
+
+
+def test_a_heat_map_glows_where_the_field_is():
+    pixels = np.full((40, 60, 3), 128, np.uint8)
+    field = np.zeros((40, 60))
+    field[10, 40] = 1e-20
+    glow = heat(pixels, field)
+    assert glow.shape == (40, 60, 3) and 0 <= glow.min() <= glow.max() <= 1
+    red = glow[:, :, 0] - glow[:, :, 2]
+    assert np.unravel_index(red.argmax(), red.shape) == (10, 40) and red.max() > 0.3
+    assert abs(red[30, 10]) < 0.01
+    assert np.ptp(heat(pixels, 0 * field)) == 0
+
+
+def test_fields_of_networks_side_by_side(runs, tmp_path, monkeypatch, capsys):
+    chosen = [runs[name] for name in ("rigid", "dcn_dk")]
+    run(visualize_erf, monkeypatch, *chosen, "--count", 4, "--output-dir", tmp_path)
+    assert capsys.readouterr().out.split() == [f"{tmp_path}/erf_1.png", f"{tmp_path}/erf_2.png"]
+    three, one = (size(tmp_path / f"erf_{page}.png") for page in (1, 2))
+    assert three[1] == one[1] and 2 < three[0] / one[0] < 3.2
+    numbers = rows(tmp_path / "erf.csv")
+    assert [r["network"] for r in numbers] == ["rigid", "dcn_dk"] * 4
+    areas = [float(r["area"]) for r in numbers]
+    assert areas == sorted(areas, reverse=True) and areas[0] > 1024 > areas[-1]
+    # The first object again, by hand.
+    cfg = load_config(chosen[1] / "config.yaml")
+    model = build_model(cfg)
+    model.load_state_dict(torch.load(chosen[1] / "model_final.pth", weights_only=True)["model"])
+    row = numbers[1]
+    name = row["picture"].partition(":")[0]
+    picture = cv2.imread(str(Path(cfg.DATASETS.TEST[0].rpartition(":")[2]) / name))
+    image = torch.tensor(picture.transpose(2, 0, 1)).float().flip(0)  # RGB
+    point = float(row["x"]), float(row["y"])
+    (field,) = effective_receptive_field(model, image, [point], "backbone.bottom_up.res5")
+    half = 16
+    box = point[0] - half, point[1] - half, point[0] + half, point[1] + half
+    expected = measure(field, point, box)
+    for key in "in_box", "radius_50", "area_30", "aspect":
+        assert float(row[key]) == pytest.approx(expected[key], rel=1e-4), key
+    assert 0 < float(row["in_mask"]) < float(row["in_box"])
+
+
+def test_fields_under_deformation(runs, tmp_path, monkeypatch, capsys):
+    options = "--deform", "--count", 1, "--feature", "backbone.fpn_output3", "--fixed-offsets"
+    run(visualize_erf, monkeypatch, runs["dk"], *options, "--output-dir", tmp_path)
+    numbers = rows(tmp_path / "erf.csv")
+    assert [r["deformation"] for r in numbers] == ["original", "rotated by -90°", "scaled by 1.5"]
+    assert numbers[0]["overlap"] == ""
+    assert all(0.1 < float(r["overlap"]) < 1 for r in numbers[1:])
+    assert float(numbers[2]["x"]) == 1.5 * float(numbers[0]["x"])
+    assert float(numbers[1]["x"]) == pytest.approx(64 - float(numbers[0]["y"]))
+    assert (tmp_path / "erf_1.png").is_file() and not (tmp_path / "erf_2.png").exists()
+
+
+def test_fields_at_points_of_any_picture(runs, tmp_path, monkeypatch, capsys):
+    grey = tmp_path / "grey.png"
+    cv2.imwrite(str(grey), np.random.default_rng(0).integers(0, 256, (32, 40), dtype=np.uint8))
+    options = "--images", grey, "--output-dir", tmp_path
+    run(visualize_erf, monkeypatch, runs["dk"], *options, "--points", "10,8", "39.5,31")
+    numbers = rows(tmp_path / "erf.csv")
+    assert [(r["x"], r["y"]) for r in numbers] == [("20.0", "16.0"), ("79.0", "62.0")]
+    assert all(r["in_box"] == r["in_mask"] == r["box_aspect"] == "nan" for r in numbers)
+    run(visualize_erf, monkeypatch, runs["dk"], *options)
+    assert [(r["x"], r["y"]) for r in rows(tmp_path / "erf.csv")] == [("40.0", "32.0")]
+
+
+def test_a_configuration_without_weights_is_looked_at_and_said_to_be(
+    tmp_path, monkeypatch, capsys, dataset
+):
+    run(
+        visualize_erf, monkeypatch, "--config-file", "demo/shapes_MNV2_FPN_dk_l3.yaml", *OPTIONS,
+        "--dataset", dataset, "--count", 1, "--output-dir", tmp_path,
+    )  # fmt: skip
+    assert "weights are not trained, but drawn at random" in capsys.readouterr().err
+    assert rows(tmp_path / "erf.csv")[0]["network"] == "shapes_MNV2_FPN_dk_l3"
+
+
+def test_all_objects_as_tables(runs, tmp_path, monkeypatch, capsys):
+    arguments = [runs["rigid"], runs["dk"], "--table", "--output-dir", tmp_path]
+    run(visualize_erf, monkeypatch, *arguments, "--feature", "backbone.bottom_up.res3")
+    text = capsys.readouterr().out
+    assert (tmp_path / "fields.md").read_text() == text
+    assert [line.split("|")[1:4] for line in text.splitlines()[2:6]] == [
+        [" rigid     ", f" {bucket:9} ", f" {number:8} "]
+        for bucket, number in {"small": 3, "medium": 3, "large": 0, "all": 6}.items()
+    ]
+    assert "object_size ~ radius_50" in text
+    found = {name: rows(tmp_path / f"fields_{name}.csv") for name in ("rigid", "dk")}
+    assert [r["annotation_id"] for r in found["dk"]] == ["2", "3", "6", "7", "10", "11"]
+    assert found["dk"][0]["radius_50"] != found["rigid"][0]["radius_50"]
+    assert found["dk"][0]["theoretical_width"] == found["rigid"][0]["theoretical_width"]
+    run(visualize_erf, monkeypatch, *arguments, "--feature", "backbone.bottom_up.res3")
+    assert capsys.readouterr().out == text
+    with pytest.raises(SystemExit, match="expected rows of the same network and settings"):
+        run(visualize_erf, monkeypatch, *arguments)
+
+
+def test_kernels_of_networks(runs, tmp_path, monkeypatch, capsys):
+    arguments = runs["dk"], runs["dcn_dk"], "--count", 2, "--output-dir", tmp_path
+    run(visualize_kernels, monkeypatch, *arguments)
+    expected = {
+        *(f"{n}_kernels_{i}.png" for n in ("dk", "dcn_dk") for i in (1, 2)),
+        *(f"dcn_dk_samples_{i}.png" for i in (1, 2)),
+        *(f"{n}_kernel_offsets.png" for n in ("dk", "dcn_dk")), "dcn_dk_data_offsets.png",
+        *(f"{n}_offsets.csv" for n in ("dk", "dcn_dk")),
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert all(min(size(path)) > 100 for path in tmp_path.glob("*.png"))
+    table = rows(tmp_path / "dcn_dk_offsets.csv")
+    assert [r["kind"] for r in table] == ["kernel_offset"] * 17 + ["data_offset"] * 14
+    assert all(0 < float(r["mean"]) < float(r["largest"]) for r in table)
+    assert all(0 <= float(r["clipped"]) < 1 for r in table)
+    assert any(float(r["clipped"]) > 0 for r in table if r["kind"] == "kernel_offset")
+    # Five sizes of feature maps by default, a row of 2.25 inches each; or what one asks for.
+    every = size(tmp_path / "dk_kernels_1.png")
+    layers = "--layers", "backbone.bottom_up.res4.0.conv2", "--levels", 1
+    run(visualize_kernels, monkeypatch, *arguments, *layers)
+    one = size(tmp_path / "dk_kernels_1.png")
+    assert every[1] == one[1] and every[0] - one[0] == pytest.approx(4 * 2.25 * 110, abs=3)
+
+
+def test_kernels_need_offsets(runs, tmp_path, monkeypatch, capsys):
+    for arguments, message in {
+        (runs["rigid"],): "model: expected layers of dk_detectron.layers",
+        (runs["scc"],): "seed_0: expected layers with offsets, got gates alone",
+        (runs["dk"], "--layers", "res9"): "--layers: expected some of backbone.bottom_up.stem",
+    }.items():
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            run(visualize_kernels, monkeypatch, *arguments, "--output-dir", tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        run(visualize_kernels, monkeypatch, runs["dk"], "--levels", 0)
+    assert "--levels: expected" in capsys.readouterr().err
+
+
+def test_what_cannot_be_looked_at(runs, tmp_path, monkeypatch, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.yaml").write_text((runs["dk"] / "config.yaml").read_text())
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    run_dk = runs["dk"]
+    for arguments, message in {
+        (): "RUN: expected folders of finished runs",
+        (tmp_path / "none",): "none: expected a finished run, .* got none with config.yaml",
+        (bare,): "bare: expected a finished run, .* got none with model_final.pth",
+        (run_dk, "--dataset", "nothing"): "expected a registered data set",
+        (run_dk, "--images", text): "text.png: expected a picture",
+        (run_dk, "--images", tmp_path / "no.png"): "no.png: no such file",
+        (run_dk, "--feature", "backbone.res9"): "output: expected",
+        (run_dk, "--feature", "proposal_generator.rpn_head.nothing"): "output: expected",
+    }.items():
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            run(visualize_erf, monkeypatch, *arguments, "--output-dir", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+    for arguments, message in {
+        (run_dk, "--points", "1,2"): "expected --images",
+        (run_dk, "--images", text, "--points", "1"): "invalid parse_point value: '1'",
+        (run_dk, "--images", text, "--table"): "expected a data set",
+        (run_dk, "--count", 0): "at least 1",
+    }.items():
+        with pytest.raises(SystemExit):
+            run(visualize_erf, monkeypatch, *arguments)
+        assert message in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""OUTPUT_DIR: a record of the training, and what its results are used by."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+from test_engine import (  # noqa: F401
+    CONFIG,
+    OPTIONS,
+    arguments,
+    datasets_root,
+    finish,
+    replace_registered,
+    start_training,
+    train,
+)
+
+from dk_detectron.engine import ClassificationTrainer, Predictor, setup
+from dk_detectron.engine.record import RunCheckpointer, last_checkpoint
+from dk_detectron.model_zoo import get_config, load_config
+
+CLASSES = [{"id": 1, "name": "square"}]
+
+
+@pytest.fixture
+def start(datasets_root, tmp_path, monkeypatch):  # noqa: F811
+    """Starts the command in tmp_path/run, as far as before the first step."""
+    from dk_detectron.data import datasets
+
+    monkeypatch.chdir(tmp_path)
+    replace_registered(datasets, datasets_root)
+
+    def run(*opts, config_file=CONFIG, **flags):
+        opts = [*OPTIONS, "OUTPUT_DIR", "run", *map(str, opts)]
+        setup(arguments(config_file=str(config_file), opts=opts, **flags))
+        return Path("run")
+
+    yield run
+    replace_registered(datasets, datasets.datasets_root())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(load_config(CONFIG, OPTIONS))
+
+
+@pytest.fixture
+def weights(model, tmp_path) -> Path:
+    torch.save({"model": model.state_dict()}, tmp_path / "start.pth")
+    return tmp_path / "start.pth"
+
+
+def weights_in(path: Path) -> str:
+    return yaml.safe_load(path.read_text())["MODEL"]["WEIGHTS"]
+
+
+def test_config_follows_the_last_checkpoint(start, model, weights):
+    run = start("MODEL.WEIGHTS", weights)
+    assert weights_in(run / "training.yaml") == str(weights)
+    # Nothing predicts with the weights that training started from.
+    assert weights_in(run / "config.yaml") == str(run.absolute() / "model_final.pth")
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint in run, where training has"):
+        Predictor(run)
+
+    checkpointer = RunCheckpointer(model, str(run), CLASSES)
+    for name in "model_0000001", "model_0000003":
+        checkpointer.save(name)
+        assert weights_in(run / "config.yaml") == str(run.absolute() / f"{name}.pth")
+        assert torch.load(run / f"{name}.pth", weights_only=True)["classes"] == CLASSES
+    assert json.loads((run / "classes.json").read_text()) == CLASSES
+    assert Predictor(run).weights == "run/model_0000003.pth"
+
+    # A training that has diverged goes back to a good checkpoint, or to none.
+    checkpointer.rewind(lambda checkpoint: not checkpoint.get("bad"))
+    checkpointer.save("model_0000005", bad=True)
+    assert checkpointer.rewind(lambda checkpoint: not checkpoint.get("bad")) == "model_0000003.pth"
+    assert weights_in(run / "config.yaml").endswith("model_0000003.pth")
+    assert checkpointer.rewind(lambda checkpoint: False) is None
+    assert weights_in(run / "config.yaml").endswith("model_final.pth")
+
+    # All else in the two files is the same.
+    before, now = (yaml.safe_load((run / f"{n}.yaml").read_text()) for n in ("training", "config"))
+    now["MODEL"]["WEIGHTS"] = before["MODEL"]["WEIGHTS"]
+    assert now == before
+    assert get_config(run / "config.yaml").keys() == get_config(CONFIG).keys()
+
+
+def test_a_resumed_run_remembers_its_start(start, model, weights, caplog):
+    run = start("MODEL.WEIGHTS", weights)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    # By the run's own config.yaml, as many do.
+    start("SOLVER.WEIGHT_DECAY", 0.5, config_file="run/config.yaml", resume=True)
+    assert weights_in(run / "training.yaml") == str(weights)
+    assert weights_in(run / "config.yaml").endswith("run/model_0000001.pth")
+    assert "SOLVER.WEIGHT_DECAY" in caplog.text and "MODEL.WEIGHTS:" not in caplog.text
+    assert yaml.safe_load((run / "training.yaml").read_text())["SOLVER"]["WEIGHT_DECAY"] == 0.5
+
+
+def test_an_evaluation_leaves_the_run_as_it_is(start, model, weights, caplog):
+    run = start("MODEL.WEIGHTS", weights)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    before = {name: (run / name).read_text() for name in ("training.yaml", "config.yaml")}
+    start("MODEL.WEIGHTS", weights, "INPUT.MIN_SIZE_TEST", 80, eval_only=True)
+    assert before == {name: (run / name).read_text() for name in before}
+    start("MODEL.WEIGHTS", weights, resume=True)
+    assert "Resuming with other settings" not in caplog.text
+
+
+def test_a_folder_of_evaluations_predicts_with_what_was_evaluated(start, weights):
+    run = start("MODEL.WEIGHTS", weights, eval_only=True)
+    assert weights_in(run / "config.yaml") == str(weights)
+    assert not (run / "training.yaml").exists()
+    assert Predictor(run).weights == str(weights)
+
+
+def test_training_from_the_result_of_a_run_is_said(start, model, weights, caplog):
+    run = start("MODEL.WEIGHTS", weights)
+    RunCheckpointer(model, str(run), CLASSES).save("model_final")
+    other = "OUTPUT_DIR", "other"
+    start(*other, config_file="run/training.yaml")
+    start(*other, "MODEL.WEIGHTS", weights, config_file="run/config.yaml")
+    assert "the result of the run" not in caplog.text
+    start(*other, config_file="run/config.yaml")
+    assert "run/model_final.pth, the result of the run whose config.yaml this is" in caplog.text
+    assert f"--config-file {run.resolve() / 'training.yaml'} starts as" in caplog.text
+
+
+def test_runs_of_before_are_compared_by_their_config(start, model, weights, caplog):
+    run = start("MODEL.WEIGHTS", weights)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    (run / "training.yaml").rename(run / "config.yaml")
+    start("MODEL.WEIGHTS", weights, "SOLVER.WEIGHT_DECAY", 0.5, resume=True)
+    assert "SOLVER.WEIGHT_DECAY" in caplog.text
+
+
+def test_a_killed_run_can_be_used(datasets_root, tmp_path):  # noqa: F811
+    options = "SOLVER.MAX_ITER", 1000, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()"
+    job = start_training(datasets_root, tmp_path, *options)
+    while not last_checkpoint(tmp_path):
+        assert job.poll() is None, finish(job).stderr[-3000:]
+        time.sleep(0.05)
+    os.kill(job.pid, signal.SIGKILL)
+    finish(job)
+    # Killed between the two, config.yaml may be one behind what --resume takes.
+    named = Path(weights_in(tmp_path / "config.yaml"))
+    assert named.is_file() or named.name == "model_final.pth"
+    predictor = Predictor(tmp_path)
+    assert Path(predictor.weights) == last_checkpoint(tmp_path)
+    assert predictor.classes == CLASSES
+    picture = next((datasets_root / "shapes" / "val").glob("*.png"))
+    assert predictor(picture).image_size == (64, 96)
+
+
+def test_classifiers_leave_their_class_folders(tmp_path):
+    for split in "train", "val":
+        for name in "cat", "dog":
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            (folder / "1.png").touch()
+    cfg = load_config("ImageNet/MNV2.yaml", ["DATASETS.TRAIN", (str(tmp_path / "train"),)])
+    assert ClassificationTrainer.classes(cfg) == [
+        {"id": 0, "name": "cat"},
+        {"id": 1, "name": "dog"},
+    ]
