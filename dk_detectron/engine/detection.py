@@ -54,7 +54,11 @@ class Trainer(BaseTrainer):
         if comm.get_local_rank():
             comm.synchronize()
         reports = [
-            gate(name, partial(tqdm, desc=name, unit="image", leave=False, disable=None))
+            gate(
+                name,
+                partial(tqdm, desc=name, unit="image", leave=False, disable=None),
+                skip=cfg.DATALOADER.SKIP_CORRUPT,
+            )
             for name in dict.fromkeys(names)
             if is_coco(name)
         ]
@@ -64,7 +68,7 @@ class Trainer(BaseTrainer):
             raise ValueError(conflict)
         for report in reports:
             _check_uses(cfg, report)
-            adopt(report.name)
+            adopt(report.name, without=report.left_out)
         tables = ["\n".join([report.table(), *report.lines()]) for report in reports]
         return tables + shared_images(reports)
 
