@@ -29,7 +29,8 @@ setup: $(OPERATORS) .venv/.detectron2 ## Install everything into .venv and compi
 
 demo: setup ## Train on DATASET (shapes or trees) and draw the results, into OUTPUT
 	$(BIN)/python tools/prepare_$(DATASET).py
-	$(BIN)/python tools/train_net.py --config-file configs/demo/$(DATASET)_MNV2_FPN_dk_l3.yaml \
+	$(BIN)/python tools/train_net.py --resume \
+		--config-file configs/demo/$(DATASET)_MNV2_FPN_dk_l3.yaml \
 		OUTPUT_DIR $(OUTPUT) $(OPTS)
 	$(BIN)/python tools/visualize_results.py --config-file $(OUTPUT)/config.yaml
 

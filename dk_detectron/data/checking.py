@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tabulate import tabulate
 from .coco import Survey, survey
 from .datasets import is_coco, resolve
 from .faults import EXAMPLES, Findings
-from .pictures import check_pictures, look_at_pictures
+from .pictures import Looks, check_pictures, look_at_pictures
 
 MOST_CLASSES = 80  # in a table
 
@@ -50,6 +51,7 @@ class Report:
         repairs: what training and evaluation read otherwise than it is written, or leave out.
         notes: what is odd but does no harm, because detectron2 deals with it.
         survey: of the JSON, if it can be read.
+        left_out: names of the pictures that are not to be used.
         contents: the hash of each sound picture, by file name, if they were all read.
     """
 
@@ -61,6 +63,7 @@ class Report:
     repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     survey: Survey | None = None
+    left_out: list[str] = field(default_factory=list)
     contents: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -104,16 +107,8 @@ def check_dataset(name: str, progress: Callable[..., Iterable] | None = None) ->
         ValueError: it is no data set in COCO's format.
     """
 
-    contents: dict[str, str] = {}
-
-    def decode(pictures: list, root: str) -> list[str]:
-        faults, hashes = check_pictures(pictures, root, decode=True, progress=progress)
-        contents.update(hashes)
-        return faults.lines()
-
-    report = _examine(name, decode)
-    report.contents = contents
-    report.notes += _duplicates(contents)
+    report = _examine(name, partial(check_pictures, decode=True, progress=progress))
+    report.notes += _duplicates(report.contents)
     if name in COCO and report.survey:
         json_cure, _ = _cures(name, *_files(name))
         for what in "images", "categories":
@@ -124,13 +119,18 @@ def check_dataset(name: str, progress: Callable[..., Iterable] | None = None) ->
     return report
 
 
-def gate(name: str, progress: Callable[..., Iterable] | None = None) -> Report:
+def gate(
+    name: str, progress: Callable[..., Iterable] | None = None, *, skip: bool = False
+) -> Report:
     """What must be known before training or evaluation: a quicker look, remembered.
+
+    Args:
+        skip: whether pictures at fault are left out, and counted, if others are not.
 
     Raises:
         ValueError: the data set is of no use; all that is wrong is named, with its cure.
     """
-    report = _examine(name, lambda pictures, root: look_at_pictures(pictures, root, progress))
+    report = _examine(name, partial(look_at_pictures, progress=progress), skip=skip)
     if report.problems:
         raise ValueError("\n".join([f"DATASETS: {name} cannot be used as it is", *report.lines()]))
     return report
@@ -198,7 +198,7 @@ def _files(name: str) -> tuple[str, str]:
     return str(metadata.json_file), str(metadata.image_root)
 
 
-def _examine(name: str, look: Callable[[list, str], list[str]]) -> Report:
+def _examine(name: str, look: Callable[[list, str], Looks], *, skip: bool = False) -> Report:
     try:
         resolve(name)
     except ValueError as error:
@@ -220,8 +220,15 @@ def _examine(name: str, look: Callable[[list, str], list[str]]) -> Report:
     if not os.path.isdir(image_root):
         report.problems.append((f"{image_root}: no such folder", image_cure))
     elif report.survey:
-        faults = look(report.survey.images, image_root)
-        report.problems += [(f"{image_root}: {line}", image_cure) for line in faults]
+        looks = look(report.survey.images, image_root)
+        report.contents = looks.hashes
+        if skip and len(looks.faulty) < report.images:
+            report.left_out = looks.faulty
+            report.repairs += [
+                f"{line}; left out (DATALOADER.SKIP_CORRUPT)" for line in looks.lines
+            ]
+        else:
+            report.problems += [(f"{image_root}: {line}", image_cure) for line in looks.lines]
     return report
 
 

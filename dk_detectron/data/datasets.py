@@ -8,7 +8,7 @@ coco:JSON:IMAGES                         any other: a file of annotations and a 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -76,11 +76,17 @@ def is_coco(name: str) -> bool:
     return metadata.get("evaluator_type") == "coco" and None not in files
 
 
-def adopt(name: str) -> None:
-    """Has a data set that detectron2 registered in COCO's format read as our own are."""
-    if DatasetCatalog[name].__module__ == load_coco_json.__module__:
+def adopt(name: str, without: Collection[str] = ()) -> None:
+    """Has a data set that detectron2 registered in COCO's format read as our own are.
+
+    Args:
+        without: file names of pictures that are left out, in one of our own as well.
+    """
+    if without or DatasetCatalog[name].__module__ == load_coco_json.__module__:
         metadata = MetadataCatalog.get(name)
-        DatasetCatalog[name] = partial(load, metadata.json_file, metadata.image_root, name)
+        DatasetCatalog[name] = partial(
+            load, metadata.json_file, metadata.image_root, name, without=without
+        )
 
 
 @contextmanager
@@ -107,8 +113,8 @@ def check_on_disk(name: str) -> None:
             raise FileNotFoundError(f"DATASETS: {name!r} expects its {key} at {path}; {cure}")
 
 
-def load(json_file: str, image_root: str, name: str) -> list[dict]:
-    """detectron2's records of a split, after its repair.
+def load(json_file: str, image_root: str, name: str, without: Collection[str] = ()) -> list[dict]:
+    """detectron2's records of a split, after its repair, but for some pictures.
 
     Raises:
         FileNotFoundError: it is not on disk.
@@ -120,7 +126,9 @@ def load(json_file: str, image_root: str, name: str) -> list[dict]:
     found = survey(json_file)
     if found.faults:
         raise ValueError(f"{json_file}: " + "; ".join(found.faults))
-    return load_coco_json(found.path, image_root, name)
+    records = load_coco_json(found.path, image_root, name)
+    left_out = {os.path.join(image_root, file) for file in without}
+    return [record for record in records if record["file_name"] not in left_out]
 
 
 register_all(datasets_root())

@@ -142,11 +142,7 @@ def evaluation_transform(cfg: CfgNode) -> v2.Compose:
 
 
 class PictureDataset(Dataset):
-    """What a model takes, for every picture.
-
-    An item has "image" (uint8 [3, H, W]), "label" and "file_name", unless the picture is left out,
-    and "skipped", the messages about what was.
-    """
+    """What a model takes, for every picture: "image" (uint8 [3, H, W]), "label", "file_name"."""
 
     def __init__(
         self,
@@ -154,22 +150,16 @@ class PictureDataset(Dataset):
         transform: Callable[[Image.Image], Tensor],
         *,
         bgr: bool = False,
-        skip: bool = False,
-        replace: bool = False,
     ):
         """
         Args:
             samples: of one or more :class:`Pictures`.
             bgr: whether the model wants blue first.
-            skip: whether a picture that cannot be read is left out; else it is an error.
-            replace: whether the next that can be read takes the place of one that is left out.
         """
         # Serialised: else every worker comes to copy the whole list (detectron2 explains why).
         self.samples = DatasetFromList(samples, copy=False)
         self.transform = transform
         self.bgr = bgr
-        self.skip = skip
-        self.replace = replace
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -177,31 +167,11 @@ class PictureDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         """
         Raises:
-            ValueError: the picture cannot be read; the file is named.
+            UnreadableError: the picture cannot be read; the file is named.
         """
-        skipped = []
-        for attempt in range(len(self) if self.replace else 1):
-            path, label = self.samples[(index + attempt) % len(self)]
-            try:
-                picture = read_picture(path)
-            except ValueError as error:
-                skipped.append(str(error))
-                if not self.skip:
-                    raise ValueError(
-                        f"{skipped[0]}; repair it, or set DATALOADER.SKIP_CORRUPT True to leave "
-                        "such pictures out"
-                    ) from error
-                continue
-            image = self.transform(picture)
-            return {
-                "image": image.flip(0) if self.bgr else image,
-                "label": label,
-                "file_name": path,
-                "skipped": skipped,
-            }
-        if self.replace:
-            raise ValueError(f"expected pictures, none of {len(self)} can be read: {skipped[0]}")
-        return {"skipped": skipped}
+        path, label = self.samples[index]
+        image = self.transform(read_picture(path))
+        return {"image": image.flip(0) if self.bgr else image, "label": label, "file_name": path}
 
 
 def collate(samples: list[dict]) -> dict[str, Tensor | list[str] | None]:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +18,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
-from .cache import cache_file, state_of, write
+from .cache import cache_file, read, state_of, write
 from .faults import Findings
 
 BATCH = 32
@@ -90,9 +91,24 @@ def divert_warnings(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
+@dataclass
+class Looks:
+    """What was found in pictures.
+
+    Attributes:
+        lines: each kind of fault, how often, and a few examples.
+        faulty: the file names of all that have one.
+        hashes: of the content of each sound picture, by name, if all were read.
+    """
+
+    lines: list[str]
+    faulty: list[str]
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
 def look_at_pictures(
     pictures: list[tuple[str, int, int]], root: str, progress: Callable | None = None
-) -> list[str]:
+) -> Looks:
     """The faults that training would meet, remembered until a file changes.
 
     Few pictures are decoded, of many only head and end are read: `dk-check-dataset` decodes all.
@@ -100,12 +116,13 @@ def look_at_pictures(
     sizes = json.dumps(pictures)
     state = state_of([os.path.join(root, name) for name, _, _ in pictures] + [sizes])
     kept = cache_file("pictures", state)
-    if kept.is_file():
-        return json.loads(kept.read_text())
+    if content := read(kept):
+        return Looks(**content)
     decode = len(pictures) <= FEW
-    faults, _ = check_pictures(pictures, root, decode=decode, progress=progress)
-    write(kept, faults.lines())
-    return faults.lines()
+    looks = check_pictures(pictures, root, decode=decode, progress=progress)
+    looks.hashes = {}
+    write(kept, asdict(looks))
+    return looks
 
 
 def check_pictures(
@@ -114,13 +131,9 @@ def check_pictures(
     *,
     decode: bool,
     progress: Callable | None = None,
-) -> tuple[Findings, dict[str, str]]:
-    """The faults of all pictures, with names that are near to those of missing ones.
-
-    Returns:
-        The faults; and, if decoded, the hash of the content of each sound picture, by name.
-    """
-    faults, folder, hashes = Findings(), Folder(root), {}
+) -> Looks:
+    """The faults of all pictures, with names that are near to those of missing ones."""
+    faults, folder, faulty, hashes = Findings(), Folder(root), [], {}
     found = DataLoader(
         PictureFaults(pictures, root, decode=decode),
         batch_size=BATCH,
@@ -134,11 +147,13 @@ def check_pictures(
     for (name, _, _), (kind, content) in zip(pictures, results, strict=True):
         if content:
             hashes[name] = content
+        if kind:
+            faulty.append(name)
         if kind == MISSING and (near := folder.near(name)):
             faults.add("missing image, of a name that is nearly there", f"{name}: there is {near}")
         elif kind:
             faults.add(kind, name)
-    return faults, hashes
+    return Looks(faults.lines(), faulty, hashes)
 
 
 MISSING = "missing image"
@@ -197,11 +212,15 @@ def _is_turned(image: Image.Image) -> bool:
     return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
+class UnreadableError(ValueError):
+    """A picture that cannot be read; the message begins with its file."""
+
+
 def read_picture(path: str) -> Image.Image:
     """A picture in RGB, turned as its EXIF says: what detectors see of it.
 
     Raises:
-        ValueError: it cannot be read, or not without loss.
+        UnreadableError: it cannot be read, or not without loss.
     """
     try:
         with Image.open(path) as image:
@@ -211,7 +230,7 @@ def read_picture(path: str) -> Image.Image:
     # As above.
     except Exception as error:
         fault = f"what cannot be read: {error}"
-    raise ValueError(f"{path}: expected a picture, got {fault}")
+    raise UnreadableError(f"{path}: expected a picture, got {fault}")
 
 
 def _jpeg_fault(path: str, content: bytes | None) -> str | None:

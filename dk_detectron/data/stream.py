@@ -8,6 +8,7 @@ training was interrupted changes it.
 from __future__ import annotations
 
 import random
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,6 +116,15 @@ def local_batch_size(total_batch_size: int) -> int:
     return total_batch_size // processes
 
 
+def outlive_signals(worker: int) -> None:
+    """A worker's: what asks the whole job to stop lets it finish the batches for the step in hand.
+
+    Its process ends it when it stops itself; a second SIGTERM ends it in any case.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 def build_stream_loader(
     dataset: Dataset,
     sampler: Sampler,
@@ -135,5 +145,6 @@ def build_stream_loader(
         batch_sampler=SampleStream(sampler, local_batch_size(total_batch_size), groups),
         # Else every new iterator would draw from the global generator, which belongs to the model.
         generator=torch.Generator(),
+        worker_init_fn=outlive_signals,
         **options,
     )

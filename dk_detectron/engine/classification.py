@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from ..data.image_folder import (
     PictureDataset,
@@ -22,28 +18,9 @@ from ..data.image_folder import (
     load_pictures,
     training_transform,
 )
-from ..data.stream import SampleStream, build_stream_loader, local_batch_size
+from ..data.stream import build_stream_loader, local_batch_size
+from ..data.unreadable import CountingLoader, Readable
 from .trainer import BaseTrainer
-
-
-class PictureLoader(DataLoader):
-    """Names and counts the pictures that its batches leave out.
-
-    Attributes:
-        skipped: how many they were; in training also the trainer's scalar ``skipped_pictures``.
-    """
-
-    skipped = 0
-
-    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]
-        for batch in super().__iter__():
-            for message in batch.pop("skipped"):
-                self.skipped += 1
-                logging.getLogger(__name__).warning("%s; left out (%d)", message, self.skipped)
-            if self.skipped and isinstance(self.batch_sampler, SampleStream):
-                get_event_storage().put_scalar("skipped_pictures", self.skipped)
-            if batch["image"] is not None:
-                yield batch
 
 
 class AccuracyEvaluator(DatasetEvaluator):
@@ -126,23 +103,23 @@ class ClassificationTrainer(BaseTrainer):
         return cfg
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> PictureLoader:
+    def build_train_loader(cls, cfg: CfgNode) -> CountingLoader:
         samples = [s for name in cfg.DATASETS.TRAIN for s in load_pictures(name).samples]
         return build_stream_loader(
-            PictureDataset(samples, training_transform(cfg), replace=True, **_reading(cfg)),
+            _pictures(cfg, samples, training_transform(cfg), replace=True),
             TrainingSampler(len(samples), seed=cfg.SEED),
             total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
             seed=cfg.SEED,
-            loader=PictureLoader,
+            loader=CountingLoader,
             **_loading(cfg),
         )
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> PictureLoader:
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> CountingLoader:
         """The whole data set, divided among the processes."""
         samples = load_pictures(dataset_name).samples
-        return PictureLoader(
-            PictureDataset(samples, evaluation_transform(cfg), **_reading(cfg)),
+        return CountingLoader(
+            _pictures(cfg, samples, evaluation_transform(cfg), replace=False),
             batch_size=local_batch_size(cfg.SOLVER.IMS_PER_BATCH),
             sampler=InferenceSampler(len(samples)),
             generator=torch.Generator(),
@@ -160,8 +137,9 @@ class ClassificationTrainer(BaseTrainer):
         return AccuracyEvaluator()
 
 
-def _reading(cfg: CfgNode) -> dict:
-    return {"bgr": cfg.INPUT.FORMAT == "BGR", "skip": cfg.DATALOADER.SKIP_CORRUPT}
+def _pictures(cfg: CfgNode, samples: list, transform: v2.Compose, *, replace: bool) -> Readable:
+    pictures = PictureDataset(samples, transform, bgr=cfg.INPUT.FORMAT == "BGR")
+    return Readable(pictures, skip=cfg.DATALOADER.SKIP_CORRUPT, replace=replace)
 
 
 def _loading(cfg: CfgNode) -> dict:

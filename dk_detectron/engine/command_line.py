@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..model_zoo import get_config, get_config_file, merge_options
@@ -15,6 +16,8 @@ from ..weights import Checkpointer
 from .checks import (
     changes_since,
     check_batch,
+    check_evaluation,
+    check_ignored,
     check_norms,
     check_solver,
     check_weights,
@@ -24,7 +27,8 @@ from .checks import (
 )
 from .detection import Trainer
 from .launch import launch
-from .record import last_checkpoint, record_training, refresh_config
+from .record import record_training, refresh_config
+from .run_directory import check_unused, is_new, set_aside
 from .trainer import BaseTrainer
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
@@ -49,19 +53,30 @@ def main(args, trainer_class: type[BaseTrainer]):
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         if checkpointer.report:
             checkpointer.report.check_complete()
-        return trainer_class.test(cfg, model)
+        results = trainer_class.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if trainer.start_iter >= trainer.max_iter:
+    if trainer.start_iter < trainer.max_iter:
+        return trainer.train()
+    # As the main process finds it: other machines may have folders of their own.
+    if missing := comm.all_gather(trainer.unfinished())[0]:
         LOGGER.warning(
-            "The run in %s has finished, after %d of %d iterations: raise SOLVER.MAX_ITER (and "
-            "SOLVER.STEPS) to go on, or evaluate it with --eval-only",
+            "The run in %s has done all iterations, but stopped before it left %s: now it does",
             cfg.OUTPUT_DIR,
-            trainer.start_iter,
-            trainer.max_iter,
+            ", ".join(missing),
         )
-        return None
-    return trainer.train()
+        return trainer.train()
+    LOGGER.warning(
+        "The run in %s has finished, after %d of %d iterations: raise SOLVER.MAX_ITER (and "
+        "SOLVER.STEPS) to go on, or evaluate it with --eval-only",
+        cfg.OUTPUT_DIR,
+        trainer.start_iter,
+        trainer.max_iter,
+    )
+    return None
 
 
 def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
@@ -72,6 +87,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
 
     Raises:
         ValueError, FileNotFoundError: the configuration cannot work; nothing has been written yet.
+        FileExistsError: an earlier run has checkpoints in the folder, and is not to be resumed.
     """
     args.config_file = get_config_file(args.config_file)  # detectron2 reads it again, for its log
     cfg = get_config(args.config_file)
@@ -79,28 +95,36 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE: no GPU is available, using the CPU")
         cfg.MODEL.DEVICE = "cpu"
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR: expected a folder to write to, got nothing")
     check_solver(cfg)
     check_norms(cfg)
+    check_evaluation(cfg)
     if not args.eval_only:
         check_batch(cfg)
+        check_unused(cfg.OUTPUT_DIR, resume=args.resume)
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise ValueError(f"DATASETS.{needed}: expected a data set, got none")
     names = cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST
     trainer_class = trainer_class or Trainer
     data = trainer_class.check_datasets(cfg, names)
+    check_ignored(cfg)
     check_weights(cfg, needed=args.eval_only, resume=args.resume)
     if classes := trainer_class.class_names(names):
         stated = stated_keys(args.config_file, args.opts)
         data += settle_classes(cfg, trainer_class.class_key(cfg), classes, stated)
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
-    resumes = args.resume and last_checkpoint(cfg.OUTPUT_DIR) is not None
+    starts = not args.eval_only and is_new(cfg.OUTPUT_DIR, resume=args.resume)
+    aside = set_aside(cfg.OUTPUT_DIR) if starts else None
     default_setup(cfg, args)
     if comm.is_main_process():
         if not args.eval_only:
-            record_training(cfg, resumes=resumes)
+            record_training(cfg, resumes=not starts)
         refresh_config(cfg.OUTPUT_DIR)
+    if aside:
+        LOGGER.info("Metrics of a run that had no checkpoint yet are now in %s", aside)
     for text in data:
         LOGGER.info("%s", text)
     if changes:
@@ -108,6 +132,6 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
             "Resuming with other settings than the run had, which take over from here:\n  %s",
             "\n  ".join(changes),
         )
-    if not (args.eval_only or resumes) and (text := starts_from_run(cfg, args.config_file)):
+    if starts and (text := starts_from_run(cfg, args.config_file)):
         LOGGER.warning("%s", text)
     return cfg

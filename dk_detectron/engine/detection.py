@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
-    DatasetMapper,
     MapDataset,
     MetadataCatalog,
+    build_detection_test_loader,
     build_detection_train_loader,
 )
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from torch.utils.data import DataLoader
+from torch import nn
 from tqdm import tqdm
 
 from ..data.checking import Report, class_conflict, gate, shared_images
 from ..data.coco import survey
 from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
+from ..data.unreadable import CountingLoader, Mapper, Readable
 from .evaluator import DetectionEvaluator
 from .trainer import BaseTrainer
 
@@ -51,7 +54,11 @@ class Trainer(BaseTrainer):
         if comm.get_local_rank():
             comm.synchronize()
         reports = [
-            gate(name, partial(tqdm, desc=name, unit="image", leave=False, disable=None))
+            gate(
+                name,
+                partial(tqdm, desc=name, unit="image", leave=False, disable=None),
+                skip=cfg.DATALOADER.SKIP_CORRUPT,
+            )
             for name in dict.fromkeys(names)
             if is_coco(name)
         ]
@@ -61,7 +68,7 @@ class Trainer(BaseTrainer):
             raise ValueError(conflict)
         for report in reports:
             _check_uses(cfg, report)
-            adopt(report.name)
+            adopt(report.name, without=report.left_out)
         tables = ["\n".join([report.table(), *report.lines()]) for report in reports]
         return tables + shared_images(reports)
 
@@ -83,9 +90,9 @@ class Trainer(BaseTrainer):
         return f"MODEL.{'RETINANET' if one_stage else 'ROI_HEADS'}.NUM_CLASSES"
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+    def build_train_loader(cls, cfg: CfgNode) -> CountingLoader:
         """detectron2's data, with the colours varied by ``INPUT.COLOR_JITTER``, as a stream."""
-        mapper = DatasetMapper.from_config(cfg, is_train=True)
+        mapper = Mapper.from_config(cfg, is_train=True)
         if jitter := cfg.INPUT.COLOR_JITTER:
             mapper["augmentations"] += [
                 kind(1 - jitter, 1 + jitter)
@@ -95,15 +102,28 @@ class Trainer(BaseTrainer):
             mapper["instance_mask_format"] = "bitmask"  # which both kinds can become
         # detectron2's samplers draw their seed from numpy.
         with seeded(cfg.SEED):
-            parts = build_detection_train_loader.from_config(cfg, mapper=DatasetMapper(**mapper))
+            parts = build_detection_train_loader.from_config(cfg, mapper=Mapper(**mapper))
         records = parts["dataset"]
         grouping = parts["aspect_ratio_grouping"]
         return build_stream_loader(
-            MapDataset(DatasetFromList(records, copy=False), parts["mapper"]),
+            _readable(cfg, parts, replace=True),
             parts["sampler"],
             total_batch_size=parts["total_batch_size"],
             seed=cfg.SEED,
             groups=[r["width"] > r["height"] for r in records] if grouping else None,
+            loader=CountingLoader,
+            num_workers=parts["num_workers"],
+            collate_fn=trivial_batch_collator,
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> CountingLoader:
+        """detectron2's, of one image at a time."""
+        mapper = Mapper(cfg, is_train=False)
+        parts = build_detection_test_loader.from_config(cfg, dataset_name, mapper=mapper)
+        return CountingLoader(
+            _readable(cfg, parts, replace=False),
+            sampler=parts["sampler"],
             num_workers=parts["num_workers"],
             collate_fn=trivial_batch_collator,
         )
@@ -118,23 +138,50 @@ class Trainer(BaseTrainer):
         return [{"id": places.get(i, i), "name": name} for i, name in enumerate(names)]
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DetectionEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, parent: str = "inference"
+    ) -> DetectionEvaluator:
+        """
+        Args:
+            parent: the folder in ``OUTPUT_DIR`` for the results.
+        """
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         if evaluator_type != "coco":
             raise ValueError(
                 f"DATASETS.TEST: expected data sets in COCO format, got {dataset_name!r} with "
                 f"evaluator type {evaluator_type!r}"
             )
-        folder = inference_folder(cfg.OUTPUT_DIR, dataset_name)
+        folder = inference_folder(cfg.OUTPUT_DIR, dataset_name, parent)
         heads = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
         tasks = ["bbox", *(task for task, is_on in heads.items() if is_on)]
         with repaired(dataset_name):
-            return DetectionEvaluator(dataset_name, if_nothing=tasks, output_dir=str(folder))
+            return DetectionEvaluator(
+                dataset_name,
+                if_nothing=tasks,
+                output_dir=str(folder),
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            )
+
+    @classmethod
+    def measure_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Evaluates with test-time augmentation, as detectron2's own ``train_net.py`` does."""
+        evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        return cls.measure(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
 
 
-def inference_folder(output_dir: str, dataset_name: str) -> Path:
+def _readable(cfg: CfgNode, parts: dict, *, replace: bool) -> Readable:
+    """Of a loader's parts, the data set that it loads from."""
+    return Readable(
+        MapDataset(DatasetFromList(parts["dataset"], copy=False), parts["mapper"]),
+        skip=cfg.DATALOADER.SKIP_CORRUPT,
+        replace=replace,
+        hint="; dk-check-dataset (tools/check_dataset.py) names all that are damaged",
+    )
+
+
+def inference_folder(output_dir: str, dataset_name: str, parent: str = "inference") -> Path:
     """Where the results on a data set are; ``coco:JSON:IMAGES`` is one folder, not several."""
-    return Path(output_dir, "inference", re.sub(r"[^\w.-]+", "_", dataset_name))
+    return Path(output_dir, parent, re.sub(r"[^\w.-]+", "_", dataset_name))
 
 
 def _has_run_lengths(cfg: CfgNode) -> bool:

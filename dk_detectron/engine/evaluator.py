@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -25,6 +27,11 @@ class DetectionEvaluator(COCOEvaluator):
         """
         super().__init__(dataset_name, **{"use_fast_impl": False, **options})
         self._if_nothing = sorted(if_nothing)
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict:
+        """Over the images that could be read, which are all unless some are left out."""
+        found = comm.gather([prediction["image_id"] for prediction in self._predictions])
+        return super().evaluate(img_ids or list(chain(*found)))
 
     def _tasks_from_predictions(self, predictions: list[dict]) -> list[str]:
         return super()._tasks_from_predictions(predictions) if predictions else self._if_nothing

@@ -8,7 +8,9 @@ import math
 import os
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -18,6 +20,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,7 +32,9 @@ from .amp import build_loop
 from .divergence import DivergenceGuard
 from .monitoring import OffsetMonitor
 from .optimizer import build_optimizer, parameter_groups
-from .record import RunCheckpointer
+from .record import FINAL, RunCheckpointer
+from .resources import explained
+from .signals import EvaluationHook, StopHook, StopRequest
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.trainer")
@@ -66,14 +71,6 @@ class WeightAverage(HookBase):
         self.averaged.load_state_dict(state_dict)
 
 
-class EvaluationHook(EvalHook):
-    """detectron2's hook, which would also evaluate what fails in the very last iteration."""
-
-    def after_train(self):
-        if self.trainer.iter >= self.trainer.max_iter:
-            super().after_train()
-
-
 class BaseTrainer(DefaultTrainer):
     """``DefaultTrainer`` that also runs distributed on CPUs, and resumes exactly.
 
@@ -83,6 +80,8 @@ class BaseTrainer(DefaultTrainer):
 
     ``OUTPUT_DIR/evaluation.json`` holds the metrics of the last evaluation.
     """
+
+    iter: int
 
     def __init__(self, cfg: CfgNode):
         # DefaultTrainer.__init__, but for `device_ids`, which distributed training on CPUs refuses.
@@ -106,16 +105,24 @@ class BaseTrainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.ema: WeightAverage | None = None
+        self.stop_request = StopRequest()
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """detectron2's, those that watch, and the weights' average if ``SOLVER.EMA_DECAY`` asks."""
-        hooks = [
-            EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
-            if isinstance(h, EvalHook)
-            else h
-            for h in super().build_hooks()
-        ]
+        """detectron2's, those that watch, and the weights' average if ``SOLVER.EMA_DECAY`` asks.
+
+        Raises:
+            ValueError: ``TEST.PRECISE_BN`` is enabled for a network without such statistics.
+        """
+        if self.cfg.TEST.PRECISE_BN.ENABLED and not get_bn_modules(self.model):
+            raise ValueError(
+                "TEST.PRECISE_BN.ENABLED: expected False, since no norm of the network has "
+                "statistics of batches, got True"
+            )
+        hooks = super().build_hooks()
+        (place,) = (i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        self.evaluation_hook = EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
+        hooks[place : place + 1] = [StopHook(), self.evaluation_hook]
         monitor = OffsetMonitor(self.checkpointer.model)
         self.guard = DivergenceGuard(self.checkpointer, monitor)
         # After the timer, which goes first; before checkpoints and metrics are written.
@@ -126,6 +133,25 @@ class BaseTrainer(DefaultTrainer):
             )
             hooks.insert(0, self.ema)
         return hooks
+
+    def train(self) -> OrderedDict | None:
+        """detectron2's. A signal stops it between two steps, with a checkpoint to go on from.
+
+        Raises:
+            Stopped: that has happened.
+            OutOfMemoryError, WorkerError, DiskError: what has given out, and what helps.
+        """
+        if self.start_iter >= self.max_iter and FINAL in self.unfinished():
+            self.checkpointer.save(FINAL.removesuffix(".pth"), iteration=self.iter)
+        with explained(self.cfg, training=True), self.stop_request.listening():
+            return super().train()
+
+    def after_train(self) -> None:
+        # detectron2 counts one more if there was no step left to do.
+        self.iter = min(self.iter, max(self.start_iter, self.max_iter))
+        super().after_train()
+        if self.evaluation_hook.stopped:
+            raise self.evaluation_hook.stopped
 
     def run_step(self) -> None:
         seed_all_rng(seed_from(self.cfg.SEED, comm.get_rank(), self.iter))
@@ -164,16 +190,32 @@ class BaseTrainer(DefaultTrainer):
         super().resume_or_load(resume=resume)
         self.data_loader.batch_sampler.start = self.start_iter
 
+    def unfinished(self) -> list[str]:
+        """The files that the end of a run, whose iterations are all done, has still to leave."""
+        names = [FINAL, EVALUATION_FILE]
+        if self.ema:
+            names.append(os.path.basename(self.ema.path))
+        missing = [name for name in names if not Path(self.cfg.OUTPUT_DIR, name).exists()]
+        if self.checkpointer.resumed != names[0] and names[0] not in missing:
+            missing.append(names[0])  # it is damaged
+        return missing
+
     def evaluate(self) -> OrderedDict:
         """Evaluates the weights and, under names that end in ``_ema``, their moving average.
 
-        What is in ``OUTPUT_DIR/inference`` afterwards is of the weights.
+        What is in ``OUTPUT_DIR/inference`` afterwards is of the weights. After the last iteration,
+        with test-time augmentation as well, if ``TEST.AUG`` asks for it.
         """
-        averaged = self.test(self.cfg, self.ema.averaged.module) if self.ema else {}
-        results = self.test(self.cfg, self.model)
+        final = self.iter >= self.max_iter
+        if final and comm.is_main_process():
+            # Metrics of an earlier iteration must not be taken for these, if this is interrupted.
+            Path(self.cfg.OUTPUT_DIR, EVALUATION_FILE).unlink(missing_ok=True)
+        measure: Callable = self.measure_in_full if final else self.measure
+        averaged = measure(self.cfg, self.ema.averaged.module) if self.ema else {}
+        results = measure(self.cfg, self.model)
         if averaged:
             results.update({f"{name}_ema": metrics for name, metrics in averaged.items()})
-            write_evaluation(self.cfg, results)
+        write_evaluation(self.cfg, results)
         self._last_eval_results = results
         return results
 
@@ -236,12 +278,34 @@ class BaseTrainer(DefaultTrainer):
         return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
+    def measure(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
+        """Evaluates, as detectron2's :meth:`test` does, and writes nothing into ``OUTPUT_DIR``.
+
+        Raises:
+            OutOfMemoryError, WorkerError, DiskError: what has given out, and what helps.
+        """
         if comm.get_world_size() > 1:
             # Every process has normalisation statistics of its own; the first one's are saved.
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        results = super().test(cfg, model, evaluators)
+        with explained(cfg, training=False):
+            return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def measure_in_full(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """:meth:`measure`; with ``TEST.AUG`` also augmented, under names that end in ``_TTA``."""
+        results = cls.measure(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            augmented = cls.measure_with_TTA(cfg, model)
+            results.update({f"{name}_TTA": metrics for name, metrics in augmented.items()})
+        return results
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
+        """:meth:`measure`, or in full unless there are ``evaluators``; writes what it finds."""
+        results = (
+            cls.measure(cfg, model, evaluators) if evaluators else cls.measure_in_full(cfg, model)
+        )
         write_evaluation(cfg, results)
         return results
 

@@ -8,6 +8,7 @@ from .checkpointer import LAST_CHECKPOINT, Checkpointer, state_by_name
 from .convert import Report, convert, convert_file
 from .files import (
     CheckpointError,
+    NonFiniteCheckpointError,
     UnreadableCheckpointError,
     non_finite,
     read_checkpoint,
@@ -20,6 +21,7 @@ __all__ = [
     "LAST_CHECKPOINT",
     "CheckpointError",
     "Checkpointer",
+    "NonFiniteCheckpointError",
     "Report",
     "UnreadableCheckpointError",
     "convert",

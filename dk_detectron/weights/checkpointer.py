@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from .convert import Report, convert
 from .files import (
     CheckpointError,
+    NonFiniteCheckpointError,
     UnreadableCheckpointError,
     non_finite,
     read_checkpoint,
@@ -65,9 +66,11 @@ class Checkpointer(DetectionCheckpointer):
 
     Attributes:
         report: what became of every tensor of what was loaded last.
+        resumed: the name of the file that a run was resumed from.
     """
 
     report: Report | None = None
+    resumed: str | None = None
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """As in the base class.
@@ -103,10 +106,10 @@ class Checkpointer(DetectionCheckpointer):
         self.model.load_state_dict(state)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        """As in the base class; a last checkpoint that cannot be read gives way to those before.
+        """As in the base class; a last checkpoint that is damaged gives way to those before.
 
         Raises:
-            CheckpointError: none of them can be read.
+            CheckpointError: all of them are damaged.
         """
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
@@ -115,12 +118,15 @@ class Checkpointer(DetectionCheckpointer):
             try:
                 if not os.path.isfile(candidate):
                     raise UnreadableCheckpointError(f"{candidate}: no such file")
-                return self.load(candidate)
-            except UnreadableCheckpointError as error:
+                checkpoint = self.load(candidate)
+                self.resumed = os.path.basename(candidate)
+                return checkpoint
+            except (UnreadableCheckpointError, NonFiniteCheckpointError) as error:
                 self.logger.warning("Trying the checkpoint before, since: %s", error)
         raise CheckpointError(
-            f"{self.save_dir}: expected a checkpoint to resume from, but can read none of "
-            f"{', '.join(map(os.path.basename, candidates))}; start without --resume"
+            f"{self.save_dir}: expected a checkpoint to resume from, but all are damaged: "
+            f"{', '.join(map(os.path.basename, candidates))}; start again without --resume, in "
+            "another OUTPUT_DIR or after removing them"
         )
 
     def _resumable(self) -> list[str]:

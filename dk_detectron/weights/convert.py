@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..layers import AdaptiveConv2d, ScopeConv2d
 from .files import (
     CheckpointError,
+    NonFiniteCheckpointError,
     non_finite,
     read_checkpoint,
     refuse_pickle,
@@ -207,7 +208,7 @@ def _check_types(found: dict[str, Tensor], source: str) -> None:
 def _check_finite(converted: dict[str, Tensor], source: str) -> None:
     """Raises on weights that no training should have left."""
     if bad := non_finite(converted):
-        raise CheckpointError(
+        raise NonFiniteCheckpointError(
             f"{source}: expected finite weights, got {len(bad)} of {len(converted)} tensors with "
             f"infinities or NaN, first {bad[0]}: of a training that has diverged"
         )

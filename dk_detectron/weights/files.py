@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ class CheckpointError(ValueError):
 
 class UnreadableCheckpointError(CheckpointError):
     """A file that is truncated, corrupt, or no checkpoint at all."""
+
+
+class NonFiniteCheckpointError(CheckpointError):
+    """Weights with infinities or NaN, of a training that has diverged."""
 
 
 # Where other libraries put the weights in a file; a moving average only if there is nothing else.
@@ -170,19 +175,40 @@ def _refuse_without_values(path: str, state: dict[str, Tensor]) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
-    """Yields the name to write under; the file takes the place of ``path`` once it is complete."""
+    """Yields the name to write under; the file takes the place of ``path`` once it is complete.
+
+    Complete on the disk, that is, which network file systems and quotas may refuse at the end only.
+    """
     temporary = f"{path}.tmp"
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """``torch.save`` that leaves the whole file, or what was there before."""
-    with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+    """``torch.save`` that leaves the whole file, or what was there before.
+
+    Raises:
+        OSError: the disk is full, for example; which, and how much is free, is named.
+    """
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:
+        # torch hides what the file has said behind an error about positions in it.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        free = shutil.disk_usage(Path(path).parent).free / 2**30
+        raise OSError(
+            cause.errno,
+            f"{path} could not be written: {cause.strerror} ({free:.2f} GiB are free there). What "
+            "was there before still is: make room, within your quota as well",
+        ) from None
 
 
 def non_finite(state: dict[str, Tensor]) -> list[str]:
