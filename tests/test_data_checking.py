@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -398,3 +399,27 @@ def test_coco_is_what_detectron2_registers():
     for name, release in checking.COCO.items():
         image_root = MetadataCatalog.get(name).image_root
         assert Path(release.image_archive).stem == Path(image_root).name
+
+
+def test_the_page_stands_alone(dataset, tmp_path):
+    """Charts, the strangest boxes and what was found; names of strangers are text, no markup."""
+    edit(dataset[1], annotation(bbox=[30, 2, 20, 4]))
+    edit(dataset[1], category(name="<b>square</b>"))
+    shutil.copyfile(dataset[2] / "000001.jpg", dataset[2] / "000003.jpg")
+    page = tmp_path / "page.html"
+    json_file, folder = map(str, dataset[1:])
+    result = run(tmp_path, "--json", json_file, "--images", folder, "--html", str(page))
+    assert result.returncode == 0, result.stderr
+    text = page.read_text()
+    assert "&lt;b&gt;square&lt;/b&gt;" in text and "<b>square" not in text
+    assert "000003.jpg = 000001.jpg" in text and "sticks out of its image" in text
+    assert text.count("<svg") == 2
+    # Of three boxes each the smallest, the longest and the largest; the one that sticks out.
+    drawings = re.findall('src="data:image/jpeg;base64,([^"]+)"', text)
+    assert len(drawings) == 3 * 3 + 1
+    assert all(b64decode(drawing)[:3] == b"\xff\xd8\xff" for drawing in drawings)
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+
+    (dataset[2] / "000001.jpg").unlink()
+    result = run(tmp_path, "--json", json_file, "--images", folder, "--html", str(page))
+    assert result.returncode == 1 and "missing image: 1" in page.read_text()

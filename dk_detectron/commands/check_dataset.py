@@ -2,7 +2,7 @@
 
     %(prog)s                                  # the three parts of COCO 2017
     %(prog)s coco_2017_val shapes_val
-    %(prog)s --json annotations/train.json --images images/train
+    %(prog)s --json annotations/train.json --images images/train --html train.html
 
 Exits with 1 if there are problems. The data sets are looked for in $DETECTRON2_DATASETS.
 """
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..data.checking import COCO, Report, check_dataset, class_conflict, shared_images
 from ..data.datasets import PREFIX, datasets_root
+from ..data.page import write_page
 
 
 def print_report(report: Report) -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--json", help="a file of annotations in COCO's format, with --images")
     parser.add_argument("--images", help="the folder of its pictures")
     parser.add_argument("--json-report", metavar="OUT", help="also write what was found as JSON")
+    parser.add_argument("--html", metavar="OUT", help="also as a page, with charts and pictures")
     args = parser.parse_args()
     if (args.json is None) != (args.images is None):
         parser.error("--json and --images: expected both, or neither")
@@ -53,11 +55,12 @@ def main() -> None:
     if args.json_report:
         found = [{k: v for k, v in asdict(r).items() if k != "contents"} for r in reports]
         Path(args.json_report).write_text(json.dumps(found, indent=2))
-    for text in shared_images(reports):
-        print(text)
+    across = shared_images(reports)
     conflict = class_conflict(reports) if args.names and all(r.survey for r in reports) else None
-    if conflict:
-        print(conflict)
+    across += [conflict] if conflict else []
+    print("\n".join(across), end="\n" if across else "")
+    if args.html:
+        write_page(reports, across, args.html)
     sys.exit(1 if conflict or any(report.problems for report in reports) else 0)
 
 

@@ -108,7 +108,10 @@ def check_dataset(name: str, progress: Callable[..., Iterable] | None = None) ->
     """
 
     report = _examine(name, partial(check_pictures, decode=True, progress=progress))
-    report.notes += _duplicates(report.contents)
+    twice = Findings()
+    for one, other in duplicates(report.contents):
+        twice.add("image whose content another one has", f"{one}, as {other}")
+    report.notes += twice.lines()
     if name in COCO and report.survey:
         json_cure, _ = _cures(name, *_files(name))
         for what in "images", "categories":
@@ -158,13 +161,11 @@ def class_conflict(reports: list[Report]) -> str | None:
     return None
 
 
-def _duplicates(contents: dict[str, str]) -> list[str]:
+def duplicates(contents: dict[str, str]) -> list[tuple[str, str]]:
+    """Pictures, by name, whose content an earlier one has, which is named second."""
     first: dict[str, str] = {}
-    found = Findings()
-    for name, content in contents.items():
-        if (other := first.setdefault(content, name)) is not name:
-            found.add("image whose content another one has", f"{name}, as {other}")
-    return found.lines()
+    pairs = ((name, first.setdefault(content, name)) for name, content in contents.items())
+    return [(name, other) for name, other in pairs if other is not name]
 
 
 def shared_images(reports: list[Report]) -> list[str]:
