@@ -14,7 +14,7 @@ from torch import nn
 
 from dk_detectron.analysis import effective_receptive_field, measure
 from dk_detectron.analysis.field_figures import heat
-from dk_detectron.commands import visualize_erf, visualize_kernels
+from dk_detectron.commands import visualize_dynamics, visualize_erf, visualize_kernels
 from dk_detectron.commands._networks import distinct_names
 from dk_detectron.model_zoo import load_config
 
@@ -31,17 +31,15 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> str:
-    """Six pictures of 64x96, three with two objects each: one of 8 pixels, one of 32."""
-    root = tmp_path_factory.mktemp("coco")
+def make_dataset(root: Path, count: int) -> str:
+    """Pictures of 64x96, every other with two objects: one of 8 pixels, one of 32."""
     rng = np.random.default_rng(0)
     images, annotations = [], []
-    for i in range(1, 7):
+    for i in range(1, count + 1):
         cv2.imwrite(str(root / f"{i}.png"), rng.integers(0, 256, (64, 96, 3), dtype=np.uint8))
         images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
         for j, side in enumerate((8, 32) if i % 2 else ()):
-            x, y = 10 + 5 * i, 5 * i
+            x, y = 10 + 5 * (i % 8), 5 * (i % 6)
             annotations.append(
                 {"id": 2 * i + j, "image_id": i, "category_id": j + 1, "iscrowd": 0,
                  "bbox": [x, y, side, side], "area": side**2 + i,
@@ -51,6 +49,18 @@ def dataset(tmp_path_factory) -> str:
     content = {"images": images, "categories": categories, "annotations": annotations}
     (root / "annotations.json").write_text(json.dumps(content))
     return f"coco:{root / 'annotations.json'}:{root}"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    """Six pictures, three with objects."""
+    return make_dataset(tmp_path_factory.mktemp("coco"), 6)
+
+
+@pytest.fixture(scope="module")
+def dataset_of_many(tmp_path_factory) -> str:
+    """Twelve pictures, six with objects."""
+    return make_dataset(tmp_path_factory.mktemp("coco"), 12)
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +238,40 @@ def test_kernels_need_offsets(runs, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(visualize_kernels, monkeypatch, runs["dk"], "--levels", 0)
     assert "--levels: expected" in capsys.readouterr().err
+
+
+def test_dynamics_of_networks(runs, dataset_of_many, tmp_path, monkeypatch, capsys):
+    layer = "backbone.bottom_up.res3.0.conv2"
+    options = "--dataset", dataset_of_many, "--layer", layer, "--output-dir", tmp_path
+    arguments = runs["scc"], runs["dk"], *options
+    run(visualize_dynamics, monkeypatch, *arguments)
+    *table, path = capsys.readouterr().out.splitlines()
+    assert path == f"{tmp_path}/dynamics.png" and min(size(tmp_path / "dynamics.png")) > 500
+    assert (tmp_path / "dynamics.md").read_text().splitlines() == table
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
+    assert [row[:5] for row in cells] == [
+        ["scc", layer, "gate", "8", "12"],
+        ["dk", layer, "kernel_offset", "18", "12"],
+    ]
+    assert all("±" in row[6] and "±" in row[8] for row in cells)
+    assert len(rows(tmp_path / "dynamics_scc.csv")) == 12
+    run(visualize_dynamics, monkeypatch, *arguments)
+    assert capsys.readouterr().out.splitlines()[:-1] == table
+    with pytest.raises(SystemExit, match="^error: --kind: expected one of gate of"):
+        run(visualize_dynamics, monkeypatch, *arguments, "--kind", "data_offset")
+    with pytest.raises(SystemExit, match="^error: expected at least 7 objects to compare"):
+        run(
+            visualize_dynamics,
+            monkeypatch,
+            runs["dk"],
+            "--limit",
+            1,
+            "--output-dir",
+            tmp_path / "o",
+        )
+    with pytest.raises(SystemExit):
+        run(visualize_dynamics, monkeypatch, runs["dk"], "--classes", 0)
+    assert "--classes, --limit: expected" in capsys.readouterr().err
 
 
 def test_what_cannot_be_looked_at(runs, tmp_path, monkeypatch, capsys):

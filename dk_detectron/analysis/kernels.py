@@ -43,10 +43,11 @@ def offset_at(observation: Observation, kind: str, cell: tuple[int, int]) -> Ten
     """The offsets [2*K] at a place; of several groups of offsets, the first."""
     offset = observation.values[kind]
     offset = offset if offset.dim() == 1 else offset[:, cell[0], cell[1]]
-    return offset[: 2 * int(np.prod(_kernel_size(observation.layer)))]
+    return offset[: 2 * int(np.prod(kernel_size(observation.layer)))]
 
 
-def _kernel_size(layer: Any) -> tuple[int, int]:
+def kernel_size(layer: Any) -> tuple[int, int]:
+    """Of an adaptive layer, of whichever library."""
     return tuple(layer.weight.shape[2:]) if not hasattr(layer, "scope_size") else layer.kernel_size
 
 
@@ -79,7 +80,7 @@ def tap_shifts(observation: Observation, cell: tuple[int, int]) -> np.ndarray:
     """Where a layer's taps read its input, from the centre of their rigid grid: [K, 2] of rows and
     columns of the input."""
     layer: Any = observation.layer
-    (rows, columns), dilation = _kernel_size(layer), layer.dilation
+    (rows, columns), dilation = kernel_size(layer), layer.dilation
     grid = np.mgrid[:rows, :columns].reshape(2, -1).T.astype(float)
     shifts = (grid - np.array([rows - 1, columns - 1]) / 2) * np.array(dilation)
     if "data_offset" in observation.values:
@@ -143,7 +144,7 @@ def sampling_points(
 def _cells_read(observation: Observation, cell: tuple[int, int]) -> list[tuple[int, int]]:
     """The places of a layer's input that are nearest to where its taps read it."""
     layer: Any = observation.layer
-    reach = (np.array(_kernel_size(layer)) - 1) * np.array(layer.dilation)
+    reach = (np.array(kernel_size(layer)) - 1) * np.array(layer.dilation)
     centre = np.array(cell) * np.array(layer.stride) - np.array(layer.padding) + reach / 2
     places = np.rint(centre + tap_shifts(observation, cell)).astype(int)
     inside = ((places >= 0) & (places < np.array(observation.input_size))).all(1)

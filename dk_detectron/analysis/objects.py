@@ -203,6 +203,9 @@ class CocoPictures:
             if not annotation["iscrowd"] and self._box(annotation) is not None
         ]
 
+    def category(self, annotation: dict) -> str:
+        return self._coco.cats[annotation["category_id"]]["name"]
+
     def _box(self, annotation: dict) -> tuple[float, float, float, float] | None:
         x, y, width, height = annotation["bbox"]
         image = self.images[annotation["image_id"]]
@@ -226,9 +229,9 @@ class CocoPictures:
                 continue
             box = self._box(annotation)
             assert box
-            category = self._coco.cats[annotation["category_id"]]["name"]
             mask = self._coco.annToMask(annotation) if annotation.get("segmentation") else None
             area = annotation["area"]
+            category = self.category(annotation)
             objects.append(Object(annotation["id"], category, area, box, mask))
         path = self._root / image["file_name"]
         picture = read_picture(path, cfg, objects)

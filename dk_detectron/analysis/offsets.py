@@ -19,7 +19,7 @@ from torchvision.ops import DeformConv2d as TorchvisionDeformConv2d
 
 from ..layers import AdaptiveConv2d, ScopeConv2d
 from ..ops import outside_scope
-from .forward import frozen, place, run
+from .forward import feature_map, frozen, place, run
 
 FOREIGN = TorchvisionDeformConv2d, DeformConv, ModulatedDeformConv
 KINDS = "kernel_offset", "data_offset", "gate"
@@ -48,11 +48,12 @@ def adaptive_layers(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
-def observe(model: nn.Module, image: Tensor) -> dict[str, Observation]:
+def observe(model: nn.Module, image: Tensor, until: str | None = None) -> dict[str, Observation]:
     """What adapted each layer on one picture, by the layer's name, in the order of their calls.
 
     Args:
         image: [C, H, W], as :func:`dk_detectron.analysis.forward.run` takes it.
+        until: the last layer to run, by its name; the whole model by default.
 
     Raises:
         ValueError: the model has no such layers.
@@ -70,7 +71,10 @@ def observe(model: nn.Module, image: Tensor) -> dict[str, Observation]:
             _watch(stack, found, name, layer)
         stack.enter_context(frozen(model))
         stack.enter_context(torch.no_grad())
-        run(model, place(model, image))
+        if until is None:
+            run(model, place(model, image))
+        else:
+            feature_map(model, place(model, image), until)
     return found
 
 

@@ -18,12 +18,16 @@ def parse_point(text: str) -> tuple[float, float]:
     return x, y
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say where to look."""
+def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", metavar="NAME",
         help="registered, or coco:JSON:IMAGES (default: the first network's DATASETS.TEST)",
     )  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say where to look."""
+    add_dataset_argument(parser)
     parser.add_argument("--images", nargs="+", metavar="FILE", help="pictures, instead")
     parser.add_argument(
         "--points", nargs="+", metavar="X,Y", type=parse_point,
