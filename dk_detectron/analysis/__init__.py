@@ -1,5 +1,5 @@
 """What a network costs."""
 
-from .costs import count_multiply_adds, count_parameters
+from ..layers.costs import count_multiply_adds, count_parameters
 
 __all__ = ["count_multiply_adds", "count_parameters"]

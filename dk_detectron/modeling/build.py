@@ -24,6 +24,7 @@ CONVOLUTION_KEYS = {
     "scope_size_3x3": "MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3",
     "data_offset": "MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE",
     "num_experts": "MODEL.DEFORM_KERNEL.NUM_EXPERTS",
+    "offset_generator": "MODEL.DEFORM_KERNEL.OFFSET_GENERATOR",
     "freeze_at": "MODEL.BACKBONE.FREEZE_AT",
     "gradient_checkpointing": "MODEL.BACKBONE.GRADIENT_CHECKPOINTING",
 }
