@@ -7,6 +7,7 @@ from importlib import import_module
 
 from . import ops
 from .config import add_dk_config
+from .deformify import deformify, undeformify
 from .ops import deform_kernel_conv2d, sample_kernel
 
 __version__ = "0.2.0"
@@ -15,9 +16,11 @@ __all__ = [
     "add_dk_config",
     "data",
     "deform_kernel_conv2d",
+    "deformify",
     "modeling",
     "ops",
     "sample_kernel",
+    "undeformify",
 ]
 # Imported when they are first asked for, since detectron2's models take as long to import as torch.
 ROOMS = "analysis", "data", "engine", "evaluation", "layers", "model_zoo", "modeling", "weights"

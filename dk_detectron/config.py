@@ -20,7 +20,9 @@ def add_dk_config(cfg: CfgNode) -> None:
 
     # Which convolutions of the residual blocks adapt, and how.
     cfg.MODEL.DEFORM_KERNEL = CN()
-    # The 1x1 convolutions (not the shortcut projections) and the depthwise 3x3 ones, each one of:
+    # The 1x1 convolutions (not the shortcut projections) and the 3x3 ones, which are depthwise in
+    # ResNet-DW and MobileNet-V2, and dense or grouped in detectron2's ResNet and ResNeXt
+    # (MODEL.BACKBONE.NAME "build_resnet_dk_fpn_backbone"); each one of:
     #   "rigid"        an ordinary convolution
     #   "local"        local deformable kernel: kernel offsets per output location
     #   "global"       global deformable kernel: kernel offsets per image
@@ -37,6 +39,9 @@ def add_dk_config(cfg: CfgNode) -> None:
     cfg.MODEL.DEFORM_KERNEL.VIS_PERIOD = 0
     # Experts of a conditional convolution: 8 in the paper's MobileNet-V2, 2 in its ResNet-50-DW.
     cfg.MODEL.DEFORM_KERNEL.NUM_EXPERTS = 8
+    # What predicts offsets for every location: "full", the paper's convolution from all channels,
+    # or "separable", a depthwise and a 1x1 convolution, of a sixth of its cost.
+    cfg.MODEL.DEFORM_KERNEL.OFFSET_GENERATOR = "full"
 
     # ResNet-DW takes detectron2's own MODEL.RESNETS keys, of which it uses DEPTH (50, 101 or 152),
     # WIDTH_PER_GROUP (doubled, as in the paper), STEM_OUT_CHANNELS, RES2_OUT_CHANNELS,

@@ -1,6 +1,6 @@
 """What a network costs, and what it looks at."""
 
-from .costs import count_multiply_adds, count_parameters
+from ..layers.costs import count_multiply_adds, count_parameters
 from .measures import measure
 from .offsets import observe
 from .receptive_field import ReceptiveFields, effective_receptive_field

@@ -68,16 +68,16 @@ def build_optimizer(
     """An optimizer of :func:`parameter_groups` whose state is loaded by the parameters' names.
 
     Args:
-        clip_offset_gradients: before a step, the gradient of each offset generator, weight and bias
-            together, is scaled down to at most this norm; 0 for no limit.
+        clip_offset_gradients: before a step, the gradient of each offset generator, weights and
+            bias together, is scaled down to at most this norm; 0 for no limit.
         options: of ``kind``.
     """
     optimizer = kind(params, **options)
     generators: dict[str, list[Tensor]] = {}
     for group in params:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            module = name.rpartition(".")[0]
-            if module.endswith(GENERATOR):
+            module, inside, _ = name.partition(f"{GENERATOR}.")
+            if inside:
                 generators.setdefault(module, []).append(parameter)
     if clip_offset_gradients:
         clip = partial(_clip_each, list(generators.values()), clip_offset_gradients)

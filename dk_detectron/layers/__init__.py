@@ -6,18 +6,42 @@ whose weights start at zero, so that every layer starts as a rigid convolution: 
 given one (:meth:`AdaptiveConv2d.set_rigid_weight`). ``docs/start.md`` has the evidence for how.
 """
 
-from .adaptive import AdaptiveConv2d, CondConv2d, DeformConv2d, msra_fill
-from .scope import DeformKernelConv2d, GlobalDeformKernel2d, LocalDeformKernel2d, ScopeConv2d
-from .start import lift_to_scope, spread_offset
+from collections.abc import Callable
+
+from .adaptive import GENERATOR, AdaptiveConv2d, CondConv2d, msra_fill
+from .generators import OFFSET_GENERATORS, LocalConv2d, SeparableConv2d
+from .scope import (
+    DeformConv2d,
+    DeformKernelConv2d,
+    GlobalDeformKernel2d,
+    LocalDeformKernel2d,
+    ScopeConv2d,
+)
+from .start import embed_scope, lift_to_scope, spread_offset
+
+# What configurations and `deformify` call them.
+KINDS: dict[str, Callable[..., AdaptiveConv2d]] = {
+    "local": LocalDeformKernel2d,
+    "global": GlobalDeformKernel2d,
+    "conditional": CondConv2d,
+    "dcn": DeformConv2d,
+    "dcn+local": DeformKernelConv2d,
+}
 
 __all__ = [
+    "GENERATOR",
+    "KINDS",
+    "OFFSET_GENERATORS",
     "AdaptiveConv2d",
     "CondConv2d",
     "DeformConv2d",
     "DeformKernelConv2d",
     "GlobalDeformKernel2d",
+    "LocalConv2d",
     "LocalDeformKernel2d",
     "ScopeConv2d",
+    "SeparableConv2d",
+    "embed_scope",
     "lift_to_scope",
     "msra_fill",
     "spread_offset",

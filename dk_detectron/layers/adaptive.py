@@ -1,21 +1,25 @@
-"""What all adaptive layers share, and those that the paper compares deformable kernels with."""
+"""What all adaptive layers share, and conditional convolution."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from ..ops import deform_kernel_conv2d, per_image_conv2d
+from ..ops import per_image_conv2d
 from ..ops.arguments import Size, check_groups, pair
 
 # Where symmetry would keep weights equal for ever, they start this much apart, in standard
 # deviations.
 PERTURBATION = 0.5
 
+# Names of generators' tensors, in a layer and in a network.
+GENERATOR = re.compile(r"(kernel_offset|data_offset|gate)_generator(?=\.)")
 Generator = Any  # nn.Conv2d or nn.Linear, which torch declares as though it had no bias
 
 
@@ -112,12 +116,6 @@ class AdaptiveConv2d(nn.Module):
             "groups": self.groups,
         }
 
-    def _offset_convolution(self, factory: dict) -> nn.Conv2d:
-        """The generator of local offsets: as the target, but C_in -> 2*K and never depthwise."""
-        arguments = {**self._conv_arguments, "groups": 1}
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        return nn.Conv2d(self.in_channels, 2 * taps, self.kernel_size, **arguments, **factory)
-
     @property
     def generators(self) -> list[Generator]:
         """The modules that predict what adapts the layer."""
@@ -151,6 +149,61 @@ class AdaptiveConv2d(nn.Module):
             nn.init.zeros_(generator.bias)
         self.weight.copy_(self._from_rigid(weight))
 
+    @torch.no_grad()
+    def rigid_weight(self) -> Tensor:
+        """The inverse of :meth:`set_rigid_weight`: of the convolution that the layer is as it is.
+
+        Returns:
+            [C_out, C_in / groups, K_h, K_w].
+
+        Raises:
+            ValueError: it is none, as its generators follow the input or it moves the data.
+        """
+        if any(generator.weight.any() for generator in self.generators):
+            raise ValueError("weight: expected generators of zeros, got some that follow the input")
+        return self._to_rigid().to(self.weight.dtype)
+
+    def rigid_copy(self, weight: Tensor) -> AdaptiveConv2d:
+        """A copy, on the CPU, after :meth:`set_rigid_weight`."""
+        # Perturbations cancel to the last digit of the type in which they are drawn.
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        layer = deepcopy(self).to("cpu", exact)
+        layer.set_rigid_weight(weight.to(exact))
+        return layer
+
+    def fitted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of this layer that has the outputs of another.
+
+        Args:
+            entries: of a state, by their names in this layer. Of a rigid convolution, which has no
+                generators, they become what :meth:`set_rigid_weight` makes.
+
+        Returns:
+            ``entries``, or others in their place.
+
+        Raises:
+            ValueError: the other cannot be had exactly.
+        """
+        weight = entries.get("weight")
+        generated = any(GENERATOR.match(name) for name in entries)
+        if weight is None or generated or list(weight.shape) != self.rigid_shape:
+            return entries
+        state = self.rigid_copy(weight).state_dict()
+        made = {n: t for n, t in state.items() if n == "weight" or GENERATOR.match(n)}
+        return entries | made
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """As torch's, of what :meth:`fitted` makes of the entries."""
+        entries = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
+        *_, error_msgs = args
+        try:
+            fitted = self.fitted(entries)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}{error}")
+        else:
+            state_dict.update({prefix + name: tensor for name, tensor in fitted.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def set_drawn_weight(self, weight: Tensor) -> None:
         """Makes the layer a start from scratch, given a rigid weight of independent draws.
 
@@ -160,6 +213,9 @@ class AdaptiveConv2d(nn.Module):
 
     def _from_rigid(self, weight: Tensor) -> Tensor:
         return weight
+
+    def _to_rigid(self) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H_out, W_out]."""
@@ -184,23 +240,6 @@ class AdaptiveConv2d(nn.Module):
         if self.bias is None:
             text += ", bias=False"
         return text
-
-
-class DeformConv2d(AdaptiveConv2d):
-    """Deformable convolution (eq. 9, Dai et al. 2017): data offsets for every output location."""
-
-    def _make_generators(self, factory):
-        self.data_offset_generator = self._offset_convolution(factory)
-
-    def _convolve(self, x):
-        return deform_kernel_conv2d(
-            x,
-            self.weight,
-            self.bias,
-            data_offset=self.data_offset_generator(x),
-            kernel_size=self.kernel_size,
-            **self._conv_arguments,
-        )
 
 
 class CondConv2d(AdaptiveConv2d):
@@ -231,6 +270,10 @@ class CondConv2d(AdaptiveConv2d):
         shared = weight * (2 / self.num_experts)
         noise = torch.randn(self._weight_shape(), dtype=weight.dtype, device=weight.device)
         return shared + PERTURBATION * shared.std(correction=0) * (noise - noise.mean(0))
+
+    def _to_rigid(self):
+        gates = self.gate_generator.bias.double().sigmoid()
+        return (gates @ self.weight.double().flatten(1)).unflatten(0, self.rigid_shape)
 
     def _convolve(self, x):
         gates = self.gate_generator(x.mean((2, 3))).sigmoid()

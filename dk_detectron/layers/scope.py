@@ -1,4 +1,4 @@
-"""Deformable kernels: layers whose weight is a scope that the kernel is sampled from."""
+"""Deformable kernels, whose weight is a scope that the kernel is sampled from; and DCN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..ops import deform_kernel_conv2d, per_image_conv2d, sample_kernel
 from ..ops.arguments import pair
 from .adaptive import PERTURBATION, AdaptiveConv2d, Generator
-from .start import centre_gain, lift_to_scope, spread_offset
+from .generators import LocalConv2d
+from .start import centre_gain, embed_scope, lift_to_scope, spread_offset
 
 
 class ScopeConv2d(AdaptiveConv2d):
@@ -57,6 +58,29 @@ class ScopeConv2d(AdaptiveConv2d):
         noise = noise - lift_to_scope(read, self.scope_size)
         return scope + PERTURBATION * weight.std(correction=0) * noise
 
+    def _to_rigid(self):
+        rest = self.kernel_offset_generator.bias.double().unsqueeze(0)
+        return sample_kernel(self.weight.double(), rest, self.kernel_size)[0]
+
+    @torch.no_grad()
+    def fitted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As in the base class; or of the entries of a layer of a smaller scope.
+
+        That lies in this one (:func:`embed_scope`), and the generator's bias makes up for where.
+        """
+        weight, bias = entries.get("weight"), entries.get("kernel_offset_generator.bias")
+        if weight is None or bias is None or weight.shape == self.weight.shape:
+            return super().fitted(entries)
+        if [*weight.shape[:2], bias.numel()] != [*self.rigid_shape[:2], self._offsets]:
+            return entries
+        scope, move = embed_scope(weight, self.scope_size)
+        moved = bias + move.to(bias).repeat(self._offsets // 2)
+        return entries | {"weight": scope, "kernel_offset_generator.bias": moved}
+
+    @property
+    def _offsets(self) -> int:
+        return 2 * self.kernel_size[0] * self.kernel_size[1]
+
     @torch.no_grad()
     def sensitivity(self, distance: float = 0.2) -> float:
         """How much the kernels change if all taps move from where they rest by ``distance`` cells.
@@ -76,11 +100,12 @@ class ScopeConv2d(AdaptiveConv2d):
         return f"{super().extra_repr()}, scope_size={self.scope_size}"
 
 
-class LocalDeformKernel2d(ScopeConv2d):
+class LocalDeformKernel2d(ScopeConv2d, LocalConv2d):
     """Local deformable kernel (section 3.3, eq. 7): kernel offsets for every output location.
 
     Args (beyond those of ``nn.Conv2d``):
         scope_size: size of the stored weight, one more than the kernel by default.
+        offset_generator: as of :class:`LocalConv2d`.
     """
 
     def _make_generators(self, factory):
@@ -114,16 +139,51 @@ class GlobalDeformKernel2d(ScopeConv2d):
         return per_image_conv2d(x, kernels, self.bias, **self._conv_arguments)
 
 
-class DeformKernelConv2d(ScopeConv2d):
+def _check_data_rest(generator: Generator) -> None:
+    if generator.bias.any():
+        raise ValueError("weight: expected data offsets of zero, got some that move the data")
+
+
+class DeformConv2d(LocalConv2d):
+    """Deformable convolution (eq. 9, Dai et al. 2017): data offsets for every output location.
+
+    Args (beyond those of ``nn.Conv2d``):
+        offset_generator: as of :class:`LocalConv2d`.
+    """
+
+    def _make_generators(self, factory):
+        self.data_offset_generator = self._offset_convolution(factory)
+
+    def _to_rigid(self):
+        _check_data_rest(self.data_offset_generator)
+        return self.weight
+
+    def _convolve(self, x):
+        return deform_kernel_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            data_offset=self.data_offset_generator(x),
+            kernel_size=self.kernel_size,
+            **self._conv_arguments,
+        )
+
+
+class DeformKernelConv2d(ScopeConv2d, LocalConv2d):
     """Deformable convolution with deformable kernels (eq. 11): both offsets, learnt separately.
 
     Args (beyond those of ``nn.Conv2d``):
         scope_size: size of the stored weight, one more than the kernel by default.
+        offset_generator: as of :class:`LocalConv2d`.
     """
 
     def _make_generators(self, factory):
         self.kernel_offset_generator = self._offset_convolution(factory)
         self.data_offset_generator = self._offset_convolution(factory)
+
+    def _to_rigid(self):
+        _check_data_rest(self.data_offset_generator)
+        return super()._to_rigid()
 
     def _convolve(self, x):
         return deform_kernel_conv2d(

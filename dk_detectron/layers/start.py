@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import axis_coefficients, rest_kernel, tap_locations
@@ -60,6 +61,34 @@ def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
         for size, taps in zip(pair("scope_size", scope_size, 1), weight.shape[2:], strict=True)
     )
     return (rows @ weight64 @ columns.t()).to(weight.dtype)
+
+
+def embed_scope(weight: Tensor, scope_size: Size) -> tuple[Tensor, Tensor]:
+    """A larger scope that reads as ``weight`` does, wherever the taps are.
+
+    The smaller scope lies in its middle. Around it lie copies of its edge, which is what taps
+    outside read. Where there is no middle cell, the taps have to move by half a cell.
+
+    Args:
+        weight: [C_out, C_in / groups, S_h, S_w].
+        scope_size: of the larger one.
+
+    Returns:
+        The larger scope, and [2]: what to add to kernel offsets along rows and columns.
+
+    Raises:
+        ValueError: ``scope_size`` is smaller than the scope of ``weight``.
+    """
+    size = pair("scope_size", scope_size, 1)
+    more = [new - old for new, old in zip(size, weight.shape[2:], strict=True)]
+    if min(more) < 0:
+        raise ValueError(
+            f"weight: expected a scope of at most {size}, got {tuple(weight.shape[2:])}: a smaller "
+            "scope cannot hold the kernels of a larger one"
+        )
+    (above, left), (below, right) = zip(*((m // 2, m - m // 2) for m in more), strict=True)
+    scope = F.pad(weight.double(), [left, right, above, below], mode="replicate").to(weight.dtype)
+    return scope, torch.tensor([above - more[0] / 2, left - more[1] / 2])
 
 
 def centre_gain(scope_size: Sequence[int], kernel_size: Sequence[int]) -> float:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from detectron2.modeling.backbone.resnet import ResNet
+from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from torch import nn
 
 from .mobilenetv2 import mobilenet_v2
+from .resnet import adapt_resnet
 from .resnetdw import resnet_dw
 
 # Arguments of the constructors, and the keys that they come from.
@@ -24,15 +25,18 @@ CONVOLUTION_KEYS = {
     "scope_size_3x3": "MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3",
     "data_offset": "MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE",
     "num_experts": "MODEL.DEFORM_KERNEL.NUM_EXPERTS",
+    "offset_generator": "MODEL.DEFORM_KERNEL.OFFSET_GENERATOR",
+}
+BACKBONE_KEYS = CONVOLUTION_KEYS | {
     "freeze_at": "MODEL.BACKBONE.FREEZE_AT",
     "gradient_checkpointing": "MODEL.BACKBONE.GRADIENT_CHECKPOINTING",
 }
-MOBILENETV2_KEYS = CONVOLUTION_KEYS | {
+MOBILENETV2_KEYS = BACKBONE_KEYS | {
     "norm": "MODEL.MOBILENETV2.NORM",
     "out_features": "MODEL.MOBILENETV2.OUT_FEATURES",
     "res5_channels": "MODEL.MOBILENETV2.RES5_CHANNELS",
 }
-RESNET_DW_KEYS = CONVOLUTION_KEYS | {
+RESNET_DW_KEYS = BACKBONE_KEYS | {
     "depth": "MODEL.RESNETS.DEPTH",
     "width": "MODEL.RESNETS.WIDTH_PER_GROUP",
     "stem_channels": "MODEL.RESNETS.STEM_OUT_CHANNELS",
@@ -83,6 +87,28 @@ def build_resnet_dw_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     return _construct(resnet_dw, cfg, RESNET_DW_KEYS, in_channels=input_shape.channels)
 
 
+@BACKBONE_REGISTRY.register()
+def build_resnet_dk_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """detectron2's ``build_resnet_backbone``, its convolutions as MODEL.DEFORM_KERNEL asks for.
+
+    Raises:
+        ValueError: a key has a value that this backbone does not know.
+    """
+    if cfg.MODEL.BACKBONE.GRADIENT_CHECKPOINTING:
+        raise ValueError(
+            "MODEL.BACKBONE.GRADIENT_CHECKPOINTING: expected False for detectron2's ResNet, whose "
+            "blocks know nothing of it, got True"
+        )
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+        raise ValueError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE: expected all False, got "
+            f"{cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE}: deformable convolutions of this project are "
+            "asked for by MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE"
+        )
+    resnet = build_resnet_backbone(cfg, input_shape)
+    return _construct(partial(adapt_resnet, resnet), cfg, CONVOLUTION_KEYS)
+
+
 def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = None) -> FPN:
     """detectron2's feature pyramid over ``bottom_up``, with P6 by max pooling or ``top_block``."""
     return FPN(
@@ -111,6 +137,18 @@ def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_resnet_dw_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Feature pyramid over :func:`build_resnet_dw_backbone`."""
     return build_fpn(cfg, build_resnet_dw_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_dk_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Feature pyramid over :func:`build_resnet_dk_backbone`."""
+    return build_fpn(cfg, build_resnet_dk_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_resnet_dk_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """RetinaNet's feature pyramid over :func:`build_resnet_dk_backbone`."""
+    return build_retinanet_fpn(cfg, build_resnet_dk_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()

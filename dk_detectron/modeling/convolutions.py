@@ -10,13 +10,7 @@ from typing import NamedTuple
 from detectron2.layers import Conv2d
 from torch import nn
 
-from ..layers import (
-    CondConv2d,
-    DeformConv2d,
-    DeformKernelConv2d,
-    GlobalDeformKernel2d,
-    LocalDeformKernel2d,
-)
+from ..layers import KINDS, OFFSET_GENERATORS
 
 STAGES = ("res2", "res3", "res4", "res5")
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
@@ -40,6 +34,7 @@ def stage_convs(
     scope_size_3x3: int = 4,
     data_offset: Sequence[bool] = (False, False, False, False),
     num_experts: int = 8,
+    offset_generator: str = "full",
 ) -> dict[str, BlockConvs]:
     """The constructors for the blocks of the stem and of each stage.
 
@@ -51,6 +46,7 @@ def stage_convs(
         data_offset: whether res2, res3, res4, res5 have deformable convolutions as their 3x3,
             alone ("rigid") or with local deformable kernels ("local").
         num_experts: of conditional convolutions.
+        offset_generator: of offsets for every location: "full", the paper's, or "separable".
 
     Raises:
         ValueError: a kind or stage is unknown, or two choices do not go together.
@@ -62,11 +58,18 @@ def stage_convs(
     deformable = dict(zip(STAGES, data_offset, strict=True))
     kinds_1x1, kinds_3x3 = _by_stage("conv1x1", conv1x1), _by_stage("conv3x3", conv3x3)
 
+    if offset_generator not in OFFSET_GENERATORS:
+        raise ValueError(
+            f"offset_generator: expected one of {', '.join(OFFSET_GENERATORS)}, got "
+            f"{offset_generator!r}"
+        )
+    local = {"offset_generator": offset_generator}
+
     def convs(stage: str) -> BlockConvs:
-        conv1x1 = _constructor("conv1x1", kinds_1x1[stage], scope_size_1x1, num_experts)
-        conv3x3 = _constructor("conv3x3", kinds_3x3[stage], scope_size_3x3, num_experts)
+        conv1x1 = _constructor("conv1x1", kinds_1x1[stage], scope_size_1x1, num_experts, local)
+        conv3x3 = _constructor("conv3x3", kinds_3x3[stage], scope_size_3x3, num_experts, local)
         if deformable.get(stage):
-            conv3x3 = _deformable(kinds_3x3[stage], scope_size_3x3)
+            conv3x3 = _deformable(kinds_3x3[stage], scope_size_3x3, local)
         return BlockConvs(conv1x1, conv3x3)
 
     return {stage: convs(stage) for stage in ("stem", *STAGES)}
@@ -82,23 +85,23 @@ def _by_stage(name: str, kinds: Kinds) -> dict[str, str]:
 
 
 def _constructor(
-    name: str, kind: str, scope_size: int, num_experts: int
+    name: str, kind: str, scope_size: int, num_experts: int, local: dict
 ) -> Callable[..., nn.Module]:
     constructors: dict[str, Callable[..., nn.Module]] = {
         "rigid": Conv2d,
-        "local": partial(LocalDeformKernel2d, scope_size=scope_size),
-        "global": partial(GlobalDeformKernel2d, scope_size=scope_size),
-        "conditional": partial(CondConv2d, num_experts=num_experts),
+        "local": partial(KINDS["local"], scope_size=scope_size, **local),
+        "global": partial(KINDS["global"], scope_size=scope_size),
+        "conditional": partial(KINDS["conditional"], num_experts=num_experts),
     }
     if kind not in constructors:
         raise ValueError(f"{name}: expected one of {', '.join(constructors)}, got {kind!r}")
     return constructors[kind]
 
 
-def _deformable(kind: str, scope_size: int) -> Callable[..., nn.Module]:
+def _deformable(kind: str, scope_size: int, local: dict) -> Callable[..., nn.Module]:
     constructors: dict[str, Callable[..., nn.Module]] = {
-        "rigid": DeformConv2d,
-        "local": partial(DeformKernelConv2d, scope_size=scope_size),
+        "rigid": partial(KINDS["dcn"], **local),
+        "local": partial(KINDS["dcn+local"], scope_size=scope_size, **local),
     }
     if kind not in constructors:
         raise ValueError(

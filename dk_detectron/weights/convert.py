@@ -46,7 +46,7 @@ class Report:
     Attributes:
         source, kind: the source's name, and what it is of.
         matched, resampled, initialised: names in the model: taken as they were, made from a rigid
-            weight, and not in the source.
+            weight or a smaller scope, and not in the source.
         unused: names in the source of what the model does not have.
         unexpected: those of the last two that a fitting source would not leave, each in words.
         sensitivity: of each resampled layer with a scope, by name.
@@ -104,13 +104,40 @@ class Report:
             )
 
 
-def _started(layer: AdaptiveConv2d, rigid: Tensor) -> AdaptiveConv2d:
-    """A copy of ``layer`` that is the rigid convolution."""
-    # Perturbations cancel to the last digit of the type in which they are drawn.
-    exact = torch.promote_types(layer.weight.dtype, torch.float32)
-    layer = deepcopy(layer).to("cpu", exact)
-    layer.set_rigid_weight(rigid.to(exact))
-    return layer
+def _fitted(
+    model: nn.Module, state: dict[str, Tensor], origins: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What :meth:`AdaptiveConv2d.fitted` makes, for every layer whose weight has another shape.
+
+    Returns:
+        The tensors that it makes, by name; and why it makes none, by the name of a weight.
+    """
+    made, refused = {}, {}
+    for owner, layer in model.named_modules():
+        if not isinstance(layer, AdaptiveConv2d):
+            continue
+        names = {key: origins.get(f"{owner}.{key}", "") for key in layer.state_dict()}
+        entries = {key: state[origin] for key, origin in names.items() if origin in state}
+        if "weight" not in entries or entries["weight"].shape == layer.weight.shape:
+            continue
+        try:
+            fitted = layer.fitted(entries)
+        except ValueError as error:
+            refused[f"{owner}.weight"] = f"{names['weight']}: {str(error).removeprefix('weight: ')}"
+            continue
+        for key, tensor in fitted.items():
+            if tensor is not entries.get(key):
+                made[f"{owner}.{key}"] = tensor
+    return made, refused
+
+
+def _sensitivity(layer: ScopeConv2d, owner: str, converted: dict[str, Tensor]) -> float:
+    """That of ``layer`` with its converted weights."""
+    layer = deepcopy(layer).to("cpu")
+    inside = {n.removeprefix(f"{owner}."): t for n, t in converted.items() if n.startswith(owner)}
+    own = layer.state_dict()
+    layer.load_state_dict(own | {key: t for key, t in inside.items() if key in own})
+    return layer.sensitivity()
 
 
 def convert(
@@ -118,12 +145,14 @@ def convert(
 ) -> tuple[dict[str, Tensor], Report]:
     """Fits a network's weights to a detector or classifier of the same family.
 
-    A rigid weight that meets a layer with a scope or experts becomes theirs
-    (:meth:`AdaptiveConv2d.set_rigid_weight`), and its generators what belongs to it, so that the
-    model computes what the source did. Deterministic; neither argument is changed.
+    A rigid weight that meets a layer with a scope or experts becomes theirs, and its generators
+    what belongs to it; a scope that meets a layer with a larger one is put into its middle
+    (:meth:`AdaptiveConv2d.fitted`); so that the model computes what the source did. Deterministic;
+    neither argument is changed.
 
     Args:
-        state: weights of torchvision's or timm's MobileNet-V2, or of this project.
+        state: weights of torchvision's ResNet, torchvision's or timm's MobileNet-V2, or of this
+            project.
         model: what to fit them to.
         source: what to call ``state`` in messages, such as its path.
 
@@ -145,38 +174,29 @@ def convert(
     kind, names = model_names(state, prefix, source)
     origins = {name: origin for origin, name in names.items()}
     _check_types({name: state[o] for name, o in origins.items() if name in target}, source)
-    layers = {
-        f"{name}.weight": layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, AdaptiveConv2d)
-    }
     report = Report(source, kind)
-    converted, misfits = {}, set()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
-        for name, old in target.items():
-            new = state[origins[name]] if name in origins else None
-            if new is None:
-                report.initialised.append(name)
-            elif new.shape == old.shape:
-                converted[name] = new.to(old.dtype)
-                report.matched.append(name)
-            elif name in layers and list(new.shape) == layers[name].rigid_shape:
-                layer = _started(layers[name], new)
-                owner = name.removesuffix("weight")
-                converted[name] = layer.weight.detach().to(old.dtype)
-                for key, tensor in layer.state_dict().items():
-                    if GENERATOR.match(key):  # where the taps rest
-                        converted[owner + key] = tensor.to(target[owner + key].dtype)
-                report.resampled.append(name)
-                if isinstance(layer, ScopeConv2d):
-                    report.sensitivity[owner[:-1]] = layer.sensitivity()
-            else:
-                misfits.add(name)
-                report.initialised.append(name)
-                report.unexpected.append(
-                    f"{origins[name]}: expected shape {list(old.shape)}, got {list(new.shape)}"
-                )
+        made, refused = _fitted(model, state, origins)
+    converted, misfits = {}, set()
+    for name, old in target.items():
+        new = state[origins[name]] if name in origins else None
+        if name in made:
+            converted[name] = made[name].to(old.dtype)
+            (report.initialised if new is None else report.resampled).append(name)
+        elif new is None:
+            report.initialised.append(name)
+        elif new.shape == old.shape:
+            converted[name] = new.to(old.dtype)
+            report.matched.append(name)
+        else:
+            misfits.add(name)
+            report.initialised.append(name)
+            shapes = f"expected shape {list(old.shape)}, got {list(new.shape)}"
+            report.unexpected.append(refused.get(name, f"{origins[name]}: {shapes}"))
+    for name, layer in model.named_modules():
+        if isinstance(layer, ScopeConv2d) and f"{name}.weight" in made:
+            report.sensitivity[name] = _sensitivity(layer, name, converted)
     _check_finite(converted, source)
     report.unused = [origin for origin, name in names.items() if name not in converted]
     for list_ in report.matched, report.initialised, report.unused:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ..layers import GENERATOR
 from ..modeling.mobilenetv2 import GROUPS, STEM_GROUP
+from ..modeling.resnetdw import BLOCKS_PER_STAGE
 from .files import CheckpointError
 
 # A backbone under a feature pyramid, one of its own, and one that was saved bare.
@@ -24,7 +26,6 @@ DETECTION_PARTS = (
     "roi_heads.",
     "head.",
 )
-GENERATOR = re.compile(r"(kernel_offset|data_offset|gate)_generator(?=\.)")
 
 
 # Conversion
@@ -54,6 +55,20 @@ def _torchvision_convs() -> Iterator[tuple[str, str, str]]:
     yield f"features.{i + 1}.0", f"features.{i + 1}.1", FINAL_CONV
 
 
+def _torchvision_resnet_convs() -> Iterator[tuple[str, str, str]]:
+    """torchvision's ResNets and ResNeXts of bottlenecks: convolution, its norm, detectron2's name.
+
+    Those of the largest: a smaller one has fewer blocks.
+    """
+    yield "conv1", "bn1", "stem.conv1"
+    for stage, num_blocks in enumerate(map(max, *BLOCKS_PER_STAGE.values()), start=1):
+        for i in range(num_blocks):
+            theirs, ours = f"layer{stage}.{i}", f"res{stage + 1}.{i}"
+            for k in 1, 2, 3:
+                yield f"{theirs}.conv{k}", f"{theirs}.bn{k}", f"{ours}.conv{k}"
+            yield f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.shortcut"
+
+
 def _timm_convs() -> Iterator[tuple[str, str, str]]:
     """timm's mobilenetv2_100: convolution, its norm, our name of both."""
     yield "conv_stem", "bn1", "stem.conv1"
@@ -68,6 +83,7 @@ def _timm_convs() -> Iterator[tuple[str, str, str]]:
 # of 1e-5, as have BN and FrozenBN here, so that statistics are taken as they are.
 FOREIGN = {
     "torchvision's MobileNet-V2": ("features.0.0.weight", _torchvision_convs, "classifier.1"),
+    "torchvision's ResNet": ("layer1.0.conv1.weight", _torchvision_resnet_convs, "fc"),
     "timm's MobileNet-V2": ("conv_stem.weight", _timm_convs, "classifier"),
 }
 
@@ -116,7 +132,8 @@ def model_names(state: dict[str, Tensor], prefix: str, source: str) -> tuple[str
             }
     raise CheckpointError(
         f"{source}: expected a MobileNet-V2 of torchvision (features.0.0.weight, ...) or timm "
-        f"(conv_stem.weight, ...), or a checkpoint of this project (backbone.{FIRST_WEIGHT}, ...), "
+        "(conv_stem.weight, ...), a ResNet of torchvision (layer1.0.conv1.weight, ...), or a "
+        f"checkpoint of this project (backbone.{FIRST_WEIGHT}, ...), "
         f"got another network: {', '.join(list(state)[:4])}, ..."
     )
 

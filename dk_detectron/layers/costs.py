@@ -9,14 +9,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..layers import (
-    AdaptiveConv2d,
-    CondConv2d,
-    DeformConv2d,
-    DeformKernelConv2d,
-    GlobalDeformKernel2d,
-    LocalDeformKernel2d,
-)
+from .adaptive import AdaptiveConv2d, CondConv2d
+from .scope import DeformConv2d, DeformKernelConv2d, GlobalDeformKernel2d, LocalDeformKernel2d
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -60,7 +54,10 @@ COSTS: dict[type, Callable[..., int]] = {
 
 @torch.no_grad()
 def count_multiply_adds(model: nn.Module, *inputs) -> Counter[str]:
-    """Multiply-adds of ``model(*inputs)``, a batch of one, by layer type, as the paper counts."""
+    """Multiply-adds of ``model(*inputs)``, a batch of one, by layer type, as the paper counts.
+
+    In evaluation mode; the model is left as it was.
+    """
     counts: Counter[str] = Counter()
 
     def count(module: nn.Module, _, output: Tensor) -> None:
@@ -69,9 +66,12 @@ def count_multiply_adds(model: nn.Module, *inputs) -> Counter[str]:
                 counts[kind.__name__] += cost(module, output)
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, tuple(COSTS))]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
+        for module, training in modes:
+            module.training = training
     return counts

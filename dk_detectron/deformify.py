@@ -1,0 +1,259 @@
+"""Any network's convolutions made adaptive, in place, and rigid again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from .layers import KINDS, AdaptiveConv2d
+from .layers.costs import count_multiply_adds, count_parameters
+
+# A dense convolution of no more input channels sees the picture itself: a stem.
+PICTURE_CHANNELS = 4
+# Of the names in a line of a report.
+MAX_NAMES = 4
+
+# Patterns of names, or a choice by name and convolution.
+Where = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
+
+
+@dataclass
+class Report:
+    """What :func:`deformify` has done.
+
+    Attributes:
+        kind: of the new layers.
+        changed: names of the layers that are new.
+        kept: why, by the names of the convolutions that are as they were.
+        parameters: before and after.
+        multiply_adds: before and after, of the given ``inputs``; else None.
+    """
+
+    kind: str
+    changed: list[str]
+    kept: dict[str, str]
+    parameters: tuple[int, int]
+    multiply_adds: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        """A table of what changed, what did not and why; and what the change costs."""
+        rows = [[f"now {self.kind}", len(self.changed), _some(self.changed)]]
+        for reason in dict.fromkeys(self.kept.values()):
+            names = [name for name, why in self.kept.items() if why == reason]
+            rows.append([f"kept: {reason}", len(names), _some(names)])
+        text = tabulate(rows, ["convolutions", "", "such as"], tablefmt="github")
+        for name, costs in ("parameters", self.parameters), ("multiply-adds", self.multiply_adds):
+            if costs:
+                before, after = costs
+                text += f"\n{name}: {before:,} + {after - before:,} = {after:,}"
+        return text
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def deformify(
+    model: nn.Module,
+    kind: str | Callable[..., Any] = "local",
+    where: Where | None = None,
+    inputs: tuple | None = None,
+    **options: Any,
+) -> Report:
+    """Makes convolutions of ``model`` adaptive, in place, without changing what it computes.
+
+    Each is the same object afterwards, of another class: its name, its hooks, its norm, whether it
+    learns, and everything that refers to it stay. Its weight becomes what
+    :meth:`AdaptiveConv2d.set_rigid_weight` makes of it; its generators are new, so that an
+    optimizer has to be built afterwards. The network still loads the weights of the rigid one,
+    which has the same names but for the generators.
+
+    The paper adapts the depthwise 3x3 convolutions of the residual blocks, and leaves the stem and
+    the heads alone (section 4). The default choice therefore is every convolution of 3x3
+    and larger, depthwise, grouped or dense, but stems (dense, of at most 4 input channels); of a
+    detector, name its backbone.
+
+    Args:
+        kind: "local" or "global" deformable kernel, "conditional", "dcn", "dcn+local", or a
+            constructor with ``nn.Conv2d``'s arguments.
+        where: patterns of names, such as "backbone.bottom_up.res[345].*", that narrow the default
+            choice; or a predicate of name and convolution, which decides alone.
+        inputs: of the model, a batch of one, with which to count its multiply-adds.
+        options: what the layers take beyond ``nn.Conv2d``'s arguments, such as ``scope_size``,
+            ``num_experts`` or ``offset_generator``.
+
+    Raises:
+        ValueError: an unknown kind, a pattern that no convolution's name has, nothing to change, or
+            lazy modules that have seen no input yet; the model is as it was.
+        TypeError: an option that the kind does not have; the model is as it was.
+    """
+    if isinstance(kind, str) and kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    constructor = partial(KINDS[kind] if isinstance(kind, str) else kind, **options)
+    convolutions = _convolutions(model)
+    choose = _chooser(where, list(convolutions))
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    layers, kept = {}, {}
+    for name, conv in convolutions.items():
+        reason = _obstacle(conv, owners) or choose(name, conv)
+        if not reason:
+            try:
+                layers[name] = _adapted(conv, constructor)
+            except ValueError as error:
+                reason = str(error)
+        if reason:
+            kept[name] = reason
+    before = count_parameters(model), _multiply_adds(model, inputs)
+    report = Report(_kind_name(kind), list(layers), kept, (before[0], before[0]))
+    if not layers:
+        raise ValueError(f"where: expected convolutions to change, got none:\n{report}")
+    for name, layer in layers.items():
+        _become(convolutions[name], layer)
+    report.parameters = before[0], count_parameters(model)
+    if inputs is not None:
+        report.multiply_adds = before[1], _multiply_adds(model, inputs)
+    return report
+
+
+def undeformify(model: nn.Module) -> list[str]:
+    """The inverse of :func:`deformify`: makes all adaptive convolutions rigid, in place.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: some are no rigid convolutions any more, as their generators have learnt; the
+            model is as it was.
+    """
+    rigid, learnt = {}, []
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptiveConv2d)}
+    for name, layer in layers.items():
+        try:
+            rigid[name] = _rigid(layer)
+        except ValueError:
+            learnt.append(name)
+    if learnt:
+        raise ValueError(
+            f"model: expected offsets and gates as they start, got {len(learnt)} of {len(layers)} "
+            f"layers that follow their input: {', '.join(learnt)}. Load weights from before their "
+            "training, or keep them"
+        )
+    for name, conv in rigid.items():
+        _become(layers[name], conv)
+    return list(rigid)
+
+
+def _convolutions(model: nn.Module) -> dict[str, Any]:
+    """The convolutions, by name, that are not parts of adaptive ones."""
+    adaptive = [m for m in model.modules() if isinstance(m, AdaptiveConv2d)]
+    parts = {part for layer in adaptive for g in layer.generators for part in g.modules()}
+    kinds = nn.modules.conv._ConvNd
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in parts}
+
+
+def _obstacle(conv: nn.Module, owners: Counter[int]) -> str:
+    """Why a convolution cannot become adaptive, in words; empty if it can."""
+    from detectron2.layers import Conv2d  # late, since it takes as long to import as torch
+
+    kind = type(conv).__name__
+    if not isinstance(conv, nn.Conv2d):
+        return f"a {kind}, of which there is no adaptive kind"
+    if type(conv).forward not in (nn.Conv2d.forward, Conv2d.forward) or "forward" in vars(conv):
+        return f"a {kind}, which convolves in a way of its own"
+    if owners[id(conv.weight)] > 1:
+        return "another module has the same weight"
+    return ""
+
+
+def _from_3x3_on(name: str, conv: nn.Conv2d) -> str:
+    """The default choice: why not, or empty."""
+    if max(conv.kernel_size) < 3:
+        return "x".join(map(str, conv.kernel_size))
+    if conv.groups == 1 and conv.in_channels <= PICTURE_CHANNELS:
+        return "a stem: it sees the picture itself"
+    return ""
+
+
+def _chooser(where: Where | None, names: list[str]) -> Callable[[str, nn.Conv2d], str]:
+    """Why not, by name and convolution, or empty."""
+    if where is None:
+        return _from_3x3_on
+    if callable(where):
+        return lambda name, conv: "" if where(name, conv) else "not chosen by where"
+    patterns = [where] if isinstance(where, str) else list(where)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"where: expected patterns of convolutions' names, such as {_some(names)}, got "
+                f"{pattern!r}, which is none's"
+            )
+
+    def choose(name: str, conv: nn.Conv2d) -> str:
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            return "not chosen by where"
+        return _from_3x3_on(name, conv)
+
+    return choose
+
+
+def _arguments(conv: Any) -> dict:
+    names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"
+    arguments = {name: getattr(conv, name) for name in names}
+    return arguments | {"device": conv.weight.device, "dtype": conv.weight.dtype}
+
+
+def _adapted(conv: Any, constructor: Callable[..., AdaptiveConv2d]) -> AdaptiveConv2d:
+    layer = constructor(
+        **_arguments(conv),
+        bias=False,
+        padding_mode=conv.padding_mode,
+        norm=getattr(conv, "norm", None),
+        activation=getattr(conv, "activation", None),
+    )
+    layer.set_rigid_weight(conv.weight.detach())
+    layer.bias = conv.bias
+    for parameter in (layer.weight, *(p for g in layer.generators for p in g.parameters())):
+        parameter.requires_grad_(conv.weight.requires_grad)
+    return layer
+
+
+def _rigid(layer: AdaptiveConv2d) -> nn.Conv2d:
+    from detectron2.layers import Conv2d
+
+    followers = {"norm": layer.norm, "activation": layer.activation}
+    plain = layer.norm is None and layer.activation is None
+    conv = (nn.Conv2d if plain else partial(Conv2d, **followers))(**_arguments(layer), bias=False)
+    conv.weight.data = layer.rigid_weight()
+    conv.weight.requires_grad_(layer.weight.requires_grad)
+    conv.bias = layer.bias
+    return conv
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Makes ``module`` what ``other`` is; whoever holds or hooks it need not know."""
+    hooks = {name: value for name, value in vars(module).items() if "hook" in name}
+    training = module.training
+    module.__class__ = type(other)
+    vars(module).clear()
+    vars(module).update(vars(other) | hooks)
+    module.training = training
+    if isinstance(module, AdaptiveConv2d):
+        for generator in module.generators:
+            generator.train(training)
+
+
+def _multiply_adds(model: nn.Module, inputs: tuple | None) -> int:
+    return 0 if inputs is None else sum(count_multiply_adds(model, *inputs).values())
+
+
+def _kind_name(kind: str | Callable) -> str:
+    kind = KINDS[kind] if isinstance(kind, str) else kind
+    return getattr(kind, "__name__", repr(kind))
