@@ -262,6 +262,10 @@ def test_figures_show_what_they_are_given():
     places = np.array([[1.0, 2.0], [3.0, 4.0]])
     figure = draw_samples("title", picture, [("a", (1, 1), places), ("b", (1, 1), places[:0])])
     np.testing.assert_array_equal(figure.axes[0].lines[1].get_xydata(), places)
+    assert [a.get_title() for a in figure.axes] == [
+        "a\n2 places on the picture",
+        "b\n0 places on the picture",
+    ]
     assert np.ptp(pixels_of(figure)) == 255
 
 
