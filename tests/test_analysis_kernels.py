@@ -227,6 +227,9 @@ def test_statistics_add_up(monkeypatch):
     few = OffsetStatistics()
     few.add(seen, "kernel_offset")
     assert 90 < len(few.values[0]) <= 100 and few.taps == 9 * 9 * 12
+    seen.values["kernel_offset"][0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="kernel_offset: expected finite offsets"):
+        few.add(seen, "kernel_offset")
     everywhere = OffsetStatistics()
     everywhere.add(observe(net, IMAGE)["everywhere"], "kernel_offset")
     assert everywhere.taps == 3

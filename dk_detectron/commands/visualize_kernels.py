@@ -96,10 +96,10 @@ def look(args: argparse.Namespace, network: Network) -> None:
     for number, (label, (picture,)) in enumerate(_subjects.subjects(args, [network.cfg]), start=1):
         seen = with_offsets(network, picture)
         title = f"{network.name}, {label}"
-        draw_subject(args, network, picture, seen, title, f"{stem}_{{}}_{number}.png")
         for name, observation in seen.items():
             for kind in observation.values.keys() & set(KINDS):
                 statistics[kind][name].add(observation, kind)
+        draw_subject(args, network, picture, seen, title, f"{stem}_{{}}_{number}.png")
     table = []
     for kind, layers in statistics.items():
         if layers:
