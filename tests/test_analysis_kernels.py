@@ -227,6 +227,9 @@ def test_statistics_add_up(monkeypatch):
     few = OffsetStatistics()
     few.add(seen, "kernel_offset")
     assert 90 < len(few.values[0]) <= 100 and few.taps == 9 * 9 * 12
+    seen.values["kernel_offset"][0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="kernel_offset: expected finite offsets"):
+        few.add(seen, "kernel_offset")
     everywhere = OffsetStatistics()
     everywhere.add(observe(net, IMAGE)["everywhere"], "kernel_offset")
     assert everywhere.taps == 3
@@ -262,6 +265,10 @@ def test_figures_show_what_they_are_given():
     places = np.array([[1.0, 2.0], [3.0, 4.0]])
     figure = draw_samples("title", picture, [("a", (1, 1), places), ("b", (1, 1), places[:0])])
     np.testing.assert_array_equal(figure.axes[0].lines[1].get_xydata(), places)
+    assert [a.get_title() for a in figure.axes] == [
+        "a\n2 places on the picture",
+        "b\n0 places on the picture",
+    ]
     assert np.ptp(pixels_of(figure)) == 255
 
 

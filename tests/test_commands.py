@@ -228,7 +228,7 @@ def test_kernels_of_networks(runs, tmp_path, monkeypatch, capsys):
 
 def test_kernels_need_offsets(runs, tmp_path, monkeypatch, capsys):
     for arguments, message in {
-        (runs["rigid"],): "model: expected layers of dk_detectron.layers",
+        (runs["rigid"],): "seed_0: model: expected layers of dk_detectron.layers",
         (runs["scc"],): "seed_0: expected layers with offsets, got gates alone",
         (runs["dk"], "--layers", "res9"): "--layers: expected some of backbone.bottom_up.stem",
     }.items():
@@ -257,9 +257,9 @@ def test_dynamics_of_networks(runs, dataset_of_many, tmp_path, monkeypatch, caps
     assert len(rows(tmp_path / "dynamics_scc.csv")) == 12
     run(visualize_dynamics, monkeypatch, *arguments)
     assert capsys.readouterr().out.splitlines()[:-1] == table
-    with pytest.raises(SystemExit, match="^error: --kind: expected one of gate of"):
+    with pytest.raises(SystemExit, match="^error: scc: --kind: expected one of gate of"):
         run(visualize_dynamics, monkeypatch, *arguments, "--kind", "data_offset")
-    with pytest.raises(SystemExit, match="^error: expected at least 7 objects to compare"):
+    with pytest.raises(SystemExit, match="^error: seed_0: expected at least 7 objects to"):
         run(
             visualize_dynamics,
             monkeypatch,

@@ -135,7 +135,8 @@ def draw_samples(
     ):
         _picture(axes, pixels, point)
         axes.plot(*places.T, ".", color="red", ms=3, alpha=0.5, mec="none")
-        axes.set_title(name, fontsize=7)
+        inside = ((places >= 0) & (places <= pixels.shape[1::-1])).all(1).sum()
+        axes.set_title(f"{name}\n{inside} places on the picture", fontsize=7)
     return figure
 
 

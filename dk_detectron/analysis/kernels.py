@@ -156,8 +156,9 @@ class OffsetStatistics:
     """The offsets of one kind in one layer, over pictures.
 
     Attributes:
-        clipped: number of taps outside the scope.
         taps: number of taps.
+        clipped: number of those outside the scope.
+        largest, total: maximum and sum of absolute values.
         values: offsets, or an even selection of them, from each picture.
     """
 
@@ -168,8 +169,16 @@ class OffsetStatistics:
     values: list[np.ndarray] = field(default_factory=list)
 
     def add(self, observation: Observation, kind: str) -> None:
-        """The offsets of one more picture."""
+        """The offsets of one more picture.
+
+        Raises:
+            ValueError: they are not finite.
+        """
         offset = observation.values[kind].float()
+        if not offset.isfinite().all():
+            raise ValueError(
+                f"{kind}: expected finite offsets, got others; the network has diverged"
+            )
         self.taps += offset.numel() // 2
         self.largest = max(self.largest, float(offset.abs().max()))
         self.total += float(offset.abs().sum(dtype=torch.float64))

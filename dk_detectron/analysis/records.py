@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.cache import write
-
 KEY = "image_id"
 
 
@@ -48,7 +46,7 @@ class Records:
                 )
             self._drop_torn_rows()
         else:
-            write(record, settings)
+            record.write_text(json.dumps(settings, indent=2))
             path.write_text(self._text([dict(zip(self._columns, self._columns, strict=True))]))
         self.done = {row[KEY] for row in self.rows()}
 

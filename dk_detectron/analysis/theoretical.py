@@ -32,8 +32,8 @@ Step = Callable[[np.ndarray], np.ndarray]
 IN_PLACE = set(
     """Abs Add Addcmul Alias Clamp ClampMax ClampMin Clone CopySlices CudnnBatchNorm Div Elu Exp
     Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log Maximum Minimum Mish Mul NativeBatchNorm
-    NativeDropout NativeGroupNorm Neg Pow Prelu Relu Rsub Sigmoid Silu Softplus Sqrt Squeeze Sub
-    Tanh Threshold ToCopy Unsqueeze Where""".split()
+    NativeDropout NativeGroupNorm Neg Pow PreluKernel Relu Rsub Sigmoid Silu Softplus Sqrt Squeeze
+    Sub Tanh Threshold ToCopy Unsqueeze Where""".split()
 )  # CopySlices: torchvision's padding, which copies into the upper left corner
 # The same, unless along rows or columns.
 ALONG_CHANNELS = "Cat", "Select", "Split", "SplitWithSizes", "Stack", "Unbind"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,16 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
         while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
             parts = [part[rest] for part in parts]
     return ["/".join(part) for part in parts]
+
+
+@contextmanager
+def named(network: Network) -> Iterator[None]:
+    """Within it, errors tell which network they are about."""
+    try:
+        yield
+    except (NotImplementedError, ValueError) as error:
+        kind = NotImplementedError if isinstance(error, NotImplementedError) else ValueError
+        raise kind(f"{network.name}: {error}") from error
 
 
 def save(figure: Figure, path: Path) -> None:

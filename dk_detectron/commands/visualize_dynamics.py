@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from ..analysis.dynamics import agreement, choose_classes, choose_kind, collect, embed, neighbours
 from ..analysis.dynamics_figures import Panel, draw_dynamics
+from ..analysis.objects import CocoPictures
 from ..weights import replacing
 from . import _subjects
-from ._networks import Network, add_arguments, load_networks, save
+from ._networks import Network, add_arguments, load_networks, named, save
 
 HEADER = (
     "network", "layer", "kind", "numbers", "objects", "same class", "by chance", "same scale",
@@ -51,36 +52,41 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def look_at(
+    args: argparse.Namespace, network: Network, pictures: CocoPictures, classes: list[str]
+) -> tuple[Panel, list]:
+    """A row of the figure, and one of the table."""
+    layer, kind = choose_kind(network.model, args.layer, args.kind)
+    found = collect(
+        network.model,
+        network.cfg,
+        pictures,
+        args.output_dir / f"dynamics_{network.name.replace('/', '_')}.csv",
+        layer,
+        kind,
+        classes,
+        settings=network.settings,
+        limit=args.limit,
+        progress=partial(tqdm, desc=network.name, unit="image", disable=None),
+    )
+    near = neighbours(found)
+    by = [agreement(near, labels, args.seed) for labels in (found.classes, found.deciles)]
+    row = [network.name, layer, kind, found.values.shape[1], len(found.values)]
+    for a in by:
+        row += [f"{a.share:.1%}", f"{a.chance:.1%} ± {a.deviation:.1%}"]
+    title = f"{network.name}: {kind.replace('_', ' ')}s ({found.values.shape[1]})"
+    return Panel(title, found, embed(found.values, args.seed), *by), row
+
+
 def look(args: argparse.Namespace, networks: list[Network]) -> None:
     pictures = _subjects.dataset(args, networks[0].cfg)
     classes = choose_classes(pictures, args.classes, args.seed)
-    kinds = [choose_kind(network.model, args.layer, args.kind) for network in networks]
     panels, table = [], []
-    for network, (layer, kind) in zip(networks, kinds, strict=True):
-        found = collect(
-            network.model,
-            network.cfg,
-            pictures,
-            args.output_dir / f"dynamics_{network.name.replace('/', '_')}.csv",
-            layer,
-            kind,
-            classes,
-            settings=network.settings,
-            limit=args.limit,
-            progress=partial(tqdm, desc=network.name, unit="image", disable=None),
-        )
-        near = neighbours(found)
-        by = [agreement(near, labels, args.seed) for labels in (found.classes, found.deciles)]
-        table.append(
-            [network.name, layer, kind, found.values.shape[1], len(found.values)]
-            + [
-                text
-                for a in by
-                for text in (f"{a.share:.1%}", f"{a.chance:.1%} ± {a.deviation:.1%}")
-            ]
-        )
-        title = f"{network.name}: {kind.replace('_', ' ')}s ({found.values.shape[1]})"
-        panels.append(Panel(title, found, embed(found.values, args.seed), *by))
+    for network in networks:
+        with named(network):
+            panel, row = look_at(args, network, pictures, classes)
+        panels.append(panel)
+        table.append(row)
     text = tabulate(table, HEADER, tablefmt="github")
     with replacing(args.output_dir / "dynamics.md") as temporary:
         Path(temporary).write_text(text + "\n")

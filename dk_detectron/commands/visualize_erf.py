@@ -28,7 +28,7 @@ from ..analysis.objects import DEFORMATIONS, Picture
 from ..analysis.receptive_field import ReceptiveFields
 from ..weights import replacing
 from . import _subjects
-from ._networks import Network, add_arguments, load_networks, save, write_table
+from ._networks import Network, add_arguments, load_networks, named, save, write_table
 
 ROWS = 3  # of a page
 SHOWN = "number", "dead", "in_box", "in_mask", "radius_50", "radius_90", "field_size", "aspect"
@@ -72,13 +72,14 @@ def panels(args, networks: list[Network], seen: list[Picture]) -> Iterator[tuple
         for i, (network, original) in enumerate(zip(networks, seen, strict=True)):
             picture = deform(original)
             (thing,) = picture.objects
-            fields = ReceptiveFields(
-                network.model,
-                picture.image,
-                args.feature or deepest_feature(network.model),
-                attached=not args.fixed_offsets,
-            )
-            field, numbers = describe(fields, thing, picture.scale)
+            with named(network):
+                fields = ReceptiveFields(
+                    network.model,
+                    picture.image,
+                    args.feature or deepest_feature(network.model),
+                    attached=not args.fixed_offsets,
+                )
+                field, numbers = describe(fields, thing, picture.scale)
             if name == "original":
                 originals.append(field)
             else:
@@ -122,17 +123,18 @@ def measure_all(args: argparse.Namespace, networks: list[Network]) -> None:
     means: list[list] = []
     ranks: list[list] = []
     for network in networks:
-        rows = survey_fields(
-            network.model,
-            network.cfg,
-            pictures,
-            args.output_dir / f"fields_{network.name.replace('/', '_')}.csv",
-            args.feature or deepest_feature(network.model),
-            attached=not args.fixed_offsets,
-            settings=network.settings,
-            limit=args.limit,
-            progress=partial(tqdm, desc=network.name, unit="image", disable=None),
-        )
+        with named(network):
+            rows = survey_fields(
+                network.model,
+                network.cfg,
+                pictures,
+                args.output_dir / f"fields_{network.name.replace('/', '_')}.csv",
+                args.feature or deepest_feature(network.model),
+                attached=not args.fixed_offsets,
+                settings=network.settings,
+                limit=args.limit,
+                progress=partial(tqdm, desc=network.name, unit="image", disable=None),
+            )
         for mean in means_by_size(rows):
             means.append([network.name, mean["objects"], *(mean[name] for name in SHOWN)])
         ranks.append([network.name, *correlations(rows).values()])

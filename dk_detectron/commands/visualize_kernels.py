@@ -32,7 +32,7 @@ from ..analysis.objects import Picture
 from ..analysis.offsets import Observation, observe
 from ..analysis.receptive_field import ReceptiveFields
 from . import _subjects
-from ._networks import Network, add_arguments, load_networks, save, write_table
+from ._networks import Network, add_arguments, load_networks, named, save, write_table
 
 KINDS = "kernel_offset", "data_offset"
 
@@ -70,7 +70,7 @@ def with_offsets(network: Network, picture: Picture) -> dict[str, Observation]:
         if observation.values.keys() & set(KINDS)
     }
     if not seen:
-        raise ValueError(f"{network.name}: expected layers with offsets, got gates alone")
+        raise ValueError("expected layers with offsets, got gates alone")
     return seen
 
 
@@ -96,10 +96,10 @@ def look(args: argparse.Namespace, network: Network) -> None:
     for number, (label, (picture,)) in enumerate(_subjects.subjects(args, [network.cfg]), start=1):
         seen = with_offsets(network, picture)
         title = f"{network.name}, {label}"
-        draw_subject(args, network, picture, seen, title, f"{stem}_{{}}_{number}.png")
         for name, observation in seen.items():
             for kind in observation.values.keys() & set(KINDS):
                 statistics[kind][name].add(observation, kind)
+        draw_subject(args, network, picture, seen, title, f"{stem}_{{}}_{number}.png")
     table = []
     for kind, layers in statistics.items():
         if layers:
@@ -127,8 +127,8 @@ def draw_subject(
         if "data_offset" in observation.values:
             names = chain(seen, name, args.levels)
             first = ReceptiveFields(network.model, picture.image, names[-1])
-            panel = f"{name}\nand {len(names) - 1} layers before"
-            samples.append((panel, point, sampling_points(seen, names, first, cell)))
+            label = f"{name} and {len(names) - 1} before"
+            samples.append((label, point, sampling_points(seen, names, first, cell)))
     save(
         draw_kernels(title, picture.pixels, point, views), args.output_dir / file.format("kernels")
     )
@@ -143,7 +143,8 @@ def main() -> None:
         networks = load_networks(args)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for network in networks:
-            look(args, network)
+            with named(network):
+                look(args, network)
     except (NotImplementedError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
