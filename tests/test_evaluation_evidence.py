@@ -14,6 +14,7 @@ from dk_detectron.commands import reproduce_evidence
 from dk_detectron.data.deformed import MATCHING, VALIDATION, Sample, Task
 from dk_detectron.evaluation import evidence, evidence_report
 from dk_detectron.evaluation.evidence import (
+    CHANNELS,
     KINDS,
     LAYERS,
     WIDER,
@@ -89,9 +90,8 @@ def test_the_wider_control_costs_what_local_kernels_cost(in_channels, classes):
     for ours, theirs in zip(control, local, strict=True):
         assert theirs <= ours <= 1.1 * theirs
     # One channel fewer is too cheap in one way or the other.
-    narrower = build_network(
-        Run("", "rigid"), in_channels, classes, count_channels(WIDER, in_channels, classes) - 1
-    )
+    width = count_channels(WIDER, CHANNELS, in_channels, classes) - 1
+    narrower = build_network(Run("", "rigid", width), in_channels, classes)
     found = count_parameters(narrower), sum(count_multiply_adds(narrower, picture).values())
     assert any(ours < theirs for ours, theirs in zip(found, local, strict=True))
 
@@ -244,6 +244,16 @@ def test_the_command_trains_and_reports(small, monkeypatch, tmp_path, capsys):
     row = next(line for line in listed if line.startswith("| digits"))
     assert [cell.strip() for cell in row.split("|")[2:4]] == ["9", "6"]
     assert command("--report-only") == printed
+
+
+def test_a_package_that_is_missing_is_said_before_training(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        reproduce_evidence, "find_spec", lambda name: None if name == "scipy" else name
+    )
+    monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"scipy: expected .* pip install 'dk_detectron\[evi"):
+        reproduce_evidence.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_tables_of_nothing():

@@ -11,6 +11,7 @@ interruption, and several may work on the same file. OUTPUT/tables.md and the pl
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from tabulate import tabulate
@@ -51,10 +52,21 @@ def list_runs(names: list[str], seeds: list[int], results: list[dict]) -> str:
     return tabulate(rows, ["experiment", "runs", "finished", "seconds of these"], "github")
 
 
+def check_packages() -> None:
+    """Raises ``ImportError`` before hours of training, not after them."""
+    for name in "matplotlib", "scipy":
+        if find_spec(name) is None:
+            raise ImportError(
+                f"{name}: expected for tables and plots, got none: "
+                "pip install 'dk_detectron[evidence]'"
+            )
+
+
 def main() -> None:
     args = parse_arguments()
     path = args.output / RESULTS_FILE
     try:
+        check_packages()
         if args.list:
             print(list_runs(args.experiments, args.seeds, read_results(path)))
             return

@@ -85,6 +85,7 @@ class Run:
     Attributes:
         data: one of TASKS.
         kind: one of KINDS.
+        width: channels; the wider control has as many as cost what local DK of this width does.
         scope: size of the scope, where there is one.
         layers: which depthwise layers are of the kind, one of LAYERS; the others are rigid.
         rate: the learning rate's peak.
@@ -95,6 +96,7 @@ class Run:
 
     data: str
     kind: str
+    width: int = CHANNELS
     scope: int = 4
     layers: str = "all"
     rate: float = 0.1
@@ -106,19 +108,15 @@ class Run:
 
     @property
     def cost(self) -> float:
-        return self.steps * RELATIVE_COST[self.kind]
+        return self.steps * RELATIVE_COST[self.kind] * self.width / CHANNELS
 
 
 # ---- networks
 
 
-def build_network(run: Run, in_channels: int, classes: int, channels: int = 0) -> nn.Sequential:
-    """The network of a run, from the weights that the rigid one of the same seed starts with.
-
-    Args:
-        channels: by default those of the run's kind.
-    """
-    channels = channels or count_channels(run.kind, in_channels, classes)
+def build_network(run: Run, in_channels: int, classes: int) -> nn.Sequential:
+    """The network of a run, from the weights that the rigid one of the same seed starts with."""
+    channels = count_channels(run.kind, run.width, in_channels, classes)
     torch.manual_seed(run.seed)
     rigid = _assemble(lambda index: nn.Conv2d, channels, in_channels, classes)
     for module in rigid:
@@ -151,22 +149,22 @@ def _assemble(
 
 
 @lru_cache
-def count_channels(kind: str, in_channels: int, classes: int) -> int:
-    """CHANNELS; of the wider control, as many as give it what the network with local DK costs.
+def count_channels(kind: str, width: int, in_channels: int, classes: int) -> int:
+    """``width``; of the wider control, as many as give it what the network with local DK costs.
 
     No fewer parameters and no fewer multiply-adds: here both are the same within a few percent.
     """
     if kind != WIDER:
-        return CHANNELS
+        return width
 
-    def costs(kind: str, channels: int) -> tuple[int, int]:
-        network = build_network(Run("", kind), in_channels, classes, channels)
+    def costs(kind: str, width: int) -> tuple[int, int]:
+        network = build_network(Run("", kind, width), in_channels, classes)
         return count_parameters(network), _multiply_adds(in_channels, network)
 
-    local = costs("local DK", CHANNELS)
+    local = costs("local DK", width)
     return next(
         channels
-        for channels in itertools.count(CHANNELS)
+        for channels in itertools.count(width)
         if all(a >= b for a, b in zip(costs("rigid", channels), local, strict=True))
     )
 

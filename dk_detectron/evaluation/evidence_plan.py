@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..data.deformed import TASKS
-from .evidence import KINDS, STEPS, WIDER, Run
+from .evidence import CHANNELS, KINDS, STEPS, WIDER, Run
 
 SEARCH_SEEDS, SEEDS = (100,), (0, 1, 2, 3, 4)
 SEARCH_STEPS = 200
@@ -34,9 +34,10 @@ def _search() -> list[Run]:
 
 
 def _one_at_a_time() -> dict[str, list[Run]]:
-    """One thing after another is changed, on the digits."""
+    """One thing after another is changed: for local DK, on the digits, unless it says otherwise."""
     digits = "digits"
     return {
+        "rate": [settled(data, RIGID, rate=rate) for data in TASKS for rate in (0.15, 0.45)],
         "scope": [settled(digits, LOCAL, scope=scope) for scope in (3, 4, 5, 9)],
         "layers": [
             settled(digits, LOCAL, layers=layers) for layers in ("all", "first two", "last two")
@@ -45,6 +46,11 @@ def _one_at_a_time() -> dict[str, list[Run]]:
         "schedule": [
             settled(digits, kind, steps=steps)
             for steps in (STEPS // 4, STEPS, 4 * STEPS)
+            for kind in (RIGID, WIDER, LOCAL)
+        ],
+        "width": [
+            settled(digits, kind, width=width)
+            for width in (CHANNELS, 2 * CHANNELS)
             for kind in (RIGID, WIDER, LOCAL)
         ],
     }

@@ -91,8 +91,9 @@ def plot_tests(results: Results, path: Path) -> None:
 
 def plot_changes(results: Results, path: Path) -> None:
     """What changes one thing of local DK, on the digits; and the length of the schedule."""
-    figure, (panels,) = _figure(len(CHANGED) + 1, 11, 3)
-    for axes, (name, tell) in zip(panels, CHANGED.items(), strict=False):
+    shown = {name: tell for name, tell in CHANGED.items() if name != "rate"}
+    figure, (panels,) = _figure(len(shown) + 1, 11, 3)
+    for axes, (name, tell) in zip(panels, shown.items(), strict=False):
         runs = experiments()[name]
         for place, run in enumerate(runs):
             if values := list(results.errors(run).values()):
@@ -129,11 +130,7 @@ def _plot_schedule(axes, results: Results) -> None:
 
 
 def write_report(results: list[dict], folder: Path) -> str:
-    """Writes ``tables.md``, ``kinds.png``, ``tests.png`` and ``changes.png``; returns the Markdown.
-
-    Raises:
-        ImportError: there is no scipy.
-    """
+    """Writes ``tables.md``, the same as is returned, and ``kinds``, ``tests``, ``changes.png``."""
     found = Results(results)
     markdown = render(found)
     folder.mkdir(parents=True, exist_ok=True)

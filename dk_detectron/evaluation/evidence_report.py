@@ -35,15 +35,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of values, and where it lies with CONFIDENCE.
+    """The mean of values, and where it lies with CONFIDENCE; needs scipy."""
+    from scipy.stats import ttest_1samp
 
-    Raises:
-        ImportError: there is no scipy.
-    """
-    try:
-        from scipy.stats import ttest_1samp
-    except ImportError as error:
-        raise ImportError("scipy: expected for intervals, got none: pip install scipy") from error
     if len(values) < 2:
         return Estimate(fmean(values), None, None, len(values))
     if len(set(values)) == 1:
@@ -184,6 +178,7 @@ def _taps(found: list[dict]) -> list[str]:
 
 # What an experiment that changes one thing varies, and how its value is told.
 CHANGED: dict[str, Callable[[Run], str]] = {
+    "rate": lambda run: f"{run.rate:g} ({run.kind}, {run.data})",
     "scope": lambda run: f"{run.scope}×{run.scope}",
     "layers": lambda run: run.layers,
     "factor": lambda run: f"{run.factor:g}",
@@ -204,19 +199,20 @@ def changes_table(results: Results) -> str:
     return _table(rows, header + [f"less that of {base}" for base in BASELINES])
 
 
-def schedule_table(results: Results) -> str:
-    """Errors by the number of steps, and differences from the rigid networks trained as long."""
-    rows = []
-    runs = experiments()["schedule"]
+def pairs_table(results: Results, experiment: str, changed: str) -> str:
+    """Errors, and differences from the rigid networks with the same ``changed`` of the run."""
+    rows, runs = [], experiments()[experiment]
     for run in runs:
-        twins = {other.kind: other for other in runs if other.steps == run.steps}
-        ours = results.errors(run)
-        differences = [_told(results.difference(run, twins[base])) for base in BASELINES]
-        loss = {r["seed"]: 100 * r["loss"] for r in results.of(run)}
-        cells = [str(len(ours)), mean_and_deviation(ours), *differences]
-        rows.append([str(run.steps), run.kind, *cells, mean_and_deviation(loss)])
-    header = ["steps", "kind", "seeds", "error %", *(f"less that of {base}" for base in BASELINES)]
-    return _table(rows, [*header, "100 × training loss"])
+        value = getattr(run, changed)
+        twins = {other.kind: other for other in runs if getattr(other, changed) == value}
+        found, ours = results.of(run), results.errors(run)
+        parameters = f"{found[0]['parameters']:,}" if found else "–"
+        loss = mean_and_deviation({r["seed"]: 100 * r["loss"] for r in found})
+        cells = [str(len(ours)), parameters, loss, mean_and_deviation(ours)]
+        cells += [_told(results.difference(run, twins[base])) for base in BASELINES]
+        rows.append([str(value), run.kind, *cells])
+    header = [changed, "kind", "seeds", "parameters", "100 × training loss", "error %"]
+    return _table(rows, header + [f"less that of {base}" for base in BASELINES])
 
 
 def render(results: Results) -> str:
@@ -229,7 +225,8 @@ def render(results: Results) -> str:
             f"{data}: offsets": offsets_table(results, data),
         }
     parts |= {
-        "One thing at a time, digits": changes_table(results),
-        "Length of the schedule, digits": schedule_table(results),
+        "One thing at a time: local DK on digits, unless it says otherwise": changes_table(results),
+        "Length of the schedule, digits": pairs_table(results, "schedule", "steps"),
+        "Twice the width, digits": pairs_table(results, "width", "width"),
     }
     return "\n".join(f"## {title}\n\n{table}\n" for title, table in parts.items())
