@@ -29,6 +29,13 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
+def _legend(figure, axes) -> None:
+    """The legend of some axes, above all of the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+
+
 def _arms(found: Estimate) -> list[list[float]]:
     """Lengths of an error bar's arms, as matplotlib takes them."""
     if found.low is None or found.high is None:
@@ -84,8 +91,7 @@ def plot_tests(results: Results, path: Path) -> None:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set(title=data, xlabel=f"error % less that of {WIDER}")
-    if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(fontsize=8)
+    _legend(figure, panels[0])
     _save(figure, path)
 
 
@@ -106,6 +112,7 @@ def plot_changes(results: Results, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("test error %, local DK, digits")
     _plot_schedule(panels[-1], results)
+    _legend(figure, panels[-1])
     _save(figure, path)
 
 
@@ -125,8 +132,6 @@ def _plot_schedule(axes, results: Results) -> None:
     axes.minorticks_off()
     axes.set(title="steps")
     axes.grid(axis="y", alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
 
 
 def write_report(results: list[dict], folder: Path) -> str:
