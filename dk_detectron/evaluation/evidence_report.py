@@ -12,7 +12,7 @@ from tabulate import tabulate
 from ..analysis.offsets import REPLACEMENTS
 from ..data.deformed import MATCHING, TASKS, VALIDATION
 from .evidence import WIDER, Run
-from .evidence_plan import RIGID, experiments
+from .evidence_plan import GATES, RIGID, experiments
 from .runs import group_results
 
 CONFIDENCE = 0.95
@@ -105,17 +105,18 @@ def search_table(results: Results) -> str:
 
 
 def main_table(results: Results, data: str) -> str:
-    """Costs and errors of each kind, and the paired differences from both rigid baselines."""
+    """Costs and errors of each kind, and the paired differences from the controls."""
     runs, rows = _by_kind(data), []
+    controls = [kind for kind in (*BASELINES, GATES) if kind in runs]
     for kind, run in runs.items():
         found = results.of(run)
         costs = ["–"] * 2
         if found:
             costs = [f"{found[0]['parameters']:,}", f"{found[0]['multiply_adds'] / 1e6:.2f}"]
         row = [kind, *costs, str(len(found)), mean_and_deviation(results.errors(run))]
-        rows.append([*row, *(_told(results.difference(run, runs[base])) for base in BASELINES)])
+        rows.append([*row, *(_told(results.difference(run, runs[base])) for base in controls)])
     header = ["depthwise 3×3", "parameters", "multiply-adds (M)", "seeds", "error %"]
-    return _table(rows, header + [f"less that of {base}" for base in BASELINES])
+    return _table(rows, header + [f"less that of {base}" for base in controls])
 
 
 def _tests(results: Results, data: str) -> list[str]:
