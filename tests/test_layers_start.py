@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -184,12 +185,12 @@ def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
     runs = [
         study.ScratchRun("shapes", start, 4, 0.1, 0.1, True, 0) for start in ("rigid", "centre")
     ]
-    results = [study.train_small_network(run) for run in runs]
+    results = [{**asdict(run), **study.train_small_network(run)} for run in runs]
     assert all(0 <= result["error"] <= 100 for result in results)
     assert results[1]["moved"] < 0.1 and results[1]["clipped"] == 0
     output = tmp_path / "runs.jsonl"
     output.write_text("".join(json.dumps(result) + "\n" for result in results))
-    assert study.execute(study.ScratchRun, runs, pytest.fail, output, 1) == results
+    assert study.execute(runs, pytest.fail, output) == results
     lines = study.tabulate_scratch(results).splitlines()
     assert lines[2].split()[3] == "rigid" and lines[3].split()[3] == "centre"
 

@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import math
 import shlex
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -38,11 +35,15 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dk_detectron.analysis.ablation import outside, watch_taps
+from dk_detectron.data.deformed import DigitDeformation, warp
 from dk_detectron.data.shapes import CLASS_OBJECT_SIZES, OUTLINES, draw_image
 from dk_detectron.engine import Trainer
+from dk_detectron.evaluation.runs import execute, group_results
 from dk_detectron.layers import LocalDeformKernel2d, ScopeConv2d
 from dk_detectron.model_zoo import load_config
-from dk_detectron.ops import outside_scope, rest_kernel, sample_kernel
+from dk_detectron.modeling.small import small_network
+from dk_detectron.ops import rest_kernel, sample_kernel
 
 # ---- starts
 # ----------------------------------------------------------------------------------------
@@ -80,11 +81,6 @@ STARTS: dict[str, Callable[[ScopeConv2d, Tensor], None]] = {
 }
 
 
-def outside(offset: Tensor, scope_size: Iterable[int], kernel_size: Iterable[int]) -> Tensor:
-    """Of offsets [N, 2*K, H, W]: which lead out of the scope, along their axis."""
-    return torch.stack(outside_scope(offset, scope_size, kernel_size), 2).flatten(1, 2)
-
-
 class ClampedGenerator(nn.Conv2d):
     """A generator of offsets whose clipped taps get torch.clamp's gradient: none."""
 
@@ -96,35 +92,7 @@ class ClampedGenerator(nn.Conv2d):
         return torch.where(clipped, offset.detach(), offset)
 
 
-# ---- where the taps are
-# ----------------------------------------------------------------------------
-
-
 LOOK = "moved", "clipped", "dead"
-
-
-def look_at_taps(layer: LocalDeformKernel2d, offset: Tensor) -> dict[str, float]:
-    """Of a layer's offsets [N, 2*K, H, W]: how far from their start, how many outside the scope."""
-    start = layer.kernel_offset_generator.bias.detach().view(-1, 1, 1)
-    clipped = outside(offset, layer.scope_size, layer.kernel_size)
-    return {
-        "moved": float((offset - start).abs().mean()),
-        "clipped": float(clipped.float().mean()),
-        "dead": float(clipped.flatten(2).all(2).all(0).float().mean()),
-    }
-
-
-def watch_taps(model: nn.Module) -> dict[str, dict[str, float]]:
-    """A look at the last forward pass of each local layer, by name, once there was one."""
-    seen = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LocalDeformKernel2d):
-
-            def look(_, inputs, offset, name=name, layer=layer):
-                seen[name] = look_at_taps(layer, offset.detach())
-
-            layer.kernel_offset_generator.register_forward_hook(look)
-    return seen
 
 
 # ---- from scratch: small pictures of digits and shapes
@@ -158,13 +126,8 @@ def draw_digits(digits: Tensor, generator: torch.Generator, size: int = 32) -> T
 
     scale, angle = uniform(math.log(0.4), 0).exp(), uniform(-math.pi, math.pi)
     aspect = uniform(-0.4, 0.4).exp()
-    affine = torch.zeros(n, 2, 3)
-    affine[:, 0, 0], affine[:, 0, 1] = angle.cos() / scale * aspect, angle.sin() / scale
-    affine[:, 1, 0], affine[:, 1, 1] = -angle.sin() / scale * aspect, angle.cos() / scale
     shift = uniform(-1, 1, n, 2) * (1 - scale)[:, None]
-    affine[:, :, 2] = -(affine[:, :, :2] @ shift[:, :, None])[:, :, 0]
-    grid = F.affine_grid(affine, (n, 1, size, size), align_corners=False)
-    return F.grid_sample(digits, grid, align_corners=False)
+    return warp(digits, DigitDeformation(scale, angle, aspect, shift), size)
 
 
 @dataclass
@@ -231,18 +194,10 @@ def depthwise(run: ScratchRun, channels: int, stride: int) -> nn.Module:
     return layer
 
 
-def small_network(run: ScratchRun, colours: int, classes: int) -> nn.Module:
+def build_network(run: ScratchRun, colours: int, classes: int) -> nn.Module:
     channels = WIDE_CHANNELS if run.start == "wide" else CHANNELS
-
-    def normed(convolution: nn.Module):
-        return convolution, nn.BatchNorm2d(channels), nn.ReLU()
-
-    layers = [*normed(nn.Conv2d(colours, channels, 3, 1, 1, bias=False))]
-    for stride in (2, 1, 2, 1, 2):
-        layers += normed(depthwise(run, channels, stride))
-        layers += normed(nn.Conv2d(channels, channels, 1, bias=False))
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    return small_network(
+        lambda index, stride: depthwise(run, channels, stride), channels, colours, classes
     )
 
 
@@ -252,7 +207,7 @@ def train_small_network(run: ScratchRun) -> dict:
     data = DATA[run.data]()
     images, labels, train, test = data.images, data.labels, data.train, data.test
     torch.manual_seed(run.seed)
-    model = small_network(run, images.shape[1], int(labels.max()) + 1)
+    model = build_network(run, images.shape[1], int(labels.max()) + 1)
     model.to(memory_format=torch.channels_last)
     generators = [m for n, m in model.named_modules() if n.endswith("offset_generator")]
     slow = {p for generator in generators for p in generator.parameters()}
@@ -280,7 +235,7 @@ def train_small_network(run: ScratchRun) -> dict:
             model(data.draw(images[test], generator)).argmax(1) == labels[test] for _ in range(3)
         ]
     error = 100 - 100 * float(torch.cat(right).float().mean())
-    return {**asdict(run), "error": error, **_mean_of(seen.values())}
+    return {"error": error, **_mean_of(seen.values())}
 
 
 def _mean_of(looks: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -357,7 +312,7 @@ def first_steps(run: FineTuningRun) -> dict:
                 diverged = step
                 break
     last = statistics.mean(losses[-30:]) if diverged is None else None
-    return {**asdict(run), "diverged": diverged, "loss": last, **_mean_of(seen.values())}
+    return {"diverged": diverged, "loss": last, **_mean_of(seen.values())}
 
 
 # ---- curvature
@@ -425,26 +380,11 @@ def shifted(parameters, direction, distance: float):
 # ----------------------------------------------------------------------------------
 
 
-def execute(kind: type, runs: list, train: Callable, output: Path, workers: int) -> list[dict]:
-    """Runs what is not in ``output`` yet, and returns all that is."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    results = [json.loads(x) for x in output.read_text().splitlines()] if output.exists() else []
-    done = {kind(**{key: r[key] for key in kind.__annotations__}) for r in results}
-    waiting = [run for run in runs if run not in done]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(train, run) for run in waiting]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
-            results.append(future.result())
-            with open(output, "a") as file:
-                file.write(json.dumps(results[-1]) + "\n")
-    return results
-
-
 def tabulate_scratch(results: list[dict]) -> str:
     """A row for each setting, over its seeds."""
     keys = "data", "start", "scope", "factor", "limit", "clamp"
     rows = []
-    for setting, group in grouped(results, keys):
+    for setting, group in group_results(results, keys):
         errors = [r["error"] for r in group]
         deviation = statistics.stdev(errors) if len(errors) > 1 else None
         looks = [{key: r[key] for key in LOOK} for r in group if "moved" in r]
@@ -458,7 +398,7 @@ def tabulate_first_steps(results: list[dict]) -> str:
     """Rows by start and factor, columns by rate: the last losses, or the step of divergence."""
     rates = sorted({r["rate"] for r in results})
     rows = []
-    for setting, group in grouped(results, ("config", "opts", "start", "limit", "factor")):
+    for setting, group in group_results(results, ("config", "opts", "start", "limit", "factor")):
         cells = [
             ", ".join(
                 f"{r['loss']:.2f}" if r["diverged"] is None else f"† {r['diverged']}"
@@ -478,13 +418,6 @@ def kernels(config: str, opts: str) -> str:
     parts = [f"1x1 {cfg.CONV_1X1}"] if cfg.CONV_1X1 != "rigid" else []
     parts += ["DCN"] if any(cfg.DATA_OFFSET_ON_PER_STAGE) else []
     return ", ".join([*parts, f"3x3 {cfg.CONV_3X3}"])
-
-
-def grouped(results: list[dict], keys: Iterable[str]) -> list[tuple[tuple, list[dict]]]:
-    groups = {}
-    for result in results:
-        groups.setdefault(tuple(result[key] for key in keys), []).append(result)
-    return list(groups.items())
 
 
 def parse() -> argparse.Namespace:
@@ -526,17 +459,14 @@ def main() -> None:
             args.seeds, args.data, args.starts, args.scopes, args.factors, args.limits
         )
         runs = [ScratchRun(*setting, args.clamp, seed) for seed, *setting in settings]
-        results = execute(ScratchRun, runs, train_small_network, args.output, args.workers)
+        results = execute(runs, train_small_network, args.output, workers=args.workers)
         print(tabulate_scratch(results))
     elif args.command == "fine-tuning":
         settings = itertools.product(args.seeds, args.starts, args.limits, args.factors, args.rates)
         network = args.config_file, shlex.join(args.opts)
         runs = [FineTuningRun(*network, *s, seed, args.steps) for seed, *s in settings]
-        print(
-            tabulate_first_steps(
-                execute(FineTuningRun, runs, first_steps, args.output, args.workers)
-            )
-        )
+        results = execute(runs, first_steps, args.output, workers=args.workers)
+        print(tabulate_first_steps(results))
     else:
         logging.disable(logging.CRITICAL)
         trainer = build_trainer(args.config_file, args.opts)
