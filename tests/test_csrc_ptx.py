@@ -199,3 +199,13 @@ def test_a_lost_product_is_seen(name, ptx, monkeypatch):
             actual, _ = ptx.call(tensors, plan.case)
         with pytest.raises(AssertionError, match="Mismatched elements"):
             assert_close(actual, expected)
+
+
+def test_torch_frees_what_it_allocates_afterwards(ptx):
+    """oneDNN keeps bare pointers, which the arena, now torch's allocator, must be able to free."""
+    with ptx.taking():
+        pass
+    image, weight = torch.randn(1, 16, 8, 12), torch.randn(16, 4, 3, 5)
+    with torch.no_grad():
+        output = torch.nn.functional.conv2d(image, weight, padding="same", groups=4)
+    assert output.shape == image.shape
