@@ -19,7 +19,7 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "ptx"
 ARCHITECTURE = "sm_90"
 
-_NVCC = ["nvcc", "-ptx", "-std=c++20", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}"]
+_NVCC = ["nvcc", "-ptx", "-std=c++20", "-O3", "-lineinfo"]
 _GXX = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall"]
 
 
@@ -27,10 +27,11 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-def compile_ptx(source: Path) -> Path:
+def compile_ptx(source: Path, architecture: str = ARCHITECTURE) -> Path:
     """The PTX of a .cu file; its lines are those of the source (``.loc``)."""
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    return _make(source, ".ptx", [*_NVCC, *COMMON_NVCC_FLAGS, *includes], _nvcc_version())
+    command = [*_NVCC, f"-arch={architecture}", *COMMON_NVCC_FLAGS, *includes]
+    return _make(source, f".{architecture}.ptx", command, _nvcc_version())
 
 
 def build_arena() -> Path:
@@ -40,9 +41,11 @@ def build_arena() -> Path:
     return _make(HERE / "arena.cpp", ".so", command, torch.__version__, links)
 
 
-def ptxas_report(ptx: Path) -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes of each kernel, by mangled name."""
-    report = _make(ptx, ".txt", ["ptxas", f"-arch={ARCHITECTURE}", "-v"], _nvcc_version())
+def ptxas_report(source: Path, architecture: str = ARCHITECTURE) -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of each kernel of a .cu file, by mangled name."""
+    command = ["ptxas", f"-arch={architecture}", "-v"]
+    ptx = compile_ptx(source, architecture)
+    report = _make(ptx, f".{architecture}.txt", command, _nvcc_version())
     pattern = (
         r"Function properties for (\S+)\n"
         r".*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers"
@@ -64,13 +67,13 @@ def _make(source: Path, suffix: str, command: list[str], version: str, links=())
         for stale in FOLDER.glob(f"{target.stem.partition('-')[0]}-*{suffix}"):
             stale.unlink(missing_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.tmp")
-        output = os.devnull if suffix == ".txt" else partial
+        output = os.devnull if suffix.endswith(".txt") else partial
         result = subprocess.run(
             [*command, str(source), "-o", str(output), *links], capture_output=True, text=True
         )
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)} {source} failed:\n{result.stderr}")
-        if suffix == ".txt":
+        if suffix.endswith(".txt"):
             partial.write_text(result.stderr)
         partial.rename(target)
     return target
