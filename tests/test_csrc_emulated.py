@@ -4,6 +4,7 @@ docs/testing_cuda_without_a_gpu.md says how; tests/test_ops.py runs over the sam
 DK_TEST_EMULATED_CUDA.
 """
 
+import ctypes
 import shutil
 from dataclasses import replace
 
@@ -163,6 +164,20 @@ def test_missing_kernel_image_names_the_cure(monkeypatch):
     case = Case()
     with pytest.raises(RuntimeError, match='rebuild it with TORCH_CUDA_ARCH_LIST="9.0"'):
         call("dk_emulated", case.tensors(torch.float32), case)
+
+
+def test_shared_memory_over_48_kb_is_only_on_request():
+    """As on the device: a kernel that did not ask for it with cudaFuncSetAttribute is not launched.
+
+    So every test above of a scope that needs more would fail without launch.cuh asking.
+    """
+    launch = ctypes.CDLL(str(plugin.load())).dk_emulated_launch
+    kilobyte, ok, invalid = 1024, 0, 1
+    assert launch(48 * kilobyte, 0) == ok
+    assert launch(48 * kilobyte + 1, 0) == invalid
+    assert launch(64 * kilobyte, 64 * kilobyte) == ok
+    assert launch(64 * kilobyte + 1, 0) == invalid
+    assert launch(0, 228 * kilobyte) == invalid
 
 
 def test_scope_too_large_for_the_device(monkeypatch):

@@ -2,8 +2,11 @@
 
 docs/testing_cuda_without_a_gpu.md says how. While it runs, every access is checked: bounds,
 alignment, unwritten bytes, races; and so is every barrier (tests/test_ptx_machine.py).
+
+Two of the four types, to stay below two minutes; all of them if DK_TEST_PTX is set (make ptx).
 """
 
+import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -99,7 +102,13 @@ def all_plans() -> list[Plan]:
 
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-every_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
+# One of 4-byte and one of 2-byte accesses; the others are other instances of the same templates.
+QUICK_TYPES = TYPES[:2]
+every_type = pytest.mark.parametrize(
+    "dtype",
+    TYPES if "DK_TEST_PTX" in os.environ else QUICK_TYPES,
+    ids=lambda dtype: str(dtype)[6:],
+)
 
 
 @pytest.fixture(scope="module")

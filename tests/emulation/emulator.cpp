@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -316,6 +317,11 @@ std::uint64_t exchange(std::uint64_t value, int lane_mask) {
   warp.slot[parity][lane] = value;
   warp_barrier(lane_mask);
   return warp.slot[parity][lane ^ static_cast<unsigned>(lane_mask)];
+}
+
+int& shared_limit(void* kernel) {
+  static std::map<void*, int> limits;
+  return limits.try_emplace(kernel, 48 * 1024).first->second;
 }
 
 void check_shape(dim3 grid, dim3 threads) {

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 HERE = Path(__file__).resolve().parent
@@ -19,7 +20,7 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "ptx"
 ARCHITECTURE = "sm_90"
 
-_NVCC = ["nvcc", "-ptx", "-std=c++20", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}"]
+_NVCC = ["nvcc", "-ptx", "-std=c++20", "-O3", "-lineinfo"]
 _GXX = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall"]
 
 
@@ -27,10 +28,11 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-def compile_ptx(source: Path) -> Path:
+def compile_ptx(source: Path, architecture: str = ARCHITECTURE) -> Path:
     """The PTX of a .cu file; its lines are those of the source (``.loc``)."""
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    return _make(source, ".ptx", [*_NVCC, *COMMON_NVCC_FLAGS, *includes], _nvcc_version())
+    command = [*_NVCC, f"-arch={architecture}", *COMMON_NVCC_FLAGS, *includes]
+    return _make(source, f".{architecture}.ptx", command, _nvcc_version())
 
 
 def build_arena() -> Path:
@@ -40,9 +42,11 @@ def build_arena() -> Path:
     return _make(HERE / "arena.cpp", ".so", command, torch.__version__, links)
 
 
-def ptxas_report(ptx: Path) -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes of each kernel, by mangled name."""
-    report = _make(ptx, ".txt", ["ptxas", f"-arch={ARCHITECTURE}", "-v"], _nvcc_version())
+def ptxas_report(source: Path, architecture: str = ARCHITECTURE) -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of each kernel of a .cu file, by mangled name."""
+    command = ["ptxas", f"-arch={architecture}", "-v"]
+    ptx = compile_ptx(source, architecture)
+    report = _make(ptx, f".{architecture}.txt", command, _nvcc_version())
     pattern = (
         r"Function properties for (\S+)\n"
         r".*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers"
@@ -58,21 +62,23 @@ def _make(source: Path, suffix: str, command: list[str], version: str, links=())
     key = hashlib.sha256(repr([version, command, links]).encode())
     for path in (source, *_headers()):
         key.update(path.read_bytes() + b"\0")
-    target = FOLDER / f"{source.stem.partition('-')[0]}-{key.hexdigest()[:16]}{suffix}"
-    if not target.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        for stale in FOLDER.glob(f"{target.stem.partition('-')[0]}-*{suffix}"):
-            stale.unlink(missing_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.tmp")
-        output = os.devnull if suffix == ".txt" else partial
-        result = subprocess.run(
-            [*command, str(source), "-o", str(output), *links], capture_output=True, text=True
-        )
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(command)} {source} failed:\n{result.stderr}")
-        if suffix == ".txt":
-            partial.write_text(result.stderr)
-        partial.rename(target)
+    name = source.stem.partition("-")[0]
+    target = FOLDER / f"{name}-{key.hexdigest()[:16]}{suffix}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(FOLDER / f"{name}{suffix}.lock"):  # tests run in several processes
+        if not target.exists():
+            for stale in FOLDER.glob(f"{name}-*{suffix}"):
+                stale.unlink()
+            partial = target.with_suffix(".tmp")
+            output = os.devnull if suffix.endswith(".txt") else partial
+            result = subprocess.run(
+                [*command, str(source), "-o", str(output), *links], capture_output=True, text=True
+            )
+            if result.returncode:
+                raise RuntimeError(f"{' '.join(command)} {source} failed:\n{result.stderr}")
+            if suffix.endswith(".txt"):
+                partial.write_text(result.stderr)
+            partial.rename(target)
     return target
 
 

@@ -16,7 +16,7 @@ import torch
 from conftest import Case
 from tabulate import tabulate
 
-from .build import ROOT, compile_ptx, kernel_sources, ptxas_report
+from .build import ROOT, kernel_sources, ptxas_report
 from .counts import Cost
 from .device import Device, Launch, plain_name
 
@@ -79,7 +79,7 @@ def rows(device: Device) -> Iterator[Row]:
 def table() -> str:
     torch.manual_seed(0)
     sources = [p for p in kernel_sources() if p.stem.endswith(("_float", "_bfloat16"))]
-    reports = [ptxas_report(compile_ptx(path)) for path in sources]
+    reports = [ptxas_report(path) for path in sources]
     ptxas = {plain_name(name): use for report in reports for name, use in report.items()}
     header = ["stage", "", "kernel", "registers", "spilled", "occupancy", "sectors", "wavefronts"]
     lines = []

@@ -2,6 +2,7 @@
 // C++, with each block's threads run as fibers on the CPU by ../emulator.cpp. For tests only.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -32,6 +33,9 @@ DK_EMULATED_STATE unsigned char* shared_memory;
 // Whether a launch was run by something else than run_grid (dk_emulated_set_launcher).
 bool launched_elsewhere(void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, int count,
                         void** args, const std::size_t* sizes);
+
+// The shared memory that a kernel may be launched with: 48 KB, as on the device, until it is set.
+int& shared_limit(void* kernel);
 
 // Runs a grid, one block after the other; throws if its threads cannot all reach a barrier.
 void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel);
@@ -104,10 +108,12 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
 template <typename T>
-cudaError_t cudaFuncSetAttribute(T*, cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
   int limit;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  return bytes <= limit ? cudaSuccess : cudaErrorInvalidValue;
+  if (bytes > limit) return cudaErrorInvalidValue;
+  emulated::shared_limit(reinterpret_cast<void*>(kernel)) = bytes;
+  return cudaSuccess;
 }
 
 namespace emulated {
@@ -123,6 +129,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
   if (const cudaError_t error = emulated_launch_error()) return error;
   int limit;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  limit = std::min(limit, emulated::shared_limit(reinterpret_cast<void*>(kernel)));
   if (shared_bytes > static_cast<std::size_t>(limit) || block.x * block.y * block.z > 1024) {
     return cudaErrorInvalidValue;
   }

@@ -1,0 +1,49 @@
+"""Compiles the operators for the CPU, into build/extension*/.
+
+PYTHONPATH=tests python -m extension.build [address|thread]    builds and prints the library's path
+"""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+from compiling import ROOT, SANITIZERS, Recipe
+
+HERE = Path(__file__).resolve().parent
+
+
+def recipe(sanitizer: str | None = None, csrc: Path = ROOT / "csrc") -> Recipe:
+    own = {
+        None: [],
+        "address": ["-include", str(HERE / "checked_vectors.h"), "-Wno-psabi"],
+        "thread": [],
+    }[sanitizer]
+    return Recipe(
+        name="_C",
+        sources=[
+            *sorted(csrc.glob("*.cpp")),
+            *sorted((csrc / "cpu").glob("*.cpp")),
+            *([HERE / "threads.cpp"] if sanitizer == "thread" else []),
+        ],
+        includes=[csrc, HERE],
+        # Those of setup.py that change results; -O1, which compiles in a third of the time.
+        flags=[
+            *("-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"),
+            *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+            *("-DPy_LIMITED_API=0x030A0000", f"-I{sysconfig.get_path('include')}"),
+            *SANITIZERS[sanitizer],
+            *own,
+        ],
+        # The function of torch's C shim in threads.cpp goes before torch's own.
+        links=["-Wl,-Bsymbolic"],
+    )
+
+
+def build(sanitizer: str | None = None) -> Path:
+    """Returns the shared library, built anew if any source changed since."""
+    folder = ROOT / "build" / "-".join(filter(None, ["extension", sanitizer]))
+    return recipe(sanitizer).build(folder)
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:]))
