@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +30,11 @@ def build(
     """Returns the shared library, built from `csrc` if any source changed since."""
     folder = folder or ROOT / "build" / "-".join(filter(None, ["emulation", sanitizer]))
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # tests run in several processes
+        return _build(sanitizer, csrc, folder)
+
+
+def _build(sanitizer: str | None, csrc: Path, folder: Path) -> Path:
     # csrc as a quoted path as well: the fallback of `#include "cuda/..."` in register_emulated.cpp.
     includes = [HERE / "include", csrc, *include_paths()]
     flags = [
@@ -56,7 +62,7 @@ def build(
         key = hashlib.sha256(b"\0".join([source.read_bytes(), *common])).hexdigest()[:16]
         target = folder / f"{source.stem}-{key}.o"
         if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}.tmp")
+            partial = target.with_suffix(".tmp")
             own_flags = flags
             if sanitizer == "thread" and source.name == "emulator.cpp":
                 own_flags = [f for f in flags if not f.startswith("-fsanitize")]
@@ -71,7 +77,7 @@ def build(
     library = folder / f"dk_emulated-{key}.so"
     if not library.exists():
         libraries = Path(torch.__file__).parent / "lib"
-        partial = library.with_suffix(f".{os.getpid()}.tmp")
+        partial = library.with_suffix(".tmp")
         # -Bsymbolic: the functions of torch's C shim in emulator.cpp go before torch's own.
         links = [f"-L{libraries}", f"-Wl,-rpath,{libraries},-Bsymbolic", "-ltorch_cpu"]
         subprocess.run(

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 HERE = Path(__file__).resolve().parent
@@ -58,21 +59,23 @@ def _make(source: Path, suffix: str, command: list[str], version: str, links=())
     key = hashlib.sha256(repr([version, command, links]).encode())
     for path in (source, *_headers()):
         key.update(path.read_bytes() + b"\0")
-    target = FOLDER / f"{source.stem.partition('-')[0]}-{key.hexdigest()[:16]}{suffix}"
-    if not target.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        for stale in FOLDER.glob(f"{target.stem.partition('-')[0]}-*{suffix}"):
-            stale.unlink(missing_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.tmp")
-        output = os.devnull if suffix == ".txt" else partial
-        result = subprocess.run(
-            [*command, str(source), "-o", str(output), *links], capture_output=True, text=True
-        )
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(command)} {source} failed:\n{result.stderr}")
-        if suffix == ".txt":
-            partial.write_text(result.stderr)
-        partial.rename(target)
+    name = source.stem.partition("-")[0]
+    target = FOLDER / f"{name}-{key.hexdigest()[:16]}{suffix}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(FOLDER / f"{name}{suffix}.lock"):  # tests run in several processes
+        if not target.exists():
+            for stale in FOLDER.glob(f"{name}-*{suffix}"):
+                stale.unlink()
+            partial = target.with_suffix(".tmp")
+            output = os.devnull if suffix == ".txt" else partial
+            result = subprocess.run(
+                [*command, str(source), "-o", str(output), *links], capture_output=True, text=True
+            )
+            if result.returncode:
+                raise RuntimeError(f"{' '.join(command)} {source} failed:\n{result.stderr}")
+            if suffix == ".txt":
+                partial.write_text(result.stderr)
+            partial.rename(target)
     return target
 
 
