@@ -8,6 +8,9 @@ OPTS ?=
 # What pip installs as detectron2 instead of the wheel in requirements-detectron2.txt.
 DETECTRON2 ?=
 
+# How pytest shares the tests among processes: each file in one.
+PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SITE_PACKAGES = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -35,7 +38,7 @@ demo: setup ## Train on DATASET (shapes or trees) and draw the results, into OUT
 	$(BIN)/python tools/visualize_results.py --config-file $(OUTPUT)/config.yaml
 
 test: setup ## Run the tests
-	$(BIN)/python -m pytest $(OPTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(OPTS)
 
 fuzz: setup ## Try thousands of strange files and arguments (a part of `make test`)
 	$(BIN)/python -m pytest tests/test_data_fuzz.py tests/test_weights_fuzz.py \

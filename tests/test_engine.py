@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -76,7 +77,9 @@ def start_tool(tool: str, datasets: Path, *args, python: Sequence[str] = ()) -> 
     }
     command = [sys.executable, *python, str(ROOT / "tools" / tool), *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=env, **pipes)
+    # A shell has what it starts in the background ignore SIGINT, and so would this.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=env, preexec_fn=listen, **pipes)
 
 
 def start_training(

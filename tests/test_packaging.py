@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_engine import OPTIONS, datasets_root, losses  # noqa: F401
 
-from dk_detectron.model_zoo import CONFIGS
+from dk_detectron.model_zoo import CONFIGS, paper_rows
 
 ROOT = Path(__file__).parent.parent
 # The kernels for CUDA are another stage's; without them it takes two minutes.
@@ -87,8 +87,10 @@ def test_an_installed_package_trains_in_another_folder(environment, datasets_roo
 
 
 def test_the_commands_work_without_a_clone(environment, tmp_path):
-    command = environment / "dk-analyze-model", "--config-file", "ImageNet/MNV2_dk_l3.yaml"
-    assert "total" in run(*command, cwd=tmp_path)
+    tables = run(environment / "dk-analyze-model", "--paper-tables", cwd=tmp_path)
+    assert all(f"Table {number}\n" in tables for number in (1, 2, 5))
+    for row in (*paper_rows(1), *paper_rows(2)):
+        assert Path(row["config"]).stem in tables
     plan = run(
         environment / "dk-reproduce-tables", "--scale", "shapes", "--rows", "MNV2", "--seeds", 0,
         "--dry-run", cwd=tmp_path,
