@@ -45,11 +45,11 @@ fuzz: setup ## Try thousands of strange files and arguments (a part of `make tes
 		tests/test_evaluation_fuzz.py tests/test_model_zoo_fuzz.py tests/test_ops_fuzz.py \
 		--hypothesis-profile=fuzz -s $(OPTS)
 
-sanitize: setup ## Run the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer
-	PYTHON=$(BIN)/python tests/emulation/sanitize.sh
+sanitize: setup ## Run all kernels on the CPU under AddressSanitizer, UBSan and ThreadSanitizer
+	PYTHON=$(CURDIR)/$(BIN)/python tests/sanitize.sh
 
 ptx: setup ## Run what nvcc makes of the CUDA kernels, without a GPU (a part of `make test`)
-	$(BIN)/python -m pytest tests/test_csrc_ptx.py tests/test_ptx_machine.py \
+	DK_TEST_PTX=1 $(BIN)/python -m pytest tests/test_csrc_ptx.py tests/test_ptx_machine.py \
 		tests/test_ptx_costs.py $(OPTS)
 
 costs: setup ## Print what the CUDA kernels cost, counted on their PTX

@@ -1,22 +1,15 @@
 """What every operator test shares: devices, seed, tolerances, and random configurations."""
 
-import os
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-import extension
+import extension  # noqa: F401  (first: it may stand in for dk_detectron._C)
 import fuzzing
 import pytest
 import torch
 from torch import Tensor
 
 fuzzing.register_profiles()
-
-# Another build of the operators for the CPU, for all tests: under a sanitizer (sanitize.sh), or
-# with a fault in it (mutants/).
-if "DK_TEST_EXTENSION" in os.environ:
-    extension.use(Path(os.environ["DK_TEST_EXTENSION"]))
 
 _CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
