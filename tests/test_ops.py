@@ -636,8 +636,8 @@ def test_nan_shows_in_its_output_location_only(name, padding, axis, function, cl
 @pytest.mark.parametrize(
     "wanted",
     [
-        {"input"}, {"weight"}, {"bias"}, {"kernel_offset"}, {"data_offset"},
-        {"input", "kernel_offset"}, {"weight", "data_offset"},
+        ("input",), ("weight",), ("bias",), ("kernel_offset",), ("data_offset",),
+        ("input", "kernel_offset"), ("weight", "data_offset"),
     ],
     ids="-".join,
 )  # fmt: skip
