@@ -23,7 +23,7 @@ ifeq ($(filter shapes trees,$(DATASET)),)
 $(error DATASET must be shapes or trees, got '$(DATASET)': make demo DATASET=shapes)
 endif
 
-.PHONY: help setup demo test fuzz sanitize ptx costs lint format lock clean distclean FORCE
+.PHONY: help setup demo test fuzz sanitize ptx mutants costs lint format lock clean distclean FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ sanitize: setup ## Run all kernels on the CPU under AddressSanitizer, UBSan and 
 ptx: setup ## Run what nvcc makes of the CUDA kernels, without a GPU (a part of `make test`)
 	DK_TEST_PTX=1 $(BIN)/python -m pytest tests/test_csrc_ptx.py tests/test_ptx_machine.py \
 		tests/test_ptx_costs.py $(OPTS)
+
+mutants: setup ## Plant small faults in csrc and ops and count how many the tests see (hours)
+	PYTHONPATH=tests $(BIN)/python -m mutation $(OPTS)
 
 costs: setup ## Print what the CUDA kernels cost, counted on their PTX
 	PYTHONPATH=tests $(BIN)/python -m ptx.costs

@@ -1,4 +1,4 @@
-"""Compiles C++ for the tests. Each source is compiled once for all that it includes: cached by content."""
+"""Compiles C++ for the tests: each source once, as long as it and what it includes are the same."""
 
 from __future__ import annotations
 
@@ -55,27 +55,21 @@ class Recipe:
         return os.environ.get("CXX", "g++")
 
     def build(self, folder: Path) -> Path:
-        """The library, compiled into a folder as far as anything changed since."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):  # tests run in several processes
-            objects = self.objects(folder)
-            library = self.link(folder, objects.values())
-            remove_all_but(folder, {*objects.values(), library})
-        return library
-
-    def objects(self, folder: Path, sources: list[Path] | None = None) -> dict[Path, Path]:
-        """The object file of each source (default: all).
+        """The library, compiled into a folder as far as anything changed since.
 
         Raises:
-            CompilerError: one does not compile.
+            CompilerError: a source does not compile.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        sources = self.sources if sources is None else sources
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return dict(zip(sources, pool.map(lambda s: self._object(folder, s), sources)))
+        with FileLock(folder / "lock"):  # tests run in several processes
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: self._object(folder, source), self.sources))
+            library = self._link(folder, objects)
+            for stale in {*folder.glob("*.o"), *folder.glob("*.so")} - {*objects, library}:
+                stale.unlink()
+        return library
 
-    def link(self, folder: Path, objects: Iterable[Path]) -> Path:
-        objects = list(objects)
+    def _link(self, folder: Path, objects: list[Path]) -> Path:
         torch_flags = [f"-L{LIBRARIES}", f"-Wl,-rpath,{LIBRARIES}", "-ltorch_cpu"]
         sanitizer = [flag for flag in self.flags if flag.startswith("-fsanitize")]
         command = [self.compiler, "-shared", *sanitizer, *objects, *self.links, *torch_flags]
@@ -112,11 +106,6 @@ class Recipe:
             sys.stderr.write(result.stderr)
             partial.rename(target)
         return target
-
-
-def remove_all_but(folder: Path, kept: set[Path]) -> None:
-    for stale in {*folder.glob("*.o"), *folder.glob("*.so")} - kept:
-        stale.unlink(missing_ok=True)
 
 
 def _key(parts: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """Runs every kernel once on a tiny shape, for the thread sanitizer (sanitize.sh).
 
-python tests/race_check.py dk_emulated     the CUDA kernels: to the sanitizer each emulated thread is
-                                           one of its own, and only barriers and shuffles order two
-python tests/race_check.py dk_detectron    those for the CPU, by four threads (extension/threads.cpp)
+python tests/race_check.py dk_emulated     the CUDA kernels: to the sanitizer each emulated thread
+                                           is one of its own; barriers and shuffles alone order two
+python tests/race_check.py dk_detectron    those for the CPU, by four threads: extension/threads.cpp
 
 What nothing orders is reported, also where no order of execution would change the result.
 """
@@ -11,13 +11,12 @@ import sys
 
 import torch
 from conftest import Case
-
 from emulation import plugin
 
 
 def cases():
-    # Channels for vectors, in two tiles, and for one each, whose kernels take any size; two tiles of
-    # pixels. A small scope: every cell is a block of 256 threads, and threads are dear here.
+    # Channels for vectors, in two tiles, and for one each, whose kernels take any size; two tiles
+    # of pixels. A small scope: every cell is a block of 256 threads, and threads are dear here.
     for channels, size in (36, 3), (9, 2):
         for kernel, data in (True, False), (True, True), (False, True), (False, False):
             scope = size + (kernel and size == 3)

@@ -6,6 +6,7 @@ second stream, and tensors of more than 2^31 elements.
 
 import argparse
 import itertools
+import sys
 
 import torch
 
@@ -52,7 +53,7 @@ def double_on_cpu(tensors):
     return {k: None if t is None else t.cpu().double() for k, t in tensors.items()}
 
 
-def check_against_cpu(short: bool):
+def check_against_cpu(short: bool = False):
     sizes = [(32, 9, 13, 1), (144, 17, 10, 2)] if short else [
         (128, 50, 76, 1), (1024, 13, 19, 1), (256, 51, 77, 2), (96, 28, 28, 1), (17, 30, 31, 1),
     ]  # fmt: skip
@@ -114,6 +115,8 @@ def check_graph_and_stream():
 
 def check_large():
     """Over 2^31 elements: the last image must come out as it does alone."""
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        sys.exit("expected a GPU with 60 GB for tensors of more than 2^31 elements, got less")
     batch, channels, size = 34, 1024, 256
     tensors, arguments = make(channels, size, size, torch.bfloat16, True, False, batch=batch)
     assert tensors["input"].numel() > 2**31
@@ -132,19 +135,23 @@ def check_large():
     print("more than 2^31 elements", flush=True)
 
 
+def check_short():
+    check_against_cpu(short=True)
+
+
+CHECKS = {
+    "cpu": check_against_cpu,
+    "repeat": check_repeatability,
+    "graph": check_graph_and_stream,
+    "large": check_large,
+    "short": check_short,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="tiny shapes, for compute-sanitizer")
-    short = parser.parse_args().short
-    check_against_cpu(short)
-    if short:
-        return
-    check_repeatability()
-    check_graph_and_stream()
-    if torch.cuda.get_device_properties(0).total_memory > 60 * 2**30:
-        check_large()
-    else:
-        print("skipped: tensors of more than 2^31 elements need 60 GB")
+    parser.add_argument("check", choices=CHECKS, help="short: tiny shapes, for compute-sanitizer")
+    CHECKS[parser.parse_args().check]()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can say about the operators, in one go: build for its architecture, all
 # CUDA tests, compute-sanitizer, comparisons with the CPU, CUDA graphs, streams, 64-bit sizes, benchmark.
-# Needs torch with CUDA, nvcc and pytest; takes under 9 minutes with 16 cores.
+# Needs torch with CUDA, nvcc and pytest; takes under 10 minutes with 16 cores.
 #
 #     tools/gpu_check.sh [OUT]     logs and results go to OUT (default: output/gpu_check)
 #
-# Runs every stage even if one fails; exits with an error if any did.
+# Runs every stage even if one fails; exits with an error if any did. OUT/summary.md is the file to
+# send: a row for each thing that is claimed of the kernels, and the times measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-output/gpu_check}
@@ -15,50 +16,76 @@ out=$(cd "$out" && pwd)
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 failed=()
+rows=()
 
-stage() { # name, limit in seconds, command...
-  local name=$1 limit=$2 start=$SECONDS
-  shift 2
+row() { # claim, result, seconds
+  rows+=("| $1 | $2 | $3 |")
+}
+
+stage() { # name, limit in seconds, claim, command...
+  local name=$1 limit=$2 claim=$3 start=$SECONDS
+  shift 3
   echo "=== $name"
   if timeout "$limit" "$@" > "$out/$name.log" 2>&1; then
     echo "=== $name: passed in $((SECONDS - start)) s"
+    row "$claim" passed $((SECONDS - start))
   else
     echo "=== $name: FAILED ($?) in $((SECONDS - start)) s; the end of $out/$name.log:"
     tail -n 25 "$out/$name.log"
+    row "$claim" "**failed**: $name.log" $((SECONDS - start))
     failed+=("$name")
   fi
 }
 
-{
+environment() {
   date -u
   git log -1 --format='commit %H' 2> /dev/null || true
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   nvcc --version | tail -n 2
   "$python" -c 'import torch; print("torch", torch.__version__, "capability", torch.cuda.get_device_capability())'
-} | tee "$out/environment.txt"
+}
 
-stage build 240 env FORCE_CUDA=1 "$python" setup.py build_ext --inplace
-stage tests 150 "$python" -m pytest -q -p no:cacheprovider -k cuda tests/test_ops.py
-stage device 90 "$python" tools/gpu_check.py
-if command -v compute-sanitizer > /dev/null; then
-  # The caching allocator would hide accesses between tensors.
-  for tool in memcheck racecheck; do
-    stage "$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+environment 2>&1 | tee "$out/environment.txt"
+stage build 240 "compiles for this GPU" env FORCE_CUDA=1 "$python" setup.py build_ext --inplace
+stage tests 150 "every operator's tests on CUDA, in all types and layouts" \
+  "$python" -m pytest -q -p no:cacheprovider -k cuda tests/test_ops.py
+stage cpu 90 "equals the CPU in float64 on the networks' shapes" "$python" tools/gpu_check.py cpu
+stage repeat 60 "bitwise repeatable under deterministic algorithms" \
+  "$python" tools/gpu_check.py repeat
+stage graph 60 "runs on any stream, and captured in a CUDA graph" "$python" tools/gpu_check.py graph
+stage large 60 "tensors of more than 2^31 elements" "$python" tools/gpu_check.py large
+declare -A found=(
+  [memcheck]="no access out of bounds or misaligned" [initcheck]="nothing unwritten is read"
+  [racecheck]="no race in shared memory" [synccheck]="no barrier that some threads miss"
+)
+for tool in memcheck initcheck racecheck synccheck; do
+  if command -v compute-sanitizer > /dev/null; then
+    # The caching allocator would hide accesses between tensors, and what was never written.
+    stage "$tool" 90 "${found[$tool]} (compute-sanitizer)" \
+      env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \
-      "$python" tools/gpu_check.py --short
-  done
-else
-  echo "=== compute-sanitizer is not installed: memcheck and racecheck left out" | tee "$out/memcheck.log"
-fi
-if [[ -f tools/benchmark_ops.py ]]; then
-  stage benchmark 150 "$python" tools/benchmark_ops.py --device cuda --quick --dtype bfloat16 \
-    --json "$out/benchmark_ops.json" --plot "$out/benchmark_ops.png"
-else
-  echo "=== there is no tools/benchmark_ops.py yet: no benchmark"
-fi
+      "$python" tools/gpu_check.py short
+  else
+    echo "=== $tool: left out, compute-sanitizer is not installed"
+    row "${found[$tool]} (compute-sanitizer)" "not installed" 0
+  fi
+done
+stage benchmark 150 "as accurate and as fast as measured below" \
+  "$python" tools/benchmark_ops.py --device cuda --quick --dtype bfloat16 \
+  --json "$out/benchmark_ops.json" --plot "$out/benchmark_ops.png"
 
+{
+  printf '# What a GPU says of the CUDA kernels\n\n```\n'
+  cat "$out/environment.txt"
+  printf '```\n\n| claim | result | seconds |\n|---|---|---|\n'
+  printf '%s\n' "${rows[@]}"
+  printf '\n```\n'
+  cat "$out/benchmark.log"
+  printf '```\n'
+} > "$out/summary.md"
+cat "$out/summary.md"
 if ((${#failed[@]})); then
   echo "gpu_check: failed after $SECONDS s: ${failed[*]}"
   exit 1
 fi
-echo "gpu_check: passed in $SECONDS s"
+echo "gpu_check: passed in $SECONDS s; please send $out/summary.md"

@@ -9,16 +9,17 @@ from pathlib import Path
 from compiling import ROOT, SANITIZERS, Recipe
 
 HERE = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 
 
-def recipe(sanitizer: str | None = None, csrc: Path = ROOT / "csrc") -> Recipe:
+def recipe(sanitizer: str | None) -> Recipe:
     base = [
         *("-x", "c++", "-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"),
         "-ffp-contract=off",  # the CUDA compiler decides for itself; here, every build is the same
     ]
     # Not the registration for CUDA: register_emulated.cpp stands in.
     sources = [
-        *(path for path in sorted((csrc / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")),
+        *(path for path in sorted((CSRC / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")),
         *sorted(HERE.glob("*.cpp")),
     ]
     # The thread sanitizer is told of the fibers by the emulator, which is not instrumented itself.
@@ -27,7 +28,7 @@ def recipe(sanitizer: str | None = None, csrc: Path = ROOT / "csrc") -> Recipe:
         name="dk_emulated",
         sources=[path for path in sources if path.name != "register_cuda.cpp"],
         # csrc as a quoted path too: the fallback of `#include "cuda/..."` in register_emulated.cpp.
-        includes=[HERE / "include", csrc],
+        includes=[HERE / "include", CSRC],
         flags=[*base, *SANITIZERS[sanitizer]],
         # The functions of torch's C shim in emulator.cpp go before torch's own.
         links=["-Wl,-Bsymbolic"],

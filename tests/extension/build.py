@@ -10,9 +10,10 @@ from pathlib import Path
 from compiling import ROOT, SANITIZERS, Recipe
 
 HERE = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 
 
-def recipe(sanitizer: str | None = None, csrc: Path = ROOT / "csrc") -> Recipe:
+def recipe(sanitizer: str | None) -> Recipe:
     own = {
         None: [],
         "address": ["-include", str(HERE / "checked_vectors.h"), "-Wno-psabi"],
@@ -21,11 +22,11 @@ def recipe(sanitizer: str | None = None, csrc: Path = ROOT / "csrc") -> Recipe:
     return Recipe(
         name="_C",
         sources=[
-            *sorted(csrc.glob("*.cpp")),
-            *sorted((csrc / "cpu").glob("*.cpp")),
+            *sorted(CSRC.glob("*.cpp")),
+            *sorted((CSRC / "cpu").glob("*.cpp")),
             *([HERE / "threads.cpp"] if sanitizer == "thread" else []),
         ],
-        includes=[csrc, HERE],
+        includes=[CSRC, HERE],
         # Those of setup.py that change results; -O1, which compiles in a third of the time.
         flags=[
             *("-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"),
