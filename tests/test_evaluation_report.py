@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_engine import CONFIG, OPTIONS, run_tool
 from test_engine_prediction import datasets_root  # noqa: F401  (a fixture)
 
@@ -145,6 +146,16 @@ def test_without_metrics_and_without_data(run, other, make, monkeypatch, tmp_pat
     page = make(other)
     assert "nothing has been trained here" in page.text
     assert page.text.count("expects its json_file at no.json") >= 2
+
+
+def test_dead_fields_are_said(other, make):
+    path = other / "model_final.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    (last,) = [k for k in checkpoint["model"] if k.endswith("res5.3.conv3.norm.weight")]
+    checkpoint["model"][last].zero_()
+    torch.save(checkpoint, path)
+    page = make(other)
+    assert f"{other.name}: at 4 of 4 objects the field is zero everywhere" in page.text
 
 
 def test_what_is_no_run(run, other, make, tmp_path):

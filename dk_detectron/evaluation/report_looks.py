@@ -51,6 +51,15 @@ def look_at_fields(section: Section, networks: Networks, count: int, progress: P
     except (NotImplementedError, ValueError) as error:
         section.notes.append(f"receptive fields: {error}")
         return
+    for name, panels in zip(
+        networks, zip(*(panels for _, panels in rows), strict=True), strict=True
+    ):
+        if dead := sum(not panel.field.any() for panel in seen):
+            section.notes.append(
+                f"{name}: at {dead} of {len(rows)} objects the field is zero everywhere: nothing "
+                "in the picture moves the last stage there. Its units are dead, or its offsets "
+                "lead out of the feature map"
+            )
     section.add_chart(draw_fields([*networks], rows, "derivatives through the offsets"))
 
 
