@@ -51,10 +51,9 @@ def look_at_fields(section: Section, networks: Networks, count: int, progress: P
     except (NotImplementedError, ValueError) as error:
         section.notes.append(f"receptive fields: {error}")
         return
-    for name, panels in zip(
-        networks, zip(*(panels for _, panels in rows), strict=True), strict=True
-    ):
-        if dead := sum(not panel.field.any() for panel in seen):
+    columns = zip(*(panels for _, panels in rows), strict=True)
+    for name, column in zip(networks, columns, strict=True):
+        if dead := sum(not panel.field.any() for panel in column):
             section.notes.append(
                 f"{name}: at {dead} of {len(rows)} objects the field is zero everywhere: nothing "
                 "in the picture moves the last stage there. Its units are dead, or its offsets "
