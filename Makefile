@@ -36,6 +36,7 @@ demo: setup ## Train on DATASET (shapes or trees) and draw the results, into OUT
 		--config-file configs/demo/$(DATASET)_MNV2_FPN_dk_l3.yaml \
 		OUTPUT_DIR $(OUTPUT) $(OPTS)
 	$(BIN)/python tools/visualize_results.py --config-file $(OUTPUT)/config.yaml
+	$(BIN)/python tools/report.py $(OUTPUT)
 
 test: setup ## Run the tests
 	$(BIN)/python -m pytest $(PARALLEL) $(OPTS)

@@ -15,6 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Rectangle
 
+from .field_survey import describe
+from .objects import Picture
+from .receptive_field import ReceptiveFields
+
 HEAT = colormaps["inferno"]
 BOX, FIELD, RADIUS = "deepskyblue", "white", "lime"
 WIDTH = 2.6  # of a panel, in inches
@@ -44,6 +48,15 @@ class Panel:
     box: tuple[float, float, float, float] | None
     theoretical: tuple[float, float, float, float]
     numbers: dict[str, Any]
+
+
+def view_field(fields: ReceptiveFields, picture: Picture) -> Panel:
+    """The effective field at the centre of a picture's only object."""
+    (thing,) = picture.objects
+    field, numbers = describe(fields, thing, picture.scale)
+    theoretical = fields.theoretical(fields.cell(thing.centre))
+    box = None if thing.is_point else thing.box
+    return Panel(picture.pixels, field, thing.centre, box, theoretical, numbers)
 
 
 def heat(pixels: np.ndarray, field: np.ndarray) -> np.ndarray:

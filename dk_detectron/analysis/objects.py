@@ -168,6 +168,7 @@ class CocoPictures:
 
     Attributes:
         name: of the data set.
+        truth: pycocotools' view of it.
         images: COCO's entries, by their identifiers.
         categories: names of the classes, in the order of their identifiers.
     """
@@ -191,20 +192,20 @@ class CocoPictures:
         self.name = name
         self._root = Path(metadata.image_root)
         with redirect_stdout(io.StringIO()):
-            self._coco = COCO(found.path)
-        self.images: dict[int, dict] = self._coco.imgs
-        self.categories = [self._coco.cats[i]["name"] for i in sorted(self._coco.cats)]
+            self.truth = COCO(found.path)
+        self.images: dict[int, dict] = self.truth.imgs
+        self.categories = [self.truth.cats[i]["name"] for i in sorted(self.truth.cats)]
 
     def annotations(self, image_id: int) -> list[dict]:
         """COCO's entries of the objects on a picture: those that have a box within it."""
         return [
             annotation
-            for annotation in self._coco.imgToAnns.get(image_id, [])
+            for annotation in self.truth.imgToAnns.get(image_id, [])
             if not annotation["iscrowd"] and self._box(annotation) is not None
         ]
 
     def category(self, annotation: dict) -> str:
-        return self._coco.cats[annotation["category_id"]]["name"]
+        return self.truth.cats[annotation["category_id"]]["name"]
 
     def _box(self, annotation: dict) -> tuple[float, float, float, float] | None:
         x, y, width, height = annotation["bbox"]
@@ -229,7 +230,7 @@ class CocoPictures:
                 continue
             box = self._box(annotation)
             assert box
-            mask = self._coco.annToMask(annotation) if annotation.get("segmentation") else None
+            mask = self.truth.annToMask(annotation) if annotation.get("segmentation") else None
             area = annotation["area"]
             category = self.category(annotation)
             objects.append(Object(annotation["id"], category, area, box, mask))

@@ -20,8 +20,8 @@ from pathlib import Path
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ..analysis.field_figures import Panel, draw_fields
-from ..analysis.field_survey import correlations, describe, means_by_size, survey_fields
+from ..analysis.field_figures import draw_fields, view_field
+from ..analysis.field_survey import correlations, means_by_size, survey_fields
 from ..analysis.forward import deepest_feature
 from ..analysis.measures import overlap
 from ..analysis.objects import DEFORMATIONS, Picture
@@ -71,7 +71,6 @@ def panels(args, networks: list[Network], seen: list[Picture]) -> Iterator[tuple
         row = []
         for i, (network, original) in enumerate(zip(networks, seen, strict=True)):
             picture = deform(original)
-            (thing,) = picture.objects
             with named(network):
                 fields = ReceptiveFields(
                     network.model,
@@ -79,15 +78,13 @@ def panels(args, networks: list[Network], seen: list[Picture]) -> Iterator[tuple
                     args.feature or deepest_feature(network.model),
                     attached=not args.fixed_offsets,
                 )
-                field, numbers = describe(fields, thing, picture.scale)
+                panel = view_field(fields, picture)
             if name == "original":
-                originals.append(field)
+                originals.append(panel.field)
             else:
-                back = undo(field, originals[i].shape)
-                numbers["overlap"] = overlap(back, originals[i])
-            theoretical = fields.theoretical(fields.cell(thing.centre))
-            box = None if thing.is_point else thing.box
-            row.append(Panel(picture.pixels, field, thing.centre, box, theoretical, numbers))
+                back = undo(panel.field, originals[i].shape)
+                panel.numbers["overlap"] = overlap(back, originals[i])
+            row.append(panel)
         yield name, row
 
 

@@ -16,10 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Instances
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -28,38 +26,9 @@ from ..data.inputs import distinct_names
 from ..data.writing import replacing_folder
 from ..engine import EVALUATION_FILE, Predictor
 from ..engine.detection import inference_folder
-from ..engine.outputs import RESULTS_FILE, give_colours, write_picture
+from ..engine.drawing import draw_pair, give_colours, to_instances, write_picture
+from ..engine.outputs import RESULTS_FILE
 from ..model_zoo import load_config
-
-SHORT_SIDE = 480
-MODE = ColorMode.SEGMENTATION  # one colour per class
-
-
-def to_instances(predictions: list[dict], size: tuple[int, int], metadata: Metadata) -> Instances:
-    """COCO-format results of one image -> detectron2's structure."""
-    instances = Instances(size)
-    boxes = np.array([p["bbox"] for p in predictions]).reshape(-1, 4)
-    instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
-    instances.scores = np.array([p["score"] for p in predictions])
-    to_contiguous = metadata.thing_dataset_id_to_contiguous_id
-    instances.pred_classes = np.array(
-        [to_contiguous[p["category_id"]] for p in predictions], dtype=int
-    )
-    return instances
-
-
-def draw_pair(record: dict, instances: Instances, metadata: Metadata) -> np.ndarray:
-    """Ground truth on the left, detections on the right; BGR."""
-    image = read_image(record["file_name"], "RGB")
-    scale = SHORT_SIDE / min(image.shape[:2])
-    # Boxes alone, as on the right: a mask would recolour the objects.
-    keys = "bbox", "bbox_mode", "category_id"
-    boxes = record | {"annotations": [{k: a[k] for k in keys} for a in record["annotations"]]}
-    left = Visualizer(image, metadata, scale, MODE).draw_dataset_dict(boxes).get_image()
-    right = Visualizer(image, metadata, scale, MODE).draw_instance_predictions(instances)
-    right = right.get_image()
-    gap = np.full((left.shape[0], 8, 3), 255, dtype=np.uint8)
-    return np.concatenate([left, gap, right], axis=1)[:, :, ::-1]
 
 
 def detections(cfg: CfgNode, dataset: str, threshold: float) -> Callable[[dict], Instances]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
@@ -15,11 +13,11 @@ import cv2
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from .checking import Report, duplicates
 from .faults import overhang
+from .html import jpeg, render, svg
 
 MOST_CLASSES = 60  # in a chart
 MOST_BOXES = 6  # of each strange kind
@@ -28,21 +26,13 @@ SIDE = 220  # pixels of a drawing
 COLOUR = "#3572b0"
 GREEN = (60, 200, 60)
 
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Data sets</title><style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; width: {{ side }}px; font-size: .85rem; overflow-wrap: anywhere; }
-img { max-width: 100%; }
+STYLE = """
+figure { width: %(side)dpx; }
 .problem { border-left: 4px solid #c33; padding-left: .6rem; }
 .repair { border-left: 4px solid #c90; padding-left: .6rem; }
 .note { border-left: 4px solid #888; padding-left: .6rem; }
-</style></head><body>
-{% for text in across %}<p class="note">{{ text }}</p>{% endfor %}
+"""
+TEMPLATE = """{% for text in across %}<p class="note">{{ text }}</p>{% endfor %}
 {% for set in sets %}
 <h1>{{ set.report.name }}</h1>
 <p>{{ "{:,}".format(set.report.images) }} images, {{ "{:,}".format(set.report.annotations) }}
@@ -53,15 +43,14 @@ else "complete" }}</p>
 {% for text in set.report.repairs %}<p class="repair">repaired: {{ text }}</p>{% endfor %}
 {% for text in set.report.notes %}<p class="note">{{ text }}</p>{% endfor %}
 {% if set.charts %}<h2>Boxes by class and by size</h2>
-<div class="row">{% for chart in set.charts %}{{ chart | safe }}{% endfor %}</div>{% endif %}
+<div class="row">{% for chart in set.charts %}{{ chart }}{% endfor %}</div>{% endif %}
 {% for title, drawings in set.strange if drawings %}<h2>{{ title }}</h2>
 <div class="row">{% for image, caption in drawings %}
-<figure><img alt="" src="data:image/jpeg;base64,{{ image }}">
+<figure><img alt="" src="{{ image }}">
 <figcaption>{{ caption }}</figcaption></figure>{% endfor %}</div>{% endfor %}
 {% if set.pairs %}<h2>Images of the same content</h2>
 <ul>{% for one, other in set.pairs %}<li>{{ one }} = {{ other }}</li>{% endfor %}</ul>{% endif %}
 {% endfor %}
-</body></html>
 """
 
 # Titles, and by what the strangest come first.
@@ -80,9 +69,12 @@ def write_page(reports: Sequence[Report], across: Sequence[str], path: str | Pat
     Args:
         across: what concerns several data sets.
     """
-    environment = Environment(autoescape=True, trim_blocks=True)
-    text = environment.from_string(TEMPLATE).render(
-        sets=[_describe(report) for report in reports], across=across, side=SIDE
+    text = render(
+        TEMPLATE,
+        "Data sets",
+        STYLE % {"side": SIDE},
+        sets=[_describe(report) for report in reports],
+        across=across,
     )
     Path(path).write_text(text, encoding="utf-8")
 
@@ -98,8 +90,8 @@ def _describe(report: Report) -> dict[str, Any]:
     objects = [annotation for annotation in content["annotations"] if not annotation["iscrowd"]]
     if objects:
         described["charts"] = [
-            _svg(_class_chart(found.classes, found.boxes)),
-            _svg(_size_chart(objects)),
+            svg(_class_chart(found.classes, found.boxes)),
+            svg(_size_chart(objects)),
         ]
         names = {category["id"]: category["name"] for category in content["categories"]}
         described["strange"] = [
@@ -107,13 +99,6 @@ def _describe(report: Report) -> dict[str, Any]:
             for title, strangeness in STRANGE
         ]
     return described
-
-
-def _svg(figure: Figure) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", bbox_inches="tight")
-    text = file.getvalue()
-    return text[text.index("<svg") :]  # without the prologue, which belongs to a file
 
 
 def _class_chart(classes: list[str], boxes: list[list[int]]) -> Figure:
@@ -155,7 +140,7 @@ def _draw_strangest(
     names: dict[int, str],
     strangeness: Callable[[dict, tuple[int, int]], float],
 ) -> list[tuple[str, str]]:
-    """JPEGs in base64, and what is on them."""
+    """Pictures, and what is on them."""
 
     def key(annotation: dict) -> float:
         image = images[annotation["image_id"]]
@@ -194,4 +179,4 @@ def _drawn(pixels: np.ndarray, box: list[float]) -> str:
     left, top = int(scale * (x - x0)), int(scale * (y - y0))
     right, bottom = int(scale * (x + width - x0)), int(scale * (y + height - y0))
     cv2.rectangle(part, (left, top), (right, bottom), GREEN, 2)
-    return base64.b64encode(cv2.imencode(".jpg", part)[1].tobytes()).decode()
+    return jpeg(part)

@@ -23,11 +23,11 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import ColorMode, Visualizer
-from matplotlib import colormaps
 
 from ..data.inputs import Inputs, Video, distinct_names, is_webcam, read_pictures
 from ..data.writing import write_coco
 from ..weights import replacing
+from .drawing import give_colours, write_picture
 from .prediction import Predictor, batches
 
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.outputs")
@@ -39,23 +39,6 @@ RESULTS_FILE, IMAGES_FILE, TABLE_FILE = (
 )
 COLUMNS = "file", "frame", "class", "score", "x1", "y1", "x2", "y2"
 DRAWN_AS = ".jpg", ".jpeg", ".png"
-
-
-def give_colours(metadata: Metadata) -> Metadata:
-    """Has every class a colour of its own, as far as they reach."""
-    if not metadata.get("thing_colors"):
-        palette = colormaps["Set1"](range(colormaps["Set1"].N))[:, :3]
-        colours = (palette[i % len(palette)] for i in range(len(metadata.thing_classes)))
-        metadata.thing_colors = [tuple(int(255 * c) for c in colour) for colour in colours]
-    return metadata
-
-
-def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3], BGR, as what the suffix says: whole, or not at all."""
-    # Not imwrite, which keeps silent about a full disk.
-    _, content = cv2.imencode(path.suffix, picture)
-    with replacing(path) as temporary:
-        Path(temporary).write_bytes(content.tobytes())
 
 
 @dataclass

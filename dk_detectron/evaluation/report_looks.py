@@ -1,0 +1,89 @@
+"""What the networks of a report look at: fields side by side, and their offsets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..analysis.field_figures import draw_fields, view_field
+from ..analysis.forward import deepest_feature
+from ..analysis.kernel_figures import UNITS, draw_histograms
+from ..analysis.kernels import OffsetStatistics
+from ..analysis.objects import CocoPictures
+from ..analysis.offsets import adaptive_layers, observe
+from ..analysis.receptive_field import ReceptiveFields
+from .report_page import Section
+
+Networks = Mapping[str, tuple[CfgNode, nn.Module]]
+Progress = Callable[[Iterable, str], Iterable]
+
+
+def _pictures(section: Section, networks: Networks) -> CocoPictures | None:
+    """The first network's data set."""
+    names = next(iter(networks.values()))[0].DATASETS.TEST
+    if not names:
+        section.notes.append("DATASETS.TEST is empty: nothing to look at")
+        return None
+    try:
+        return CocoPictures(names[0])
+    except (FileNotFoundError, ValueError) as error:
+        section.notes.append(str(error))
+        return None
+
+
+def look_at_fields(section: Section, networks: Networks, count: int, progress: Progress) -> None:
+    """Adds effective fields at ``count`` objects, or a note of what is in the way."""
+    pictures = _pictures(section, networks)
+    if pictures is None:
+        return
+    rows = []
+    try:
+        for image_id, thing in progress(pictures.spread(count), "Receptive fields"):
+            panels = []
+            for cfg, model in networks.values():
+                picture = pictures.read(image_id, cfg, only=[thing])
+                fields = ReceptiveFields(model, picture.image, deepest_feature(model))
+                panels.append(view_field(fields, picture))
+            rows.append((f"{picture.name}\n{picture.objects[0].category}", panels))
+    except (NotImplementedError, ValueError) as error:
+        section.notes.append(f"receptive fields: {error}")
+        return
+    columns = zip(*(panels for _, panels in rows), strict=True)
+    for name, column in zip(networks, columns, strict=True):
+        if dead := sum(not panel.field.any() for panel in column):
+            section.notes.append(
+                f"{name}: at {dead} of {len(rows)} objects the field is zero everywhere: nothing "
+                "in the picture moves the last stage there. Its units are dead, or its offsets "
+                "lead out of the feature map"
+            )
+    section.add_chart(draw_fields([*networks], rows, "derivatives through the offsets"))
+
+
+def look_at_offsets(section: Section, networks: Networks, count: int, progress: Progress) -> None:
+    """Adds histograms of the offsets on ``count`` pictures for each network that has any."""
+    pictures = _pictures(section, networks)
+    if pictures is None:
+        return
+    chosen = list(dict.fromkeys(image_id for image_id, _ in pictures.spread(count)))
+    for name, (cfg, model) in networks.items():
+        if not adaptive_layers(model):
+            continue
+        layers: dict[str, dict[str, OffsetStatistics]] = {
+            kind: defaultdict(OffsetStatistics) for kind in UNITS
+        }
+        try:
+            for image_id in progress(chosen, f"Offsets of {name}"):
+                image = pictures.read(image_id, cfg).image
+                for layer, observation in observe(model, image).items():
+                    for kind in observation.values.keys() & UNITS.keys():
+                        layers[kind][layer].add(observation, kind)
+        except (NotImplementedError, ValueError) as error:
+            section.notes.append(f"{name}, offsets: {error}")
+            continue
+        for kind, found in layers.items():
+            if found:
+                title = f"{name}: {kind.replace('_', ' ')}s"
+                section.add_chart(draw_histograms(title, kind, found))
