@@ -303,6 +303,22 @@ def test_a_killed_process_stops_the_job_and_resume_goes_on_exactly(datasets_root
         assert torch.equal(tensor, resumed[name]), name
 
 
+def test_keys_of_detectron2_work(datasets_root, tmp_path):
+    """Those that the other tests leave off."""
+    result = train(
+        datasets_root, tmp_path, "SOLVER.MAX_ITER", 3,
+        "CUDNN_BENCHMARK", True, "VIS_PERIOD", 2, "TEST.PRECISE_BN.ENABLED", True,
+        "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 2, "MODEL.RESNETS.NORM", "BN",
+        "MODEL.BACKBONE.FREEZE_AT", 0,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Running precise-BN for 2 iterations" in result.stdout + result.stderr
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    for tag in b"Left: GT bounding boxes", b"loss_cls":  # pictures of proposals, and scalars
+        assert tag in events.read_bytes()
+    assert {line for line in losses(tmp_path)} == {2}
+
+
 def test_results_become_pictures(run, datasets_root):
     args = "--config-file", run / "config.yaml", "--count", 3, "--threshold", 0.0
     result = run_tool("visualize_results.py", datasets_root, *args)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -137,6 +139,47 @@ def test_runs_of_before_are_compared_by_their_config(start, model, weights, capl
     (run / "training.yaml").rename(run / "config.yaml")
     start("MODEL.WEIGHTS", weights, "SOLVER.WEIGHT_DECAY", 0.5, resume=True)
     assert "SOLVER.WEIGHT_DECAY" in caplog.text
+
+
+def test_an_evaluation_keeps_the_record_of_a_run_of_before(start, model, weights):
+    """Version 0.1 left config.yaml alone, as training was started."""
+    run = start("MODEL.WEIGHTS", weights, "SOLVER.WEIGHT_DECAY", 0.5)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    (run / "training.yaml").rename(run / "config.yaml")
+    before = (run / "config.yaml").read_text()
+    start("MODEL.WEIGHTS", weights, "INPUT.MIN_SIZE_TEST", 80, eval_only=True)
+    assert (run / "training.yaml").read_text() == before
+    assert weights_in(run / "config.yaml") == str(run.absolute() / "model_0000001.pth")
+
+
+def test_an_empty_tag_names_no_checkpoint(start, model, weights):
+    run = start("MODEL.WEIGHTS", weights)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    (run / "last_checkpoint").write_text("\n")
+    assert last_checkpoint(run) is None
+    with pytest.raises(FileExistsError, match="write the name of one of them into run/last_check"):
+        start(resume=True)
+
+
+def test_one_job_trains_in_a_folder(start, weights, tmp_path):
+    other = (
+        "from dk_detectron.engine.run_directory import claim; claim('run'); print(1, flush=True); "
+        "input()"
+    )
+    job = subprocess.Popen(
+        [sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
+    )
+    try:
+        assert job.stdout.readline() == b"1\n"
+        with pytest.raises(FileExistsError, match="expected a folder that no other job is train"):
+            start("MODEL.WEIGHTS", weights)
+        assert os.listdir("run") == [".lock"]
+        start("MODEL.WEIGHTS", weights, eval_only=True)
+    finally:
+        job.communicate(b"\n")
+    # It has ended, and so may have been killed.
+    start("MODEL.WEIGHTS", weights)
+    start("MODEL.WEIGHTS", weights)  # in this very process again
 
 
 def test_a_killed_run_can_be_used(datasets_root, tmp_path):  # noqa: F811

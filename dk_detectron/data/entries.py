@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tqdm import tqdm
+
 from .faults import (
     Findings,
     as_integer,
@@ -45,9 +47,12 @@ class Entries:
         self._judge_images()
         self._judge_names()
         if "annotations" in content:
+            annotations = tqdm(
+                content["annotations"], "Annotations", unit_scale=True, delay=1, disable=None
+            )
             content["annotations"] = [
                 annotation
-                for position, annotation in enumerate(content["annotations"])
+                for position, annotation in enumerate(annotations)
                 if self._read_annotation(annotation, position)
             ]
             self._number(content["annotations"])

@@ -27,8 +27,8 @@ from .checks import (
 )
 from .detection import Trainer
 from .launch import launch
-from .record import record_training, refresh_config
-from .run_directory import check_unused, is_new, set_aside
+from .record import keep_training, record_training, refresh_config
+from .run_directory import check_unused, claim, is_new, set_aside
 from .trainer import BaseTrainer
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
@@ -116,6 +116,11 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
         data += settle_classes(cfg, trainer_class.class_key(cfg), classes, stated)
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
+    if not args.eval_only:
+        claim(cfg.OUTPUT_DIR)
+        check_unused(cfg.OUTPUT_DIR, resume=args.resume)  # another job may just have ended
+    if comm.is_main_process():
+        keep_training(cfg.OUTPUT_DIR)
     starts = not args.eval_only and is_new(cfg.OUTPUT_DIR, resume=args.resume)
     aside = set_aside(cfg.OUTPUT_DIR) if starts else None
     default_setup(cfg, args)

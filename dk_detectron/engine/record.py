@@ -27,7 +27,15 @@ FINAL = "model_final.pth"
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint that a run would resume from, if there is one."""
     tag = Path(folder, LAST_CHECKPOINT)
-    return Path(folder, tag.read_text().strip()) if tag.is_file() else None
+    name = tag.read_text().strip() if tag.is_file() else ""
+    return Path(folder, name) if name else None
+
+
+def keep_training(folder: str | Path) -> None:
+    """Writes training.yaml of a run of version 0.1, whose config.yaml is the only record of it."""
+    training, config = Path(folder, TRAINING_FILE), Path(folder, CONFIG_FILE)
+    if last_checkpoint(folder) and config.is_file() and not training.is_file():
+        _write(training, config.read_text())
 
 
 def record_training(cfg: CfgNode, *, resumes: bool) -> None:

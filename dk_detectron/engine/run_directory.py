@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 from itertools import count
 from pathlib import Path
+from typing import IO
 
 from detectron2.utils import comm
 
@@ -15,6 +17,37 @@ from .record import last_checkpoint
 CHECKPOINT = re.compile(r"model_(\d{7}|final|final_ema)\.pth")
 # What a run appends to, so that the next would be mixed with it.
 APPENDED = "metrics.json", "events.out.tfevents.*"
+
+# Open for as long as the process lives, and locked as long.
+_CLAIMED: list[IO] = []
+
+
+def claim(folder: str | Path) -> None:
+    """Keeps other jobs from training in a folder, until this process ends; in all of a job's.
+
+    Raises:
+        FileExistsError: another job trains there.
+    """
+    is_free = not comm.is_main_process() or _lock(Path(folder))
+    if not comm.all_gather(is_free)[0]:
+        raise FileExistsError(
+            f"OUTPUT_DIR: expected a folder that no other job is training in, got {folder}: wait "
+            "for it, stop it, or take another folder"
+        )
+
+
+def _lock(folder: Path) -> bool:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")
+    _CLAIMED.append(file)
+    try:
+        # Of this process alone: data workers that outlive it do not hold it on.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def checkpoints(folder: str | Path) -> list[str]:
