@@ -113,11 +113,11 @@ def test_a_signal_to_the_first_process_stops_all(signum, datasets_root, tmp_path
 def test_a_second_interrupt_stops_at_once():
     request = StopRequest()
     with request.listening(), pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert request.agreed() and request.signum == signal.SIGINT
-        os.kill(os.getpid(), signal.SIGTERM)  # which comes again and again
+        signal.raise_signal(signal.SIGTERM)  # which comes again and again
         assert request.agreed() and request.signum == signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

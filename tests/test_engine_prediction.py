@@ -3,7 +3,6 @@
 import csv
 import json
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -411,7 +410,7 @@ def test_a_webcam_ends_by_an_interrupt(predictor, inputs, monkeypatch, tmp_path)
             for frame in self.frames:
                 yield frame
                 if self.frames.count == 2:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(outputs, "Video", Webcam)
     found = find_inputs(["3"], leave_out=tmp_path)

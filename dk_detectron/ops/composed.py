@@ -20,7 +20,7 @@ def _deformed_columns(
     offsets = split_offset(data_offset)
     located = []
     for axis, tap in enumerate(tap_grid(kernel_size, offsets[0])):
-        pixel = torch.arange(offsets[0].shape[2 + axis], dtype=tap.dtype, device=tap.device)
+        pixel = torch.arange(data_offset.shape[2 + axis], dtype=tap.dtype, device=tap.device)
         rest = pixel.view([1, -1, 1] if axis == 0 else [1, 1, -1]) * stride[axis] - padding[axis]
         located.append(locate(rest + tap * dilation[axis] + offsets[axis], size[axis]))
     (row, share_row), (column, share_column) = located
@@ -82,13 +82,49 @@ def composed_deform_kernel_conv2d(
     if bias is not None:
         output = output + bias.to(output.dtype).unsqueeze(-1)
     out_size = output_size(input, kernel_size, stride, padding, dilation)
-    return output.unflatten(2, out_size).contiguous(memory_format=output_format(input))
+    output = output.reshape(*output.shape[:2], *out_size)  # not unflatten, which ONNX fixes
+    return output.contiguous(memory_format=output_format(input))
 
 
 def composed_sample_kernel(
-    weight: Tensor, kernel_offset: Tensor, kernel_size: Sequence[int], *, clip: bool
+    weight: Tensor, kernel_offset: Tensor, kernel_size: Sequence[int], *, clip: bool = True
 ) -> Tensor:
     """:func:`sample_kernel`, which has no other implementation."""
     coefficients = scope_coefficients(kernel_offset, weight.shape[2:], kernel_size, clip)
     kernels = weight.flatten(0, 1).flatten(1) @ coefficients.to(weight.dtype).transpose(1, 2)
     return kernels.unflatten(2, list(kernel_size)).unflatten(1, weight.shape[:2])
+
+
+def composed_per_image_conv2d(
+    input: Tensor,
+    kernels: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """:func:`per_image_conv2d` without bias, tap by tap.
+
+    For torch.compile, which makes one loop of it, and dies on a number of groups that it does not
+    know, as N * groups is; and for ONNX, which has to know it as well.
+    """
+    size = output_size(input, kernels.shape[3:], stride, padding, dilation)
+    padded = F.pad(input, [padding[1], padding[1], padding[0], padding[0]])
+    depthwise = kernels.shape[1] == groups and kernels.shape[2] == 1
+    output = torch.zeros((), dtype=input.dtype, device=input.device)
+    for i in range(kernels.shape[3]):
+        for j in range(kernels.shape[4]):
+            top, left = i * dilation[0], j * dilation[1]
+            seen = padded[
+                :, :,
+                top : top + (size[0] - 1) * stride[0] + 1 : stride[0],
+                left : left + (size[1] - 1) * stride[1] + 1 : stride[1],
+            ]  # fmt: skip
+            if depthwise:
+                output = output + seen * kernels[:, :, :, i, j].unsqueeze(-1)
+            else:
+                rows = kernels[..., i, j].unflatten(1, (groups, -1))  # [N, g, C_out/g, C_in/g]
+                columns = seen.unflatten(1, (groups, -1)).flatten(3)  # [N, g, C_in/g, P]
+                product = (rows @ columns).flatten(1, 2)
+                output = output + product.reshape(*product.shape[:2], *size)
+    return output

@@ -23,9 +23,14 @@ def why_composed(input: Tensor, weight: Tensor, groups: int) -> str:
     return ""
 
 
+def for_onnx() -> bool:
+    """Whether a graph for ONNX is being made, which has no operators but its own."""
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
 def warn_composed(reason: str) -> None:
     """Says so once, for each reason, when a user waits for what a compiled kernel would do."""
-    if torch.compiler.is_compiling() or reason in WARNED:
+    if torch.compiler.is_compiling() or for_onnx() or reason in WARNED:
         return
     WARNED.add(reason)
     warnings.warn(

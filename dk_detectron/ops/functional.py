@@ -19,9 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import Size, check, check_floating, check_groups, output_format, pair, shape
-from .composed import composed_deform_kernel_conv2d, composed_sample_kernel
+from .composed import (
+    composed_deform_kernel_conv2d,
+    composed_per_image_conv2d,
+    composed_sample_kernel,
+)
 from .derivatives import Forward, in_forward_mode, in_transform
-from .dispatch import warn_composed, why_composed
+from .dispatch import for_onnx, warn_composed, why_composed
 from .sampling import rest_kernel
 
 
@@ -93,7 +97,7 @@ def deform_kernel_conv2d(
     tensors = input, weight, bias, kernel_offset, data_offset
     if reason := why_composed(input, weight, groups):
         warn_composed(reason)
-    if reason or in_forward_mode():
+    if reason or in_forward_mode() or for_onnx():
         return composed_deform_kernel_conv2d(*tensors, **arguments)
     if in_transform():
         return Forward.apply(*tensors, arguments)
@@ -130,7 +134,7 @@ def sample_kernel(
         )
     # torch.func sees through Python, not through an operator of it.
     operator = torch.ops.dk_detectron.sample_kernel
-    function = composed_sample_kernel if in_transform() else operator
+    function = composed_sample_kernel if in_transform() or for_onnx() else operator
     return function(weight, kernel_offset, size, clip=clip)
 
 
@@ -179,17 +183,21 @@ def per_image_conv2d(
             output = (x.flatten(2).transpose(1, 2) @ matrices.transpose(1, 2)).transpose(1, 2)
         else:
             output = matrices @ x.flatten(2)
-        output = output.unflatten(2, x.shape[2:])
+        output = output.reshape(*output.shape[:2], *x.shape[2:])
         return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
     n = input.shape[0]
-    if n == 0:
-        kernel = kernels.new_empty(kernels.shape[1:])
-        return F.conv2d(input, kernel, bias, stride, padding, dilation, groups)
-    output = F.conv2d(
-        input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None,
-        stride, padding, dilation, n * groups,
-    )  # fmt: skip
-    output = output.unflatten(1, (n, -1)).squeeze(0)
+    if torch.compiler.is_compiling() or for_onnx():
+        output = composed_per_image_conv2d(input, kernels, stride, padding, dilation, groups)
+    elif n == 0:
+        output = F.conv2d(
+            input, kernels.new_empty(kernels.shape[1:]), None, stride, padding, dilation, groups
+        )
+    else:
+        output = F.conv2d(
+            input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None,
+            stride, padding, dilation, n * groups,
+        )  # fmt: skip
+        output = output.unflatten(1, (n, -1)).squeeze(0)
     if bias is not None:
         output = output + bias.to(output.dtype).view(-1, 1, 1)
     return output.contiguous(memory_format=memory_format)
