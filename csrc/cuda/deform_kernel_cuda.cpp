@@ -19,7 +19,7 @@ using cuda::kWarpSize;
 
 // Elements and images are counted in 64 bits; channels, and the pixels of the images that a tile
 // touches, in 32.
-void check_sizes(const DepthwiseParams& p) {
+void check_sizes(const ConvParams& p) {
   const int64_t in = p.in_h * p.in_w, out = p.out_h * p.out_w, limit = int64_t(1) << 31;
   const int64_t images = kPixels / std::min(in, out) + 2;
   DK_CHECK(std::max(in, out) * images < limit && p.channels < limit - 1024,
@@ -52,7 +52,7 @@ bool is_aligned(const Tensor& t, int64_t channels, int vector) {
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (vector * t.element_size()) == 0;
 }
 
-[[noreturn]] void refuse_scope(const DepthwiseParams& p, size_t bytes, int64_t limit) {
+[[noreturn]] void refuse_scope(const ConvParams& p, size_t bytes, int64_t limit) {
   DK_CHECK(false, "weight: a scope of ", p.scope_h, "x", p.scope_w, " with a kernel of ",
            p.kernel_h, "x", p.kernel_w, " needs ", bytes,
            " bytes of shared memory and this GPU has ", limit,
@@ -62,7 +62,7 @@ bool is_aligned(const Tensor& t, int64_t channels, int vector) {
 // ---- forward ------------------------------------------------------------------------------------
 
 template <typename scalar_t>
-ChannelTiles plan_forward(const DepthwiseParams& p, bool kernel, bool data, bool aligned) {
+ChannelTiles plan_forward(const ConvParams& p, bool kernel, bool data, bool aligned) {
   const int limit = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   size_t bytes = 0;
   for (int vector : {aligned ? int(16 / sizeof(scalar_t)) : 1, 1}) {
@@ -74,7 +74,7 @@ ChannelTiles plan_forward(const DepthwiseParams& p, bool kernel, bool data, bool
 
 // Contiguous activations have a kernel of their own for what local DK uses. For the rest,
 // converting to channels_last and back costs less than the scattered reads (data_offset) would.
-bool has_nchw_kernel(const DepthwiseParams& p, bool kernel, bool data) {
+bool has_nchw_kernel(const ConvParams& p, bool kernel, bool data) {
   return kernel && !data && p.kernel_h == 3 && p.kernel_w == 3 && p.scope_h == p.scope_w &&
          p.scope_h >= 3 && p.scope_h <= 5;
 }
@@ -87,7 +87,7 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                                  const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                  int64_t groups, bool clip) {
-  const DepthwiseParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
+  const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
   const stable::accelerator::DeviceGuard guard(input.get_device_index());
   const bool nchw = output_format(input) == MemoryFormat::Contiguous &&
@@ -132,7 +132,7 @@ namespace {
 // warps.
 template <typename scalar_t>
 int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const int per_block = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int per_processor = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   constexpr int reserved = 1024, max_warps = 16, wide = 16 / sizeof(opmath_t<scalar_t>);
@@ -162,7 +162,7 @@ int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
 // together.
 template <typename scalar_t>
 void plan_backward_split(BackwardArgs<scalar_t>& a, int64_t tile_pixels, int blocks_per_processor) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const int64_t blocks =
       int64_t(blocks_per_processor) * cuda::device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t tiles = (tile_pixels + kPixels - 1) / kPixels, channel_tiles = a.channels.tiles;
@@ -199,7 +199,7 @@ struct OffsetGradient {
 // In sorted order instead of by atomics.
 template <typename scalar_t>
 Tensor gather_grad_input(const BackwardArgs<scalar_t>& a, const Tensor& x, cudaStream_t stream) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Tensor base =
       stable::new_empty(x, {p.batch * p.out_h * p.out_w * p.taps()}, ScalarType::Long);
   cuda::launch_base_pixels(a, base.mutable_data_ptr<int64_t>(), stream);
@@ -218,7 +218,7 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
     const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
     IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     int64_t groups, bool clip, const std::vector<bool>& output_mask, bool deterministic) {
-  const DepthwiseParams p =
+  const ConvParams p =
       checked_backward_params(grad_output, input, weight, kernel_offset, data_offset, kernel_size,
                               stride, padding, dilation, groups, clip, output_mask);
   const stable::accelerator::DeviceGuard guard(input.get_device_index());

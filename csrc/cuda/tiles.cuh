@@ -78,7 +78,7 @@ template <int K, int S>
 struct Sizes {
   int kernel_h, kernel_w, scope_h, scope_w;
 
-  DK_INLINE explicit Sizes(const DepthwiseParams& p)
+  DK_INLINE explicit Sizes(const ConvParams& p)
       : kernel_h(K ? K : p.kernel_h),
         kernel_w(K ? K : p.kernel_w),
         scope_h(S ? S : p.scope_h),
@@ -194,7 +194,7 @@ DK_INLINE Location<T> locate_in_scope(const Sizes& size, const Offset<const T>& 
 
 // What it reads there.
 template <typename T, typename Sizes>
-DK_INLINE TapSample<T> sample_weight(const DepthwiseParams& p, const Sizes& size,
+DK_INLINE TapSample<T> sample_weight(const ConvParams& p, const Sizes& size,
                                      const Offset<const T>& offset, int64_t n, int t, int h,
                                      int w) {
   const Location<T> at = locate_in_scope(size, offset, n, t, h, w);
@@ -209,7 +209,7 @@ DK_INLINE int64_t rest_position(int out, int64_t stride, int64_t pad, int tap, i
 
 // The same tap, in the image.
 template <typename T, typename Sizes>
-DK_INLINE TapSample<T> sample_data(const DepthwiseParams& p, const Sizes& size,
+DK_INLINE TapSample<T> sample_data(const ConvParams& p, const Sizes& size,
                                    const Offset<const T>& offset, int64_t n, int t, int h, int w) {
   const T* o = offset_of(offset, n, t, h, w);
   const T y = T(rest_position(h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h));
@@ -260,7 +260,7 @@ struct Shared {
 
   // Where the taps of a tile of output pixels read, and how.
   template <typename Sizes>
-  __device__ __forceinline__ void fill_output_taps(const DepthwiseParams& p, const Sizes& size,
+  __device__ __forceinline__ void fill_output_taps(const ConvParams& p, const Sizes& size,
                                                    const PixelTile& tile,
                                                    const Offset<const T>& kernel_offset,
                                                    const Offset<const T>& data_offset) const {
@@ -322,7 +322,7 @@ using Int = std::integral_constant<int, v>;
 
 // Calls f(Int<K>, Int<S>) with the sizes that have kernels of their own, else with zeros.
 template <bool kKernel, typename F>
-void dispatch_sizes(const DepthwiseParams& p, const F& f) {
+void dispatch_sizes(const ConvParams& p, const F& f) {
   const bool three = p.kernel_h == 3 && p.kernel_w == 3, square = p.scope_h == p.scope_w;
   if constexpr (kKernel) {
     if (three && square && p.scope_h == 3) return f(Int<3>(), Int<3>());
