@@ -9,10 +9,11 @@
 //
 // A backend has kernels for the columns and their gradients, and says how:
 //
-//   int64_t tile_values, tile_pixels                      the largest tile
-//   ScalarType type, sum_type                             of columns, and of sums over tiles
+//   int64_t tile_values, tile_pixels, gradient_values     the largest tiles
+//   ScalarType type                                       of columns
 //   Tensor product(const Tensor& a, const Tensor& b)      [g, m, k] x [g, k, n] -> [g, m, n]
 //   Tensor columns(int64_t first, int64_t count)          [groups, count, C / groups * cells]
+//   void add(std::optional<Tensor>& sum, const Tensor& part)
 //   void backward(const Tensor& grad_columns, int64_t first, int64_t count)
 //                                                         adds up all but the weight's gradient
 #pragma once
@@ -22,13 +23,11 @@
 namespace dk {
 namespace dense {
 
-// Pixels of a tile: as many in each.
-template <typename Backend>
-int64_t tile_pixels(const ConvParams& p) {
-  const int64_t all = p.batch * p.out_h * p.out_w, values = p.channels * p.cells();
-  const int64_t most = std::clamp<int64_t>(Backend::tile_values / values, 1, Backend::tile_pixels);
-  const int64_t tiles = (all + most - 1) / most;
-  return (all + tiles - 1) / tiles;
+// Pixels of a tile of at most `values` columns' values, so that all of `pixels` are in tiles alike.
+inline int64_t tile_size(const ConvParams& p, int64_t pixels, int64_t values, int64_t most) {
+  most = std::clamp<int64_t>(values / (p.channels * p.cells()), 1, most);
+  const int64_t tiles = (pixels + most - 1) / most;
+  return (pixels + tiles - 1) / tiles;
 }
 
 // The rows of a tile of pixels, [groups, count, C_out / groups], of a tensor in channels_last.
@@ -45,8 +44,6 @@ inline Tensor weight_matrices(const ConvParams& p, const Tensor& weight) {
                                                    p.channels / p.groups * p.cells()});
 }
 
-inline Tensor sum(const Tensor& a, const Tensor& b) { return stable::subtract(a, b, -1); }
-
 // `output` is in channels_last.
 template <typename Backend>
 void forward(const ConvParams& p, Backend& backend, const Tensor& weight,
@@ -56,11 +53,11 @@ void forward(const ConvParams& p, Backend& backend, const Tensor& weight,
   std::optional<Tensor> row;
   if (bias) row = stable::view(stable::contiguous(*bias), {p.groups, 1, -1});
   const int64_t pixels = p.batch * p.out_h * p.out_w;
-  const int64_t step = tile_pixels<Backend>(p);
+  const int64_t step = tile_size(p, pixels, Backend::tile_values, Backend::tile_pixels);
   for (int64_t first = 0; first < pixels; first += step) {
     const int64_t count = std::min(step, pixels - first);
     Tensor product = backend.product(backend.columns(first, count), matrices);
-    if (row) product = sum(product, *row);
+    if (row) product = stable::subtract(product, *row, -1);
     Tensor rows = tile_rows(p, output, first, count);
     stable::copy_(rows, product);
   }
@@ -73,18 +70,24 @@ std::optional<Tensor> backward(const ConvParams& p, Backend& backend, const Tens
   const Tensor matrices = weight_matrices(p, to_type(weight, Backend::type));
   const bool others = output_mask[0] || output_mask[2] || output_mask[3];
   const int64_t pixels = p.batch * p.out_h * p.out_w;
-  const int64_t step = tile_pixels<Backend>(p);
+  const int64_t step = tile_size(p, pixels, Backend::tile_values, Backend::tile_pixels);
   std::optional<Tensor> grad_weight;
   for (int64_t first = 0; first < pixels; first += step) {
     const int64_t count = std::min(step, pixels - first);
     const Tensor grad = stable::contiguous(
         to_type(tile_rows(p, grad_output, first, count), Backend::type));
     if (output_mask[1]) {
-      const Tensor part =
-          backend.product(stable::transpose(grad, 1, 2), backend.columns(first, count));
-      grad_weight = grad_weight ? sum(*grad_weight, part) : to_type(part, Backend::sum_type);
+      const Tensor columns = backend.columns(first, count);
+      backend.add(grad_weight, backend.product(stable::transpose(grad, 1, 2), columns));
     }
-    if (others) backend.backward(backend.product(grad, matrices), first, count);
+    // The gradients of columns are read once, and not kept: smaller tiles stay in the cache.
+    const int64_t part = tile_size(p, count, Backend::gradient_values, count);
+    for (int64_t begin = 0; others && begin < count; begin += part) {
+      const int64_t size = std::min(part, count - begin);
+      Tensor rows = grad;
+      backend.backward(backend.product(stable::narrow(rows, 1, begin, size), matrices),
+                       first + begin, size);
+    }
   }
   if (grad_weight) grad_weight = to_type(stable::view(*grad_weight, weight.sizes()),
                                          weight.scalar_type());

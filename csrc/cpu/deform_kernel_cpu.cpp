@@ -80,15 +80,17 @@ Offset<T> gradient_view(const std::optional<Tensor>& offset) {
 template <typename scalar_t>
 struct DenseBackend {
   using T = opmath_t<scalar_t>;
-  // At most 16 MiB of float. The products are no faster with more pixels.
+  // At most 16 MiB of float columns, and 4 MiB of their gradient. Beyond 512 pixels, the products are
+  // no faster.
   static constexpr int64_t tile_values = int64_t(1) << 22, tile_pixels = 512;
-  static constexpr ScalarType type = scalar_type_of<T>, sum_type = type;
-  static constexpr int64_t kPixelGrain = 16, kScatterChannels = 32;
+  static constexpr int64_t gradient_values = tile_values / 4;
+  static constexpr ScalarType type = scalar_type_of<T>;
+  static constexpr int64_t kPixelGrain = 16, kScatterChannels = 32, kAddGrain = 1 << 14;
 
   const Tensor& like;
   ColumnsBackward<scalar_t> a;
   T* grad_input = nullptr;  // null: not wanted
-  // For all tiles, since fresh memory is slow: of the first one, which is the largest.
+  // For all tiles, since fresh memory is slow. The first tile is the largest.
   std::optional<Tensor> buffer, grad_taps;
 
   Tensor product(const Tensor& x, const Tensor& y) const {
@@ -100,7 +102,7 @@ struct DenseBackend {
           matrix.get(), transposed.get(), nullptr, "none", nullptr, 0, nullptr, &result));
       return stable::unsqueeze(Tensor(result), 0);
     }
-    return stable::matmul(x, y);
+    return stable::contiguous(stable::matmul(x, y));
   }
 
   Tensor columns(int64_t first, int64_t count) {
@@ -116,13 +118,24 @@ struct DenseBackend {
     return as_strided(*buffer, {p.groups, count, values}, {count * values, values, 1});
   }
 
+  static void add(std::optional<Tensor>& sum, const Tensor& part) {
+    if (!sum) {
+      sum = part;
+      return;
+    }
+    T* to = sum->mutable_data_ptr<T>();
+    const T* from = part.const_data_ptr<T>();
+    stable::parallel_for(0, part.numel(), kAddGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    });
+  }
+
   void backward(const Tensor& grad_columns, int64_t first, int64_t count) {
     const ConvParams& p = a.params;
     if (!grad_taps) grad_taps = stable::new_empty(like, {count, p.taps(), p.channels}, type);
-    const Tensor grad = stable::contiguous(grad_columns);
     a.first = first;
     a.count = count;
-    a.grad_columns = grad.const_data_ptr<T>();
+    a.grad_columns = grad_columns.const_data_ptr<T>();
     a.grad_taps = grad_taps->mutable_data_ptr<T>();
     stable::parallel_for(0, count, kPixelGrain, [&](int64_t begin, int64_t end) {
       DK_CALL(columns_backward, a, begin, end)
