@@ -411,18 +411,27 @@ void add_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   Scratch<const T*> taps(p.taps());
+  Scratch<int64_t> rows(p.kernel_h), columns(p.kernel_w * p.in_w);  // -1: none
+  for (int j = 0; j < p.kernel_w; ++j) {
+    for (int64_t x = 0; x < p.in_w; ++x)
+      columns.tiles[j * p.in_w + x] =
+          fed_output(x, p.pad_w, j, p.dilation_w, p.stride_w, p.out_w);
+  }
   for (int64_t line = begin; line < end; ++line) {
     const int64_t n = line / p.in_h, y = line % p.in_h;
+    for (int i = 0; i < p.kernel_h; ++i)
+      rows.tiles[i] = fed_output(y, p.pad_h, i, p.dilation_h, p.stride_h, p.out_h);
     for (int64_t x = 0; x < p.in_w; ++x) {
       int count = 0;
-      for (int t = 0; t < p.taps(); ++t) {
-        const int64_t row =
-            fed_output(y, p.pad_h, t / p.kernel_w, p.dilation_h, p.stride_h, p.out_h);
-        const int64_t column =
-            fed_output(x, p.pad_w, t % p.kernel_w, p.dilation_w, p.stride_w, p.out_w);
-        const int64_t pixel = (n * p.out_h + row) * p.out_w + column - a.first;
-        if (row < 0 || column < 0 || pixel < 0 || pixel >= a.count) continue;
-        taps.tiles[count++] = a.grad_taps + (pixel * p.taps() + t) * p.channels;
+      for (int i = 0; i < p.kernel_h; ++i) {
+        if (rows.tiles[i] < 0) continue;
+        const int64_t first = (n * p.out_h + rows.tiles[i]) * p.out_w - a.first;
+        for (int j = 0; j < p.kernel_w; ++j) {
+          const int64_t column = columns.tiles[j * p.in_w + x], pixel = first + column;
+          if (column < 0 || pixel < 0 || pixel >= a.count) continue;
+          const int64_t tap = pixel * p.taps() + i * p.kernel_w + j;
+          taps.tiles[count++] = a.grad_taps + tap * p.channels;
+        }
       }
       if (!count) continue;
       const AddTaps<T> body{taps.tiles, count, grad_input + (line * p.in_w + x) * p.channels};
