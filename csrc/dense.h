@@ -38,6 +38,16 @@ inline Tensor tile_rows(const ConvParams& p, const Tensor& t, int64_t first, int
   return stable::narrow(all, 1, first, count);
 }
 
+// The rows of all N * H that output pixels `first` to `last` read, and perhaps others between them.
+inline std::pair<int64_t, int64_t> input_rows(const ConvParams& p, int64_t first, int64_t last) {
+  const auto row = [&](int64_t pixel, int64_t tap) {
+    const int64_t line = pixel / p.out_w;
+    const int64_t y = line % p.out_h * p.stride_h - p.pad_h + tap * p.dilation_h;
+    return line / p.out_h * p.in_h + std::clamp<int64_t>(y, 0, p.in_h - 1);
+  };
+  return {row(first, 0), row(last, p.kernel_h - 1) + 1};
+}
+
 // [groups, C_out / groups, C / groups * cells]
 inline Tensor weight_matrices(const ConvParams& p, const Tensor& weight) {
   return stable::view(stable::contiguous(weight), {p.groups, p.out_channels / p.groups,

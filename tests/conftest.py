@@ -22,7 +22,7 @@ def device(request) -> str:
 
 def pytest_collection_modifyitems(items):
     """Spares the emulated kernels the tests that never call them."""
-    without_kernel = re.compile("composed|dense|grouped|multiplier|sample_kernel|neither")
+    without_kernel = re.compile("composed|sample_kernel|neither")
     items[:] = [
         item
         for item in items

@@ -149,22 +149,11 @@ struct DenseBackend {
         DK_CALL(scatter_taps, a, grad_input, begin * kScatterChannels, last)
       });
     } else {
-      const auto [begin, end] = input_rows(first, first + count - 1);
+      const auto [begin, end] = dense::input_rows(p, first, first + count - 1);
       stable::parallel_for(begin, end, 1, [&](int64_t begin, int64_t end) {
         DK_CALL(add_taps, a, grad_input, begin, end)
       });
     }
-  }
-
-  // Those of all N * H that output pixels `first` to `last` read, and perhaps others.
-  std::pair<int64_t, int64_t> input_rows(int64_t first, int64_t last) const {
-    const ConvParams& p = a.params;
-    auto row = [&](int64_t pixel, int64_t tap) {
-      const int64_t line = pixel / p.out_w;
-      const int64_t y = line % p.out_h * p.stride_h - p.pad_h + tap * p.dilation_h;
-      return line / p.out_h * p.in_h + std::clamp<int64_t>(y, 0, p.in_h - 1);
-    };
-    return {row(first, 0), row(last, p.kernel_h - 1) + 1};
   }
 };
 

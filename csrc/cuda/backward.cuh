@@ -309,16 +309,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Output pixel and tap number `pair` = p * taps + t.
-template <typename Sizes>
-DK_INLINE Pixel pixel_of_pair(const ConvParams& p, const Sizes& size, int64_t pair, int64_t* n,
-                              int* t) {
-  *t = static_cast<int>(pair % size.taps());
-  const int64_t pixel = pair / size.taps(), row = pixel / p.out_w;
-  *n = row / p.out_h;
-  return {0, static_cast<int>(row % p.out_h), static_cast<int>(pixel % p.out_w)};
-}
-
 template <typename scalar_t>
 __global__ void base_pixels_kernel(const BackwardArgs<scalar_t> a, int64_t* base) {
   const ConvParams& p = a.params;
@@ -330,19 +320,6 @@ __global__ void base_pixels_kernel(const BackwardArgs<scalar_t> a, int64_t* base
   const Pixel q = pixel_of_pair(p, size, pair, &n, &t);
   const auto sample = sample_data(p, size, a.data_offset, n, t, q.h, q.w);
   base[pair] = (n * p.in_h + sample.h.cell) * p.in_w + sample.w.cell;
-}
-
-// First position in sorted[0 .. size) that is not below value.
-DK_INLINE int64_t lower_bound(const int64_t* sorted, int64_t size, int64_t value) {
-  int64_t begin = 0, end = size;
-  while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
-    if (sorted[middle] < value)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin;
 }
 
 // By input pixels, one warp each, a thread per channel: adds, in sorted order, what the pairs send

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dense_cuda.h"
 #include "depthwise.h"
 #include "launch.cuh"
 
@@ -12,6 +13,7 @@ namespace {
 
 using cuda::BackwardArgs;
 using cuda::ChannelTiles;
+using cuda::current_stream;
 using cuda::ForwardArgs;
 using cuda::kPixels;
 using cuda::kThreads;
@@ -26,13 +28,6 @@ void check_sizes(const ConvParams& p) {
            "input: on CUDA, expected fewer than 2^30 pixels per image and 2^31 channels, got ",
            p.channels, " channels of ", p.in_h, "x", p.in_w, " and an output of ", p.out_h, "x",
            p.out_w);
-}
-
-// The C shim alone has it.
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 // The number of lanes that leaves the fewest idle.
@@ -90,11 +85,11 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
   const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
                                            kernel_size, stride, padding, dilation, groups, clip);
   const stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const bool nchw = output_format(input) == MemoryFormat::Contiguous &&
+  const bool nchw = p.depthwise() && output_format(input) == MemoryFormat::Contiguous &&
                     has_nchw_kernel(p, kernel_offset.has_value(), data_offset.has_value());
   const auto format = nchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
   Tensor output =
-      empty(input, {p.batch, p.channels, p.out_h, p.out_w}, input.scalar_type(), format);
+      empty(input, {p.batch, p.out_channels, p.out_h, p.out_w}, input.scalar_type(), format);
   if (output.numel() > 0 && input.numel() == 0) {  // nothing but padding
     fill_with_bias(output, bias);
   } else if (output.numel() > 0) {
@@ -113,6 +108,10 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                               offset_view<T>(data),
                               output.mutable_data_ptr<scalar_t>(),
                               {}};
+      if (!p.depthwise()) {
+        return cuda::dense_forward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x, weight,
+                                             bias, output);
+      }
       const cudaStream_t stream = current_stream(input);
       if (nchw) return cuda::launch_forward_nchw(a, stream);
       a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(),
@@ -245,6 +244,12 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       a.grad_output = grad.const_data_ptr<scalar_t>();
       a.kernel_offset = offset_view<T>(kernel);
       a.data_offset = offset_view<T>(data);
+      if (!p.depthwise()) {
+        gradients = cuda::dense_backward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x,
+                                                   weight, kernel, data, grad, output_mask,
+                                                   deterministic);
+        return;
+      }
 
       std::optional<Tensor> grad_input;
       if (!data) {
@@ -273,16 +278,21 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
 
       gradients[1] = stable::new_empty(weight, weight.sizes());
       cuda::launch_sum_weight(a, gradients[1]->mutable_data_ptr<scalar_t>(), stream);
-      if (grad_input) gradients[0] = to_type(*grad_input, input.scalar_type());
+      gradients[0] = grad_input;
       if (kernel) {
         const Tensor grad = grad_kernel.total();
         const Offset<T> view{grad.mutable_data_ptr<T>(), offset_strides(grad)};
         if (p.clip) cuda::launch_turn_inward(a, view, stream);
-        gradients[2] = to_type(grad, kernel_offset->scalar_type());
+        gradients[2] = grad;
       }
-      if (data) gradients[3] = to_type(grad_data.total(), data_offset->scalar_type());
+      if (data) gradients[3] = grad_data.total();
     });
-    if (gradients[0]) gradients[0] = stable::contiguous(*gradients[0], output_format(input));
+    if (gradients[0]) {
+      gradients[0] =
+          stable::contiguous(to_type(*gradients[0], input.scalar_type()), output_format(input));
+    }
+    if (kernel_offset) gradients[2] = to_type(*gradients[2], kernel_offset->scalar_type());
+    if (data_offset) gradients[3] = to_type(*gradients[3], data_offset->scalar_type());
   }
   return needed_gradients(gradients, output_mask);
 }

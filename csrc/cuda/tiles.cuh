@@ -227,6 +227,29 @@ DK_INLINE int fed_output(int in, int64_t pad, int tap, int64_t dilation, int64_t
   return position / stride < size ? static_cast<int>(position / stride) : -1;
 }
 
+// Output pixel and tap number `pair` = p * taps + t.
+template <typename Sizes>
+DK_INLINE Pixel pixel_of_pair(const ConvParams& p, const Sizes& size, int64_t pair, int64_t* n,
+                              int* t) {
+  *t = static_cast<int>(pair % size.taps());
+  const int64_t pixel = pair / size.taps(), row = pixel / p.out_w;
+  *n = row / p.out_h;
+  return {0, static_cast<int>(row % p.out_h), static_cast<int>(pixel % p.out_w)};
+}
+
+// First position in sorted[0 .. size) that is not below value.
+DK_INLINE int64_t lower_bound(const int64_t* sorted, int64_t size, int64_t value) {
+  int64_t begin = 0, end = size;
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    if (sorted[middle] < value)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
 // ---- shared memory ------------------------------------------------------------------------------
 
 template <typename scalar_t, int V, bool kKernel, bool kData>

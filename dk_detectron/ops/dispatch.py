@@ -15,8 +15,6 @@ WARNED: set[str] = set()
 def why_composed(input: Tensor, weight: Tensor, groups: int) -> str:
     """Why no compiled kernel takes the arguments, in words; empty if one does."""
     device = input.device.type
-    if device == "cuda" and not groups == input.shape[1] == weight.shape[0]:
-        return "the convolution is not depthwise (groups = C_in = C_out), as CUDA kernels are"
     if device not in DEVICES:
         cure = ": build it where there is a GPU, or with FORCE_CUDA=1" if device == "cuda" else ""
         return f"dk_detectron has been built without kernels for {device}{cure}"

@@ -21,7 +21,7 @@ struct Arena : c10::Allocator {
   std::map<char*, std::size_t> live;
 
   c10::DataPtr allocate(std::size_t bytes) override;
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  c10::DeleterFnPtr raw_deleter() const override;
   void copy_data(void* to, const void* from, std::size_t bytes) const override {
     std::memcpy(to, from, bytes);
   }
@@ -31,6 +31,13 @@ Arena arena;
 c10::Allocator* usual = nullptr;
 
 void release(void* p) { arena.live.erase(static_cast<char*>(p)); }
+
+// For oneDNN, which keeps bare pointers, from here or from the usual allocator.
+void release_any(void* p) {
+  if (!arena.live.erase(static_cast<char*>(p))) usual->raw_deallocate(p);
+}
+
+c10::DeleterFnPtr Arena::raw_deleter() const { return &release_any; }
 
 c10::DataPtr Arena::allocate(std::size_t bytes) {
   if (!on || !bytes) return usual->allocate(bytes);
