@@ -71,12 +71,11 @@ inline MemoryFormat output_format(const Tensor& input) {
 // Throws on anything a kernel could not handle. dk_detectron.ops checks the same with friendlier
 // words; this one is what keeps direct calls through torch.ops inside their memory.
 inline ConvParams checked_params(const Tensor& input, const Tensor& weight,
-                                      const std::optional<Tensor>& bias,
-                                      const std::optional<Tensor>& kernel_offset,
-                                      const std::optional<Tensor>& data_offset,
-                                      IntArrayRef kernel_size, IntArrayRef stride,
-                                      IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                      bool clip) {
+                                 const std::optional<Tensor>& bias,
+                                 const std::optional<Tensor>& kernel_offset,
+                                 const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                 int64_t groups, bool clip) {
   DK_CHECK(input.dim() == 4, "input: expected [N, C, H, W], got ", input.sizes());
   const int64_t channels = input.size(1);
   DK_CHECK(groups >= 1 && channels % groups == 0, "groups: expected a divisor of the ", channels,
@@ -159,13 +158,15 @@ inline ConvParams checked_params(const Tensor& input, const Tensor& weight,
 }
 
 // The same for backward.
-inline ConvParams checked_backward_params(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-    const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
-    IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    int64_t groups, bool clip, const std::vector<bool>& output_mask) {
+inline ConvParams checked_backward_params(const Tensor& grad_output, const Tensor& input,
+                                          const Tensor& weight,
+                                          const std::optional<Tensor>& kernel_offset,
+                                          const std::optional<Tensor>& data_offset,
+                                          IntArrayRef kernel_size, IntArrayRef stride,
+                                          IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                          bool clip, const std::vector<bool>& output_mask) {
   const ConvParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
-                                           kernel_size, stride, padding, dilation, groups, clip);
+                                      kernel_size, stride, padding, dilation, groups, clip);
   DK_CHECK(output_mask.size() == 4, "output_mask: expected 4 values, got ", output_mask.size());
   DK_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
            "output_mask: expected no gradient of an absent offset");

@@ -1,11 +1,12 @@
-// Convolutions that are not depthwise: the sum is regrouped so that the output channels meet the scope
-// in an ordinary matrix product (torch's), for any groups,
+// Convolutions that are not depthwise: the sum is regrouped so that the output channels meet the
+// scope in an ordinary matrix product (torch's), for any groups,
 //
 //   columns[g, p, c, l] = sum_t B[t, l](p) * input[g, c, p + k_t (+ data offset)]
 //   output[p, g, o]     = bias[g, o] + sum_{c, l} weight[g, o, c, l] * columns[g, p, c, l]
 //
 // B: the coefficients of tap t on cell l of the scope, or, without kernel_offset, l = t. It goes by
-// tiles of pixels p, of all N * H_out * W_out, so that the columns' memory does not grow with the image.
+// tiles of pixels p, of all N * H_out * W_out, so that the columns' memory does not grow with the
+// image.
 //
 // A backend has kernels for the columns and their gradients, and says how:
 //
@@ -33,8 +34,8 @@ inline int64_t tile_size(const ConvParams& p, int64_t pixels, int64_t values, in
 // The rows of a tile of pixels, [groups, count, C_out / groups], of a tensor in channels_last.
 inline Tensor tile_rows(const ConvParams& p, const Tensor& t, int64_t first, int64_t count) {
   const int64_t size = p.out_channels / p.groups;
-  Tensor all = as_strided(t, {p.groups, p.batch * p.out_h * p.out_w, size},
-                                {size, p.out_channels, 1});
+  Tensor all =
+      as_strided(t, {p.groups, p.batch * p.out_h * p.out_w, size}, {size, p.out_channels, 1});
   return stable::narrow(all, 1, first, count);
 }
 
@@ -50,16 +51,16 @@ inline std::pair<int64_t, int64_t> input_rows(const ConvParams& p, int64_t first
 
 // [groups, C_out / groups, C / groups * cells]
 inline Tensor weight_matrices(const ConvParams& p, const Tensor& weight) {
-  return stable::view(stable::contiguous(weight), {p.groups, p.out_channels / p.groups,
-                                                   p.channels / p.groups * p.cells()});
+  return stable::view(stable::contiguous(weight),
+                      {p.groups, p.out_channels / p.groups, p.channels / p.groups * p.cells()});
 }
 
 // `output` is in channels_last.
 template <typename Backend>
 void forward(const ConvParams& p, Backend& backend, const Tensor& weight,
              const std::optional<Tensor>& bias, const Tensor& output) {
-  const Tensor matrices = stable::transpose(
-      weight_matrices(p, to_type(weight, Backend::type)), 1, 2);
+  const Tensor matrices =
+      stable::transpose(weight_matrices(p, to_type(weight, Backend::type)), 1, 2);
   std::optional<Tensor> row;
   if (bias) row = stable::view(stable::contiguous(*bias), {p.groups, 1, -1});
   const int64_t pixels = p.batch * p.out_h * p.out_w;
@@ -84,8 +85,8 @@ std::optional<Tensor> backward(const ConvParams& p, Backend& backend, const Tens
   std::optional<Tensor> grad_weight;
   for (int64_t first = 0; first < pixels; first += step) {
     const int64_t count = std::min(step, pixels - first);
-    const Tensor grad = stable::contiguous(
-        to_type(tile_rows(p, grad_output, first, count), Backend::type));
+    const Tensor grad =
+        stable::contiguous(to_type(tile_rows(p, grad_output, first, count), Backend::type));
     if (output_mask[1]) {
       const Tensor columns = backend.columns(first, count);
       backend.add(grad_weight, backend.product(stable::transpose(grad, 1, 2), columns));
@@ -99,8 +100,8 @@ std::optional<Tensor> backward(const ConvParams& p, Backend& backend, const Tens
                        first + begin, size);
     }
   }
-  if (grad_weight) grad_weight = to_type(stable::view(*grad_weight, weight.sizes()),
-                                         weight.scalar_type());
+  if (grad_weight)
+    grad_weight = to_type(stable::view(*grad_weight, weight.sizes()), weight.scalar_type());
   return grad_weight;
 }
 

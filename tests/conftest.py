@@ -79,7 +79,7 @@ def assert_close(actual, expected, summands: torch.dtype | None = None) -> None:
         return
     rtol, atol = TOLERANCES[actual.dtype]
     if summands is not None:
-        atol = ROUNDED_SUMMANDS[summands] * expected.abs().max().item()
+        atol = ROUNDED_SUMMANDS[summands] * expected.nan_to_num().abs().max().item()
     torch.testing.assert_close(
         actual, expected.to(actual.dtype), rtol=rtol, atol=atol, equal_nan=True
     )

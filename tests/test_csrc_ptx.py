@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import ROUNDED_SUMMANDS, Case, assert_close, double
+from conftest import Case, assert_close, double
 from emulation import plugin
 from ptx import build
 from ptx.device import Device
@@ -97,8 +97,9 @@ def all_plans() -> list[Plan]:
         plans.append(Plan(Case(channels=8), offsets=offsets))
         plans.append(Plan(Case(channels=8), "contiguous", offsets=offsets))
         for deterministic in (False, True):
-            case = Case(channels=8, data_offset=True)
-            plans.append(Plan(case, deterministic=deterministic, offsets=offsets))
+            for groups in (8, 2):
+                case = Case(channels=8, groups=groups, data_offset=True)
+                plans.append(Plan(case, deterministic=deterministic, offsets=offsets))
     return plans
 
 
@@ -133,7 +134,7 @@ def test_results(plan, dtype, ptx, monkeypatch):
     if plan.offsets == "nan":
         # Which pixels a NaN location smears its gradient over is nobody's promise.
         del actual["grad_input"], expected["grad_input"]
-    rounded = plan.case.groups is not None and dtype in ROUNDED_SUMMANDS
+    rounded = plan.case.groups not in (None, plan.case.channels) and dtype.itemsize == 2
     assert_close(actual, expected, summands=dtype if rounded else None)
 
 
@@ -172,6 +173,8 @@ def changed(entry, number: int, instruction: Instruction, monkeypatch):
         ("backward_kernel<float,4,3,4,1>", {}),
         ("backward_data_kernel<float,4,3,4,1>", {"data_offset": True}),
         ("sum_weight_kernel<float>", {}),
+        ("columns_kernel<float,3,4,1,0>", {"groups": 2}),
+        ("columns_kernel<float,3,4,1,1>", {"groups": 2, "data_offset": True}),
     ],
 )
 def test_every_barrier_is_missed(name, options, ptx, monkeypatch):
@@ -183,7 +186,7 @@ def test_every_barrier_is_missed(name, options, ptx, monkeypatch):
     assert barriers
     for number in barriers:
         with settings(plan, monkeypatch), changed(entry, number, NOTHING, monkeypatch):
-            with pytest.raises(Fault, match=r"^(forward|backward|tiles)\.cuh:\d+.* race: "):
+            with pytest.raises(Fault, match=r"^(forward|backward|columns|tiles)\.cuh:\d+.* race: "):
                 ptx.call(plan.tensors(torch.float32), plan.case)
 
 

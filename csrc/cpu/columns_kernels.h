@@ -1,10 +1,10 @@
 // The kernels of convolutions that are not depthwise: what goes into the matrix product of
 // csrc/dense.h, and what comes back. Included once per instruction set: tiles.h.
 //
-// Columns have the layout of the weight, [C / groups, cells], which needs no rearranging then. Forward,
-// a pixel's taps make a dense table of coefficients, [taps, cells], and each channel is a sum of its
-// rows: all cells of a channel lie in registers. Backward reads four cells a tap and is vectorised over
-// channels, which a transposition of each block puts next to each other.
+// Columns have the layout of the weight, [C / groups, cells], which needs no rearranging then.
+// Forward, a pixel's taps make a dense table of coefficients, [taps, cells], and each channel is a
+// sum of its rows: all cells of a channel lie in registers. Backward reads four cells a tap and is
+// vectorised over channels, which a transposition of each block puts next to each other.
 #include "tiles.h"
 
 namespace dk {
@@ -34,8 +34,7 @@ struct Taps {
     count = static_cast<int>(left < kTile ? left : kTile);
     output_columns(x, count, column);
     for (int t = 0; t < p.taps(); ++t) {
-      if constexpr (kKernel)
-        fill_scope_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
+      if constexpr (kKernel) fill_scope_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
       if constexpr (kData)
         fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
       else
@@ -52,8 +51,8 @@ struct Taps {
   }
 };
 
-// Calls body.run(first, last, to) for the channels [c, c + width) of a pixel, group by group; `to` is
-// where the pixel's columns of channel `first` are, counted in channels of all groups' pixels.
+// Calls body.run(first, last, to) for the channels [c, c + width) of a pixel, group by group; `to`
+// is where the pixel's columns of channel `first` are, counted in channels of all groups' pixels.
 template <typename Body>
 DK_INLINE void for_groups(const ConvParams& p, int64_t count, int64_t pixel, int64_t c,
                           int64_t width, const Body& body) {
@@ -107,7 +106,7 @@ struct TapRows {
         const auto vector = taps.template value_sampler<Vector<T>>(t, i);
         const auto single = taps.template value_sampler<T>(t, i);
         const SampleRow<scalar_t, decltype(vector), decltype(single)> row{vector, single, input,
-                                                                         values.tiles[t]};
+                                                                          values.tiles[t]};
         for_channels<T, 1>(0, width, row);
         rows.tiles[t] = values.tiles[t];
       }
@@ -143,7 +142,8 @@ struct CoefficientTable {
     // For want of kernel offsets, each tap has a cell of its own.
     for (int t = 0; t < taps && t < cells; ++t) values.tiles[t * stride + t] = 1;
   }
-  // By comparing every cell: a vector read of single numbers just written would have to wait for them.
+  // By comparing every cell: a vector read of single numbers just written would have to wait for
+  // them.
   DK_INLINE void fill(const ScopeTile<T>* scope, int i) {
     typedef Vector<T> V;
     using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
@@ -163,7 +163,8 @@ struct CoefficientTable {
   }
 };
 
-// Channels of one group and pixel: to[c - first][cell] = sum over taps of rows[t][c] * table[t][cell].
+// Channels of one group and pixel: to[c - first][cell] = sum over taps of rows[t][c] *
+// table[t][cell].
 template <typename T>
 struct Expand {
   const T* const* rows;
@@ -192,8 +193,9 @@ struct Expand {
     }
   }
 
-  // All cells of a channel are written by whole vectors: what they write too much belongs to the next
-  // channels, which are written later. The last ones, which have no such neighbours, take a detour.
+  // All cells of a channel are written by whole vectors: what they write too much belongs to the
+  // next channels, which are written later. The last ones, which have no such neighbours, take a
+  // detour.
   template <typename V, int NV>
   DK_INLINE void channels(int64_t first, int64_t last, T* to) const {
     constexpr int step = NV * lanes<V, T>, U = kGroup * 2 / NV;
@@ -361,10 +363,10 @@ DK_INLINE void columns_backward_of(const ColumnsBackward<scalar_t>& a, int64_t b
           if (taps.in_padding(t, i)) continue;
           const ColumnsBackwardTap<scalar_t, kKernel, kData> tap{
               taps, t, i, grad_columns.tiles[0], input + c, grad_taps + t * p.channels + c};
-          sum_channels<T, 2>(width, tap,
-                             {kData ? &data_dots.tiles[t] : nullptr,
-                              kKernel ? &kernel_dots.tiles[t] : nullptr},
-                             i);
+          sum_channels<T, 2>(
+              width, tap,
+              {kData ? &data_dots.tiles[t] : nullptr, kKernel ? &kernel_dots.tiles[t] : nullptr},
+              i);
         }
       }
     }
@@ -414,8 +416,7 @@ void add_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input
   Scratch<int64_t> rows(p.kernel_h), columns(p.kernel_w * p.in_w);  // -1: none
   for (int j = 0; j < p.kernel_w; ++j) {
     for (int64_t x = 0; x < p.in_w; ++x)
-      columns.tiles[j * p.in_w + x] =
-          fed_output(x, p.pad_w, j, p.dilation_w, p.stride_w, p.out_w);
+      columns.tiles[j * p.in_w + x] = fed_output(x, p.pad_w, j, p.dilation_w, p.stride_w, p.out_w);
   }
   for (int64_t line = begin; line < end; ++line) {
     const int64_t n = line / p.in_h, y = line % p.in_h;
@@ -478,12 +479,11 @@ void scatter_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_i
   }
 }
 
-#define DK_INSTANTIATE(scalar_t)                                                                \
-  template void columns(const Columns<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t);       \
-  template void columns_backward(const ColumnsBackward<scalar_t>&, int64_t, int64_t);           \
-  template void add_taps(const ColumnsBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t,        \
-                         int64_t);                                                              \
-  template void scatter_taps(const ColumnsBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t,    \
+#define DK_INSTANTIATE(scalar_t)                                                                   \
+  template void columns(const Columns<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t);          \
+  template void columns_backward(const ColumnsBackward<scalar_t>&, int64_t, int64_t);              \
+  template void add_taps(const ColumnsBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t); \
+  template void scatter_taps(const ColumnsBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t,       \
                              int64_t);
 DK_INSTANTIATE(float)
 DK_INSTANTIATE(double)

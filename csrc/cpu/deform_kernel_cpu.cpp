@@ -80,8 +80,8 @@ Offset<T> gradient_view(const std::optional<Tensor>& offset) {
 template <typename scalar_t>
 struct DenseBackend {
   using T = opmath_t<scalar_t>;
-  // At most 16 MiB of float columns, and 4 MiB of their gradient. Beyond 512 pixels, the products are
-  // no faster.
+  // At most 16 MiB of float columns, and 4 MiB of their gradient. Beyond 512 pixels, the products
+  // are no faster.
   static constexpr int64_t tile_values = int64_t(1) << 22, tile_pixels = 512;
   static constexpr int64_t gradient_values = tile_values / 4;
   static constexpr ScalarType type = scalar_type_of<T>;
@@ -112,9 +112,8 @@ struct DenseBackend {
     const int64_t values = p.channels / p.groups * p.cells();
     if (!buffer) buffer = stable::new_empty(like, {p.groups * count * values}, type);
     T* data = buffer->mutable_data_ptr<T>();
-    stable::parallel_for(0, count, kPixelGrain, [&](int64_t begin, int64_t end) {
-      DK_CALL(columns, a, data, begin, end)
-    });
+    stable::parallel_for(0, count, kPixelGrain,
+                         [&](int64_t begin, int64_t end) { DK_CALL(columns, a, data, begin, end) });
     return as_strided(*buffer, {p.groups, count, values}, {count * values, values, 1});
   }
 
@@ -165,8 +164,8 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                 int64_t groups, bool clip) {
-  const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
-                                           kernel_size, stride, padding, dilation, groups, clip);
+  const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset, kernel_size,
+                                      stride, padding, dilation, groups, clip);
   const Tensor x = stable::contiguous(input, MemoryFormat::ChannelsLast);
   Tensor output = empty(input, {p.batch, p.out_channels, p.out_h, p.out_w}, input.scalar_type(),
                         MemoryFormat::ChannelsLast);
@@ -213,8 +212,7 @@ int64_t count_weight_blocks(const ConvParams& p, int64_t rows) {
 // Runs body(begin, end, partial gradient, which starts at zero) over blocks of rows, and returns
 // the sum of the partial gradients, which are like the scope.
 template <typename T, typename Body>
-Tensor sum_weight_blocks(const ConvParams& p, const Tensor& scope, int64_t rows,
-                         const Body& body) {
+Tensor sum_weight_blocks(const ConvParams& p, const Tensor& scope, int64_t rows, const Body& body) {
   const int64_t blocks = count_weight_blocks(p, rows), size = scope.numel();
   const Tensor partials = stable::new_empty(scope, {blocks, size});
   T* data = partials.mutable_data_ptr<T>();

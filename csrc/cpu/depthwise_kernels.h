@@ -1,9 +1,9 @@
 // The depthwise kernels. Included once per instruction set: tiles.h.
 //
-// Each pixel of a tile runs over its channels in groups of up to kGroup vectors. A block of channels
-// is done for the whole tile before the next, so that its scope (S_h*S_w*kChannelBlock values, next
-// to each other: at the distance of all channels, often a power of two, they would evict each other)
-// stays in the first-level cache.
+// Each pixel of a tile runs over its channels in groups of up to kGroup vectors. A block of
+// channels is done for the whole tile before the next, so that its scope (S_h*S_w*kChannelBlock
+// values, next to each other: at the distance of all channels, often a power of two, they would
+// evict each other) stays in the first-level cache.
 #include "tiles.h"
 
 namespace dk {

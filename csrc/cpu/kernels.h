@@ -34,8 +34,8 @@ struct DepthwiseBackward {
   Offset<T> grad_kernel_offset, grad_data_offset;
 };
 
-// A tile of the columns of a convolution that is not depthwise (csrc/dense.h): `count` output pixels
-// from `first` on, of all N * H_out * W_out.
+// A tile of the columns of a convolution that is not depthwise (csrc/dense.h): `count` output
+// pixels from `first` on, of all N * H_out * W_out.
 template <typename scalar_t>
 struct Columns {
   using T = opmath_t<scalar_t>;

@@ -1,7 +1,7 @@
-// What the CPU kernels share: vectors, tiles of pixels and their taps, sums over channels. In GCC/Clang
-// vector extensions. Included once per instruction set by a file that defines DK_ISA (a namespace)
-// and DK_VECTOR_BYTES and sets the target. Nothing here may instantiate templates of other headers
-// out of line: the linker would keep one copy for all targets.
+// What the CPU kernels share: vectors, tiles of pixels and their taps, sums over channels. In
+// GCC/Clang vector extensions. Included once per instruction set by a file that defines DK_ISA (a
+// namespace) and DK_VECTOR_BYTES and sets the target. Nothing here may instantiate templates of
+// other headers out of line: the linker would keep one copy for all targets.
 //
 // Work goes by tiles of pixels in a row. For each tap, the bilinear coefficients of a tile are
 // computed once, vectorised over pixels, and shared by all channels.
@@ -238,8 +238,8 @@ DK_INLINE void gather_offset(const Offset<const T>& offset, int64_t n, int t, in
 
 // Their locations in the scope.
 template <typename T>
-DK_INLINE void locate_in_scope(const ConvParams& p, const Offset<const T>& offset, int64_t n,
-                               int t, int64_t row, const int64_t* column, T* h, T* w) {
+DK_INLINE void locate_in_scope(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
+                               int64_t row, const int64_t* column, T* h, T* w) {
   gather_offset(offset, n, t, row, column, h, w);
   const T rest_h = T(p.scope_h - p.kernel_h) / 2 + T(t / p.kernel_w);
   const T rest_w = T(p.scope_w - p.kernel_w) / 2 + T(t % p.kernel_w);
@@ -250,8 +250,8 @@ DK_INLINE void locate_in_scope(const ConvParams& p, const Offset<const T>& offse
 }
 
 template <typename T>
-DK_INLINE void fill_scope_tile(const ConvParams& p, const Offset<const T>& offset, int64_t n,
-                               int t, int64_t row, const int64_t* column, ScopeTile<T>& tile) {
+DK_INLINE void fill_scope_tile(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
+                               int64_t row, const int64_t* column, ScopeTile<T>& tile) {
   typedef Vector<T> V;
   T h[kTile], w[kTile];
   locate_in_scope(p, offset, n, t, row, column, h, w);
@@ -262,8 +262,8 @@ DK_INLINE void fill_scope_tile(const ConvParams& p, const Offset<const T>& offse
 }
 
 template <typename T>
-DK_INLINE void fill_image_tile(const ConvParams& p, const Offset<const T>& offset, int64_t n,
-                               int t, int64_t row, const int64_t* column, ImageTile<T>& tile) {
+DK_INLINE void fill_image_tile(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
+                               int64_t row, const int64_t* column, ImageTile<T>& tile) {
   typedef Vector<T> V;
   T h[kTile], w[kTile];
   gather_offset(offset, n, t, row, column, h, w);
@@ -379,7 +379,6 @@ DK_INLINE void fill_pixel_tile(const ConvParams& p, int t, int64_t row, const in
   }
 }
 
-
 // The output row (column) that reads an input row (column) through a tap, -1 for none.
 DK_INLINE int64_t fed_output(int64_t in, int64_t pad, int64_t tap, int64_t dilation, int64_t stride,
                              int64_t size) {
@@ -443,18 +442,18 @@ DK_INLINE void scatter_offset(const Offset<T>& offset, int64_t n, int t, int64_t
 }
 
 template <typename Args, typename T>
-DK_INLINE void store_data_offset_gradient(const Args& a, int64_t n, int t,
-                                          int64_t row, const int64_t* column,
-                                          const ImageTile<T>& tile, const DotTile<T>& dots) {
+DK_INLINE void store_data_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
+                                          const int64_t* column, const ImageTile<T>& tile,
+                                          const DotTile<T>& dots) {
   T h[kTile], w[kTile];
   offset_gradient(tile, dots, h, w);
   scatter_offset(a.grad_data_offset, n, t, row, column, h, w);
 }
 
 template <typename Args, typename T>
-DK_INLINE void store_kernel_offset_gradient(const Args& a, int64_t n, int t,
-                                            int64_t row, const int64_t* column,
-                                            const ScopeTile<T>& tile, const DotTile<T>& dots) {
+DK_INLINE void store_kernel_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
+                                            const int64_t* column, const ScopeTile<T>& tile,
+                                            const DotTile<T>& dots) {
   const ConvParams& p = a.params;
   T h[kTile], w[kTile];
   offset_gradient(tile, dots, h, w);

@@ -1,5 +1,5 @@
-// Kernels of convolutions that are not depthwise: what goes into the matrix product of csrc/dense.h,
-// and what comes back. Shapes: tiles.cuh, columns.h.
+// Kernels of convolutions that are not depthwise: what goes into the matrix product of
+// csrc/dense.h, and what comes back. Shapes: tiles.cuh, columns.h.
 #pragma once
 
 #include "tiles.cuh"  // first, since it has headers of torch that must be
@@ -28,8 +28,8 @@ DK_INLINE int rest_pixel(const ConvParams& p, const Sizes& size, int t, int h, i
 // ---- columns ------------------------------------------------------------------------------------
 
 // A block: some pixels, 32 channels. Its threads first make, for each pixel and tap, a row of
-// coefficients of all cells. Then a warp takes a pixel, a thread one channel, and sums up all its cells
-// (S known) or four at a time in registers: the rows are the same for the whole warp.
+// coefficients of all cells. Then a warp takes a pixel, a thread one channel, and sums up all its
+// cells (S known) or four at a time in registers: the rows are the same for the whole warp.
 template <typename scalar_t, int K, int S, bool kKernel, bool kData>
 __global__ void __launch_bounds__(kThreads) columns_kernel(const ColumnsArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
@@ -119,16 +119,16 @@ __device__ __forceinline__ T warp_sum(T x) {
   return fold_sum(v, kWarpSize);
 }
 
-// A warp takes an output pixel, and all of its channels: a sum over them is the whole one, which can be
-// turned inward at once.
+// A warp takes an output pixel, and all of its channels: a sum over them is the whole one, which
+// can be turned inward at once.
 template <typename scalar_t, bool kKernel, bool kData>
 __global__ void __launch_bounds__(kThreads)
     columns_backward_kernel(const ColumnsBackwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   const Sizes<0, 0> size(p);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) +
-                    threadIdx.x / kWarpSize;
+  const int64_t i =
+      static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (i >= a.count) return;
   const int lane = threadIdx.x % kWarpSize, taps = size.taps();
   const int channels = static_cast<int>(p.channels);
@@ -245,8 +245,7 @@ __global__ void __launch_bounds__(kThreads)
   if (element >= a.count * size.taps() * channels) return;
   int64_t n;
   int t;
-  const Pixel q =
-      pixel_of_pair(p, size, a.first * size.taps() + element / channels, &n, &t);
+  const Pixel q = pixel_of_pair(p, size, a.first * size.taps() + element / channels, &n, &t);
   const auto sample = sample_data(p, size, a.data_offset, n, t, q.h, q.w);
   const Vector<T, 4> coef = sample.coef();
   const Steps steps(p.in_h, p.in_w, channels);
@@ -311,8 +310,8 @@ inline int64_t blocks_of(int64_t threads) { return (threads + kThreads - 1) / kT
 template <typename scalar_t>
 void launch_columns(const ColumnsArgs<scalar_t>& a, cudaStream_t stream) {
   const ConvParams& p = a.params;
-  const int64_t blocks = (a.count + a.pixels - 1) / a.pixels *
-                         ((p.channels + kWarpSize - 1) / kWarpSize);
+  const int64_t blocks =
+      (a.count + a.pixels - 1) / a.pixels * ((p.channels + kWarpSize - 1) / kWarpSize);
   dispatch_offsets(a.kernel_offset.data, a.data_offset.data, [&](auto kernel, auto data) {
     constexpr bool kKernel = decltype(kernel)::value, kData = decltype(data)::value;
     const size_t bytes =
@@ -362,16 +361,16 @@ void launch_gather_taps(const ColumnsBackwardArgs<scalar_t>& a, const int64_t* s
 }  // namespace cuda
 }  // namespace dk
 
-#define DK_INSTANTIATE_COLUMNS(scalar_t)                                                         \
-  namespace dk {                                                                                 \
-  namespace cuda {                                                                               \
-  template void launch_columns(const ColumnsArgs<scalar_t>&, cudaStream_t);                      \
-  template void launch_columns_backward(const ColumnsBackwardArgs<scalar_t>&, cudaStream_t);     \
-  template void launch_add_taps(const ColumnsBackwardArgs<scalar_t>&, int64_t, int64_t,          \
-                                cudaStream_t);                                                   \
-  template void launch_scatter_taps(const ColumnsBackwardArgs<scalar_t>&, cudaStream_t);         \
-  template void launch_tap_bases(const ColumnsBackwardArgs<scalar_t>&, int64_t*, cudaStream_t);  \
-  template void launch_gather_taps(const ColumnsBackwardArgs<scalar_t>&, const int64_t*,         \
-                                   const int64_t*, cudaStream_t);                                \
-  }                                                                                              \
+#define DK_INSTANTIATE_COLUMNS(scalar_t)                                                        \
+  namespace dk {                                                                                \
+  namespace cuda {                                                                              \
+  template void launch_columns(const ColumnsArgs<scalar_t>&, cudaStream_t);                     \
+  template void launch_columns_backward(const ColumnsBackwardArgs<scalar_t>&, cudaStream_t);    \
+  template void launch_add_taps(const ColumnsBackwardArgs<scalar_t>&, int64_t, int64_t,         \
+                                cudaStream_t);                                                  \
+  template void launch_scatter_taps(const ColumnsBackwardArgs<scalar_t>&, cudaStream_t);        \
+  template void launch_tap_bases(const ColumnsBackwardArgs<scalar_t>&, int64_t*, cudaStream_t); \
+  template void launch_gather_taps(const ColumnsBackwardArgs<scalar_t>&, const int64_t*,        \
+                                   const int64_t*, cudaStream_t);                               \
+  }                                                                                             \
   }

@@ -7,8 +7,8 @@
 namespace dk {
 namespace cuda {
 
-// A tile of columns (csrc/dense.h): `count` output pixels from `first` on, of all N * H_out * W_out.
-// The input is channels_last.
+// A tile of columns (csrc/dense.h): `count` output pixels from `first` on, of all N * H_out *
+// W_out. The input is channels_last.
 template <typename scalar_t>
 struct ColumnsArgs {
   using T = opmath_t<scalar_t>;

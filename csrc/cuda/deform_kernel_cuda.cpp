@@ -82,8 +82,8 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                                  const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                  int64_t groups, bool clip) {
-  const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
-                                           kernel_size, stride, padding, dilation, groups, clip);
+  const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset, kernel_size,
+                                      stride, padding, dilation, groups, clip);
   const stable::accelerator::DeviceGuard guard(input.get_device_index());
   const bool nchw = p.depthwise() && output_format(input) == MemoryFormat::Contiguous &&
                     has_nchw_kernel(p, kernel_offset.has_value(), data_offset.has_value());
@@ -109,8 +109,8 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                               output.mutable_data_ptr<scalar_t>(),
                               {}};
       if (!p.depthwise()) {
-        return cuda::dense_forward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x, weight,
-                                             bias, output);
+        return cuda::dense_forward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x,
+                                             weight, bias, output);
       }
       const cudaStream_t stream = current_stream(input);
       if (nchw) return cuda::launch_forward_nchw(a, stream);
@@ -245,9 +245,9 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       a.kernel_offset = offset_view<T>(kernel);
       a.data_offset = offset_view<T>(data);
       if (!p.depthwise()) {
-        gradients = cuda::dense_backward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x,
-                                                   weight, kernel, data, grad, output_mask,
-                                                   deterministic);
+        gradients =
+            cuda::dense_backward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x, weight,
+                                           kernel, data, grad, output_mask, deterministic);
         return;
       }
 

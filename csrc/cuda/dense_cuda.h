@@ -25,8 +25,8 @@ int columns_pixels(const ConvParams& p, bool kernel, bool data) {
   return pixels;
 }
 
-// Columns are in the type of the activations, for which the matrix products are fast; sums over taps,
-// channels and tiles are in the arithmetic type.
+// Columns are in the type of the activations, for which the matrix products are fast; sums over
+// taps, channels and tiles are in the arithmetic type.
 template <typename scalar_t>
 struct DenseBackend {
   using T = opmath_t<scalar_t>;
@@ -56,11 +56,10 @@ struct DenseBackend {
     const ConvParams& p = a.params;
     const Tensor result =
         stable::new_empty(like, {p.groups, count, p.channels / p.groups * p.cells()}, type);
-    launch_columns<scalar_t>(
-        {p, a.input, a.kernel_offset, a.data_offset, first, count,
-         result.mutable_data_ptr<scalar_t>(),
-         columns_pixels<T>(p, a.kernel_offset.data, a.data_offset.data)},
-        stream);
+    launch_columns<scalar_t>({p, a.input, a.kernel_offset, a.data_offset, first, count,
+                              result.mutable_data_ptr<scalar_t>(),
+                              columns_pixels<T>(p, a.kernel_offset.data, a.data_offset.data)},
+                             stream);
     return result;
   }
 

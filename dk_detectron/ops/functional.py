@@ -94,7 +94,7 @@ def deform_kernel_conv2d(
             return F.conv2d(input, weight, bias, groups=groups, **sizes)
     arguments: dict[str, Any] = {"groups": groups, "clip": clip, **sizes}
     tensors = input, weight, bias, kernel_offset, data_offset
-    if reason := why_composed(input, weight, groups):
+    if reason := why_composed(input):
         warn_composed(reason)
     if reason or in_forward_mode():
         return composed_deform_kernel_conv2d(*tensors, **arguments)

@@ -16,11 +16,12 @@ def main():
     torch.set_num_threads(1)
     plugin.load()
     # Channels for one vector per thread and for one channel; two tiles of pixels and of channels.
-    for channels in 132, 9:
+    # Depthwise and not.
+    for channels, groups in (132, 132), (9, 9), (66, 3):
         for kernel, data in OFFSETS:
             case = Case(
-                batch=1, channels=channels, size=(6, 8), scope=(4, 4) if kernel else (3, 3),
-                kernel_offset=kernel, data_offset=data,
+                batch=1, channels=channels, groups=groups, size=(6, 8),
+                scope=(4, 4) if kernel else (3, 3), kernel_offset=kernel, data_offset=data,
             )  # fmt: skip
             for layout in torch.channels_last, torch.contiguous_format:
                 tensors = case.tensors(torch.float32)
