@@ -1,11 +1,11 @@
-// Sizes and strides of one depthwise deform_kernel_conv2d call, checked once, for every backend.
+// Sizes and strides of one deform_kernel_conv2d call, checked once, for every backend.
 //
 //   input          [N, C, H, W]
-//   weight         [C, 1, S_h, S_w]             the scope
-//   bias           [C]
+//   weight         [C_out, C/groups, S_h, S_w]  the scope
+//   bias           [C_out]
 //   kernel_offset  [N, 2*K_h*K_w, H_out, W_out] channel 2t: rows, 2t+1: columns, in scope cells
 //   data_offset    [N, 2*K_h*K_w, H_out, W_out] the same layout, in input pixels
-//   output         [N, C, H_out, W_out]
+//   output         [N, C_out, H_out, W_out]
 #pragma once
 
 #include <algorithm>
@@ -23,14 +23,16 @@ namespace dk {
 template <typename scalar_t>
 using opmath_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-struct DepthwiseParams {
-  int64_t batch, channels, in_h, in_w, out_h, out_w;
+struct ConvParams {
+  int64_t batch, channels, out_channels, groups, in_h, in_w, out_h, out_w;
   int scope_h, scope_w, kernel_h, kernel_w;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   bool clip;
 
   int taps() const { return kernel_h * kernel_w; }
   int cells() const { return scope_h * scope_w; }
+  // Depthwise convolutions have direct kernels; dense.h has the others.
+  bool depthwise() const { return groups == channels && out_channels == channels; }
 };
 
 // Element strides of an offset tensor, so that any memory format is read where it lies.
@@ -68,20 +70,19 @@ inline MemoryFormat output_format(const Tensor& input) {
 
 // Throws on anything a kernel could not handle. dk_detectron.ops checks the same with friendlier
 // words; this one is what keeps direct calls through torch.ops inside their memory.
-inline DepthwiseParams checked_params(const Tensor& input, const Tensor& weight,
-                                      const std::optional<Tensor>& bias,
-                                      const std::optional<Tensor>& kernel_offset,
-                                      const std::optional<Tensor>& data_offset,
-                                      IntArrayRef kernel_size, IntArrayRef stride,
-                                      IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                      bool clip) {
+inline ConvParams checked_params(const Tensor& input, const Tensor& weight,
+                                 const std::optional<Tensor>& bias,
+                                 const std::optional<Tensor>& kernel_offset,
+                                 const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                 int64_t groups, bool clip) {
   DK_CHECK(input.dim() == 4, "input: expected [N, C, H, W], got ", input.sizes());
   const int64_t channels = input.size(1);
-  DK_CHECK(
-      groups == channels && weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1,
-      "torch.ops.dk_detectron.deform_kernel_conv2d is depthwise: expected weight [", channels,
-      ", 1, S_h, S_w] and groups=", channels, ", got weight ", weight.sizes(),
-      " and groups=", groups, "; dk_detectron.ops.deform_kernel_conv2d takes every grouping");
+  DK_CHECK(groups >= 1 && channels % groups == 0, "groups: expected a divisor of the ", channels,
+           " input channels, got ", groups);
+  DK_CHECK(weight.dim() == 4 && weight.size(1) == channels / groups && weight.size(0) % groups == 0,
+           "weight: expected [C_out, ", channels / groups, ", S_h, S_w] with C_out a multiple of ",
+           groups, " groups, got ", weight.sizes());
   DK_CHECK(is_floating_point(input), "input: expected a floating point type, got ",
            input.scalar_type());
   auto check_pair = [](IntArrayRef pair, const char* name, int64_t least) {
@@ -101,9 +102,11 @@ inline DepthwiseParams checked_params(const Tensor& input, const Tensor& weight,
            "kernel_size, scope size: expected at most ", most, " taps and cells, got ", kernel_size,
            " and ", weight.sizes().slice(2));
 
-  DepthwiseParams p;
+  ConvParams p;
   p.batch = input.size(0);
   p.channels = channels;
+  p.out_channels = weight.size(0);
+  p.groups = groups;
   p.in_h = input.size(2);
   p.in_w = input.size(3);
   p.scope_h = static_cast<int>(weight.size(2));
@@ -136,8 +139,8 @@ inline DepthwiseParams checked_params(const Tensor& input, const Tensor& weight,
   check_like_input(weight, "weight");
   if (bias) {
     check_like_input(*bias, "bias");
-    DK_CHECK(bias->dim() == 1 && bias->size(0) == channels, "bias: expected [", channels, "], got ",
-             bias->sizes());
+    DK_CHECK(bias->dim() == 1 && bias->size(0) == p.out_channels, "bias: expected [",
+             p.out_channels, "], got ", bias->sizes());
   }
   const std::vector<int64_t> offset_sizes{p.batch, 2 * p.taps(), p.out_h, p.out_w};
   auto check_offset = [&](const std::optional<Tensor>& offset, const char* name) {
@@ -155,19 +158,21 @@ inline DepthwiseParams checked_params(const Tensor& input, const Tensor& weight,
 }
 
 // The same for backward.
-inline DepthwiseParams checked_backward_params(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-    const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
-    IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-    int64_t groups, bool clip, const std::vector<bool>& output_mask) {
-  const DepthwiseParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
-                                           kernel_size, stride, padding, dilation, groups, clip);
+inline ConvParams checked_backward_params(const Tensor& grad_output, const Tensor& input,
+                                          const Tensor& weight,
+                                          const std::optional<Tensor>& kernel_offset,
+                                          const std::optional<Tensor>& data_offset,
+                                          IntArrayRef kernel_size, IntArrayRef stride,
+                                          IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                          bool clip, const std::vector<bool>& output_mask) {
+  const ConvParams p = checked_params(input, weight, std::nullopt, kernel_offset, data_offset,
+                                      kernel_size, stride, padding, dilation, groups, clip);
   DK_CHECK(output_mask.size() == 4, "output_mask: expected 4 values, got ", output_mask.size());
   DK_CHECK((kernel_offset || !output_mask[2]) && (data_offset || !output_mask[3]),
            "output_mask: expected no gradient of an absent offset");
   DK_CHECK(grad_output.scalar_type() == input.scalar_type() &&
                grad_output.device() == input.device() &&
-               grad_output.sizes().equals({p.batch, p.channels, p.out_h, p.out_w}),
+               grad_output.sizes().equals({p.batch, p.out_channels, p.out_h, p.out_w}),
            "grad_output: expected the output's type and size, on its device, got ",
            grad_output.scalar_type(), " ", grad_output.device(), " ", grad_output.sizes());
   return p;

@@ -17,12 +17,13 @@ from emulation import plugin
 def cases():
     # Channels for vectors, in two tiles, and for one each, whose kernels take any size; two tiles
     # of pixels. A small scope: every cell is a block of 256 threads, and threads are dear here.
-    for channels, size in (36, 3), (9, 2):
+    # Depthwise, and not.
+    for channels, groups, size in (36, 36, 3), (9, 9, 2), (66, 3, 3):
         for kernel, data in (True, False), (True, True), (False, True), (False, False):
             scope = size + (kernel and size == 3)
             yield Case(
-                batch=1, channels=channels, size=(6, 8), kernel=(size, size), scope=(scope, scope),
-                kernel_offset=kernel, data_offset=data,
+                batch=1, channels=channels, groups=groups, size=(6, 8), kernel=(size, size),
+                scope=(scope, scope), kernel_offset=kernel, data_offset=data,
             )  # fmt: skip
 
 

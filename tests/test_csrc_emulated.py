@@ -139,6 +139,24 @@ class TestEveryOrder:
         # Which pixels a NaN location smears its gradient over is nobody's promise.
         check(case, ignored=["grad_input"] if value != value else [], **changed)
 
+    @every_offset
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    @pytest.mark.parametrize("shape", [(3, 5, 1), (40, 7, 1), (66, 6, 3), (8, 16, 8)], ids=str)
+    def test_groups(self, shape, layout, which):
+        channels, out_channels, groups = shape
+        sizes = {"channels": channels, "out_channels": out_channels, "groups": groups}
+        check(Case(**sizes, **OFFSETS[which]), torch.float64, layout)
+        check(Case(batch=3, **sizes, **{**ODD, **OFFSETS[which]}), torch.float64, layout)
+
+    @pytest.mark.parametrize("data", [False, True], ids=["kernel", "both"])
+    @pytest.mark.parametrize(
+        "kernel, scope", [((1, 1), (2, 2)), ((3, 3), (5, 5)), ((2, 3), (4, 7)), ((3, 3), (19, 23))]
+    )
+    def test_groups_of_any_scope(self, kernel, scope, data):
+        """The last has room for few pixels in shared memory."""
+        sizes = {"channels": 6, "out_channels": 4, "groups": 2, "kernel": kernel, "scope": scope}
+        check(Case(data_offset=data, clip=data, **sizes), torch.float64)
+
     def test_misaligned_storage(self):
         case = Case(channels=8, data_offset=True)
         tensors = case.tensors(torch.float32)
@@ -148,10 +166,11 @@ class TestEveryOrder:
 
 @pytest.mark.parametrize("order", plugin.ORDERS)
 @pytest.mark.parametrize("which", ["data", "both"])
+@pytest.mark.parametrize("groups", [20, 4], ids=["depthwise", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-def test_scatter_by_atomics(dtype, which, order):
+def test_scatter_by_atomics(dtype, groups, which, order):
     """The default for grad_input under a data_offset: the same up to rounding."""
-    case = Case(channels=20, **OFFSETS[which])
+    case = Case(channels=20, groups=groups, **OFFSETS[which])
     tensors = case.tensors(dtype)
     with plugin.order(order):
         assert_close(
@@ -183,5 +202,7 @@ def test_shared_memory_over_48_kb_is_only_on_request():
 def test_scope_too_large_for_the_device(monkeypatch):
     monkeypatch.setenv("DK_EMULATED_SHARED_BYTES", "49152")
     case = replace(Case(), scope=(60, 60))
-    with pytest.raises(RuntimeError, match="a scope of 60x60 .*composed_deform_kernel_conv2d"):
-        call("dk_emulated", case.tensors(torch.float32), case)
+    for groups in 3, 1:
+        case = replace(case, groups=groups)
+        with pytest.raises(RuntimeError, match="a scope of 60x60 .*composed_deform_kernel_conv2d"):
+            call("dk_emulated", case.tensors(torch.float32), case)

@@ -34,6 +34,7 @@ SHAPES = [
     pytest.param((6, 6, 3, 1, 1, 1, 6), id="depthwise"),
     pytest.param((6, 6, (3, 5), (2, 1), (1, 3), (1, 2), 6), id="depthwise-asymmetric"),
     pytest.param((6, 8, 3, 2, 1, 1, 2), id="grouped"),
+    pytest.param((6, 10, 3, 1, 1, 1, 1), id="dense"),
     pytest.param((6, 10, 1, 1, 0, 1, 1), id="pointwise"),
     pytest.param((6, 10, 1, 2, 0, 1, 1), id="pointwise-stride"),
 ]

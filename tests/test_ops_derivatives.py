@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Case, every_offset
+from conftest import Case, every_offset, every_path
 from torch.autograd import forward_ad, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -54,9 +54,10 @@ def every_argument(tensors) -> tuple[int, ...]:
     return tuple(range(len(tensors)))
 
 
+@every_path
 @every_offset
-def test_torch_func_grad(which):
-    operator, composed, tensors = functions(which)
+def test_torch_func_grad(groups, which):
+    operator, composed, tensors = functions(which, groups=groups)
     places = every_argument(tensors)
     found, expected = (
         grad(lambda *t, f=f: f(*t).square().sum(), places)(*tensors.values())
@@ -65,10 +66,11 @@ def test_torch_func_grad(which):
     assert_same(found, expected)
 
 
+@every_path
 @every_offset
-def test_the_compiled_kernels_run_under_torch_func(which, monkeypatch):
+def test_the_compiled_kernels_run_under_torch_func(groups, which, monkeypatch):
     """And not the composed function, which is slow."""
-    operator, _, tensors = functions(which)
+    operator, _, tensors = functions(which, groups=groups)
     called = []
     monkeypatch.setattr(derivatives, "composed_deform_kernel_conv2d", called.append)
     grad(lambda *t: operator(*t).square().sum(), every_argument(tensors))(*tensors.values())
@@ -85,9 +87,10 @@ def test_jacobians(which, jacobian):
     assert_same(found, jacrev(lambda *t: composed(*t).sum((0, 2)), places)(*values))
 
 
+@every_path
 @every_offset
-def test_forward_mode(which):
-    operator, composed, tensors = functions(which)
+def test_forward_mode(groups, which):
+    operator, composed, tensors = functions(which, groups=groups)
     values = tuple(tensors.values())
     tangents = tuple(torch.randn_like(value) for value in values)
     _, expected = jvp(composed, values, tangents)
@@ -105,9 +108,10 @@ def test_forward_mode(which):
     torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
+@every_path
 @every_offset
-def test_second_derivatives(which):
-    operator, _, tensors = functions(which, batch=1, channels=2, size=(3, 4))
+def test_second_derivatives(groups, which):
+    operator, _, tensors = functions(which, batch=1, groups=min(groups, 2), channels=2, size=(3, 4))
     assert gradgradcheck(operator, tuple(t.requires_grad_() for t in tensors.values()))
 
 
@@ -124,6 +128,7 @@ def test_second_derivatives_by_torch_func(which):
         assert_same(way(loss(operator))(input), expected)
 
 
+@every_path
 @every_offset
 @pytest.mark.parametrize(
     "mapped",
@@ -131,8 +136,8 @@ def test_second_derivatives_by_torch_func(which):
     ids=["data", "weights", "some"],
 )
 @pytest.mark.parametrize("dim", [0, 1])
-def test_vmap_is_a_loop(which, mapped, dim):
-    operator, _, tensors = functions(which)
+def test_vmap_is_a_loop(groups, which, mapped, dim):
+    operator, _, tensors = functions(which, groups=groups)
     if "data_offset" in tensors and "kernel_offset" in mapped and len(mapped) == 2:
         mapped = ("data_offset", "weight")
     scales = 1.0, 0.9, 0.8
@@ -147,10 +152,11 @@ def test_vmap_is_a_loop(which, mapped, dim):
     assert_same(vmap(operator, dims)(*values), torch.stack(loop))
 
 
+@every_path
 @every_offset
 @pytest.mark.parametrize("of_weight", [False, True], ids=["data", "weight"])
-def test_gradients_of_every_sample(which, of_weight):
-    operator, composed, tensors = functions(which)
+def test_gradients_of_every_sample(groups, which, of_weight):
+    operator, composed, tensors = functions(which, groups=groups)
     shared = {k: v for k, v in tensors.items() if k in ("weight", "bias")}
     samples = {k: v.unsqueeze(1) for k, v in tensors.items() if k not in shared}
     names = [*tensors]

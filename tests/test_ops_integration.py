@@ -28,6 +28,8 @@ OPCHECK_CASES = [
     {"clip": False, "bias": False, "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
     {"batch": 0},
     {"channels": 1},
+    {"groups": 1, "out_channels": 5},
+    {"channels": 4, "groups": 2, "stride": (2, 1), "clip": False, "bias": False},
 ]
 
 
@@ -42,9 +44,10 @@ def test_opcheck(geometry, layout, which, device):
 
 
 @every_offset
+@every_path
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck_backward(layout, which, device):
-    case = Case(scope=(3, 3), bias=False, **which)
+def test_opcheck_backward(layout, groups, which, device):
+    case = Case(groups=groups, scope=(3, 3), bias=False, **which)
     tensors = {
         name: None if t is None else t.to(memory_format=layout)
         for name, t in case.tensors(torch.float32, device).items()
@@ -73,9 +76,10 @@ def test_opcheck_sample_kernel(clip, device):
 
 
 @every_offset
-def test_autocast_rounds_all_but_the_offsets(which, device):
+@every_path
+def test_autocast_rounds_all_but_the_offsets(groups, which, device):
     """As if the activations, weights and bias had been given in bfloat16, bit for bit."""
-    case = Case(scope=(3, 3), **which)
+    case = Case(groups=groups, scope=(3, 3), **which)
     tensors = case.tensors(torch.float32, device)
     rounded = dict(tensors)
     for name, tensor in tensors.items():
@@ -125,8 +129,8 @@ SIZES = [{"batch": 2, "size": (6, 7)}, {"batch": 3, "size": (9, 5)}, {"batch": 5
 @pytest.mark.parametrize(
     "which",
     [
-        pytest.param({"data_offset": True}, id="compiled"),
-        pytest.param({"groups": 1}, id="composed"),
+        pytest.param({"data_offset": True}, id="depthwise"),
+        pytest.param({"groups": 1}, id="dense"),
     ],
 )
 def test_compile_with_dynamic_shapes(which, device):
@@ -140,10 +144,11 @@ def test_compile_with_dynamic_shapes(which, device):
             assert_close(run(graph, tensors, {}), run(function, tensors, {}))
 
 
-def test_compile_with_inductor(device):
+@every_path
+def test_compile_with_inductor(groups, device):
     """Its code asserts the strides that the fake kernels promise."""
     torch._dynamo.reset()
-    case = Case(data_offset=True)
+    case = Case(groups=groups, data_offset=True)
     tensors = case.tensors(device=device)
     graph = torch.compile(convolution(case), fullgraph=True)
     assert_close(run(graph, tensors, {}), run(convolution(case), tensors, {}))
@@ -218,6 +223,18 @@ def test_results_do_not_depend_on_threads(which, threads):
             assert torch.equal(other[name], expected), name
 
 
+@every_offset
+def test_dense_results_repeat(which, threads):
+    """On as many threads. On others, the matrix product is free to sum in another order."""
+    case = Case(batch=3, channels=66, out_channels=40, groups=1, size=(33, 20), **which)
+    tensors = case.tensors(torch.float32)
+    for count in 1, 2:
+        threads(count)
+        first, again = (run(deform_kernel_conv2d, tensors, case.arguments) for _ in range(2))
+        for name, expected in first.items():
+            assert torch.equal(again[name], expected), name
+
+
 def python(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
@@ -264,6 +281,11 @@ def survive(function, *arguments, **options):
 for channels, mask in (2, [True] * 4), (0, [True, True, True, False]):
     image, scope = torch.ones(1, channels, 5, 5), torch.ones(channels, 1, 4, 4)
     survive(backward, image, image, scope, offset, None, groups=channels, output_mask=mask, **sizes)
+for channels, out_channels, groups in (4, 6, 2), (4, 6, 0), (4, 6, 3), (0, 3, 1), (3, 0, 1):
+    image, scope = torch.ones(1, channels, 5, 5), torch.ones(out_channels, channels // 2, 4, 4)
+    sizes["groups"] = groups
+    survive(torch.ops.dk_detectron.deform_kernel_conv2d, image, scope, None, offset, None, **sizes)
+    survive(backward, image, image, scope, offset, None, output_mask=[True] * 3 + [False], **sizes)
 for size in (0, 5), (5, 0), (0, 0):
     image, scope = torch.ones(1, 64, *size), torch.ones(64, 1, 3, 3)
     offset = torch.ones(1, 18, size[0] + 2, size[1] + 2)

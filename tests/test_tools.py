@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from dk_detectron.data import datasets
 from dk_detectron.data.shapes import write_split
 
+F32 = torch.float32
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
 
@@ -30,9 +31,12 @@ def benchmark_ops():
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"stride": 2}, {"data_offset": True}, {"channels_last": False}, {"offsets": "one cell"}],
+    [
+        {}, {"stride": 2}, {"data_offset": True}, {"channels_last": False}, {"offsets": "one cell"},
+        {"groups": 1, "out": 6}, {"groups": 2, "data_offset": True},
+    ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_contender_is_measured(benchmark_ops, dtype, change):
     workload = benchmark_ops.Workload("tiny", 1, 8, 6, 7, **change)
@@ -46,11 +50,32 @@ def test_every_contender_is_measured(benchmark_ops, dtype, change):
         assert row["accurate"], row
         assert row["milliseconds"] > 0 and row["over_rigid"] > 0 and row["over_copy"] > 0
     assert all(r["repeatable"] for r in rows if r["contender"] == "ours")
+    if "groups" in change:  # so few columns that both hold all of them
+        return
     composed, ours = (
         next(r["extra_bytes"] for r in rows if r["contender"] == name)
         for name in ("composed", "ours")
     )
     assert composed > ours
+
+
+@pytest.mark.parametrize("data_offset", [False, True], ids=["DK", "DCN + DK"])
+def test_memory_of_dense_convolutions_does_not_grow_with_the_image(benchmark_ops, data_offset):
+    """Beyond the results: one tile's columns and gradients, and a few weights."""
+    extra = []
+    for size in 64, 128:
+        options = {"groups": 1, "data_offset": data_offset}
+        w = benchmark_ops.Workload("image", 1, 64, size, size, **options)
+        calls = benchmark_ops.Calls(benchmark_ops.ours, w, benchmark_ops.draw_inputs(w, "cpu", F32))
+        extra.append(
+            [benchmark_ops.traced(call, "cpu")[1] for call in (calls.forward, calls.backward)]
+        )
+    # 512 pixels of 16 * 64 columns, their outputs twice, gradient, and what their taps read.
+    tile, weight = 4 * 512 * 64, 4 * 16 * 64**2
+    for forward, backward in extra:
+        assert forward < 1.05 * (tile * (16 + 2) + weight)
+        assert backward < 1.05 * (tile * (2 * 16 + 9 + 1) + 4 * weight)
+    assert 4 * 128 * 128 * 64 * 16 > 10 * extra[1][0]  # all columns at once
 
 
 def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys):
@@ -66,9 +91,17 @@ def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys):
     assert "wrong (inaccurate: not ranked)" in capsys.readouterr().out
 
 
+def test_workloads_of_dense_convolutions(benchmark_ops):
+    quick, all_of_them = (benchmark_ops.workloads(quick, True, "cpu") for quick in (True, False))
+    assert [(w.c, w.groups, w.scope) for w in quick] == [(64 * 2**i, 1, 4) for i in range(4)]
+    assert all_of_them[:4] == quick
+    assert {(w.kernel, w.scope) for w in all_of_them} >= {(1, 2), (3, 4)}
+    assert len({w.name for w in all_of_them}) == len(all_of_them)
+
+
 def test_tables_json_and_plot(benchmark_ops, monkeypatch, capsys, tmp_path):
     tiny = [benchmark_ops.Workload("tiny", 1, 8, 6, 7)]
-    monkeypatch.setattr(benchmark_ops, "workloads", lambda quick, device: tiny)
+    monkeypatch.setattr(benchmark_ops, "workloads", lambda quick, dense, device: tiny)
     report, picture = tmp_path / "report.json", tmp_path / "plot.png"
     arguments = ["--quick", "--rounds", "1", "--json", report, "--plot", picture]
     monkeypatch.setattr(sys, "argv", ["benchmark_ops.py", *map(str, arguments)])

@@ -2,6 +2,7 @@
 """Times the operators against their peers: rigid, composed and torchvision's, on CPU or CUDA.
 
     tools/benchmark_ops.py --quick
+    tools/benchmark_ops.py --dense
     tools/benchmark_ops.py --device cuda --dtype bfloat16 --json out.json --plot out.png
 
 All contenders of a workload take turns in one process, and only ratios within one run are worth
@@ -44,7 +45,7 @@ ENOUGH_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Workload:
-    """A depthwise convolution on [n, c, h, w], channels_last unless told otherwise."""
+    """A convolution on [n, c, h, w], depthwise and channels_last unless told otherwise."""
 
     name: str
     n: int
@@ -57,12 +58,21 @@ class Workload:
     offsets: str = "trained"
     data_offset: bool = False
     channels_last: bool = True
+    groups: int | None = None
+    out: int | None = None
+
+    @property
+    def out_channels(self) -> int:
+        return self.out or self.c
+
+    def weight_shape(self, size: int) -> list[int]:
+        return [self.out_channels, self.c // self.arguments["groups"], size, size]
 
     @property
     def arguments(self) -> dict:
         pair = [self.kernel] * 2, [self.stride] * 2, [self.kernel // 2] * 2, [1, 1]
         names = "kernel_size", "stride", "padding", "dilation"
-        return dict(zip(names, pair, strict=True)) | {"groups": self.c}
+        return dict(zip(names, pair, strict=True)) | {"groups": self.groups or self.c}
 
 
 def stages(n: int, height: int, width: int) -> list[Workload]:
@@ -71,9 +81,28 @@ def stages(n: int, height: int, width: int) -> list[Workload]:
     return [Workload(f"res{i + 2}", n, *size) for i, size in enumerate(sizes)]
 
 
-def workloads(quick: bool, device: str) -> list[Workload]:
+def dense_workloads(stages: list[Workload]) -> list[Workload]:
+    """ResNet-50's 3x3 convolutions, of half the depthwise ones' width; 1x1 ones; ResNeXt-50's."""
+    main = [replace(w, name=f"{w.name}, dense", c=w.c // 2, groups=1) for w in stages]
+    res2, res3 = main[:2]
+    one = {"kernel": 1, "scope": 2}
+    return main + [
+        replace(res2, name="res2, 1x1, 64 to 256", out=256, **one),
+        replace(res3, name="res3, 1x1, 512 to 128", c=512, out=128, **one),
+        replace(res3, name="res3, dense, stride 2", h=2 * res3.h, w=2 * res3.w, stride=2),
+        replace(res3, name="res3, dense, contiguous", channels_last=False),
+        replace(res3, name="res3, dense, scope 3", scope=3),
+        replace(res3, name="res3, dense, scope 5", scope=5),
+        replace(res3, name="res3, dense, DCN + DK", data_offset=True),
+        replace(stages[1], name="res3, 32 groups", groups=32),
+    ]
+
+
+def workloads(quick: bool, dense: bool, device: str) -> list[Workload]:
     """One image at half of 800 x 1216 on a CPU, two whole ones on a GPU; then the variations."""
     main = stages(2, 800, 1216) if device == "cuda" else stages(1, 400, 608)
+    if dense:
+        return dense_workloads(main)[: 4 if quick else None]
     if quick:
         return main
     res3 = replace(main[1], name="res3")
@@ -112,11 +141,11 @@ def draw_inputs(w: Workload, device: str, dtype: torch.dtype) -> dict[str, Tenso
     offsets = [w.n, 2 * w.kernel**2, out_h, out_w]
     tensors = {
         "input": torch.randn(w.n, w.c, w.h, w.w).to(dtype),
-        "rigid": torch.randn(w.c, 1, w.kernel, w.kernel).to(dtype),
-        "scope": torch.randn(w.c, 1, w.scope, w.scope).to(dtype),
+        "rigid": torch.randn(w.weight_shape(w.kernel)).to(dtype),
+        "scope": torch.randn(w.weight_shape(w.scope)).to(dtype),
         "kernel_offset": draw_offsets(w.offsets, offsets, w.kernel, w.scope),
         "data_offset": torch.randn(offsets),
-        "grad": torch.randn(w.n, w.c, out_h, out_w).to(dtype),
+        "grad": torch.randn(w.n, w.out_channels, out_h, out_w).to(dtype),
     }
     layout = torch.channels_last if w.channels_last else torch.contiguous_format
     tensors = {name: t.to(device, memory_format=layout) for name, t in tensors.items()}
@@ -232,12 +261,16 @@ def traced(call: Callable, device: str) -> tuple[tuple[Tensor, ...], int]:
 
 
 def time_once(calls: list[Callable], device: str) -> float:
-    """Seconds of one call, the mean over ``calls``; on a GPU they are captured in a graph."""
+    """Seconds of one call, the mean over ``calls``; on a GPU they are captured in a graph.
+
+    Of one thread on a CPU, its processor time: what others do on the machine shows less in it.
+    """
     if device == "cpu":
-        start = time.perf_counter()
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         for call in calls:
             call()
-        return (time.perf_counter() - start) / len(calls)
+        return (clock() - start) / len(calls)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for call in calls:
@@ -315,10 +348,12 @@ def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, roun
 
 def measure_layer(w: Workload, device: str, dtype: torch.dtype, rounds: int) -> dict:
     """Training step of the whole layer, generator included, over that of a rigid convolution."""
-    arguments = {"padding": w.kernel // 2, "groups": w.c, "device": device, "dtype": dtype}
+    arguments = {"padding": w.kernel // 2, "device": device, "dtype": dtype}
+    arguments["groups"] = w.arguments["groups"]
+    shape = w.c, w.out_channels, w.kernel, w.stride
     layers = [
-        nn.Conv2d(w.c, w.c, w.kernel, w.stride, **arguments),
-        LocalDeformKernel2d(w.c, w.c, w.kernel, w.stride, scope_size=w.scope, **arguments),
+        nn.Conv2d(*shape, **arguments),
+        LocalDeformKernel2d(*shape, scope_size=w.scope, **arguments),
     ]
     tensors = draw_inputs(w, device, dtype)
 
@@ -403,7 +438,7 @@ def plot(rows: list[dict], path: str) -> None:
             ha="right",
             rotation_mode="anchor",
         )
-        axis.set(title=direction, yscale="log", ylabel="time over rigid depthwise")
+        axis.set(title=direction, yscale="log", ylabel="time over rigid")
         axis.axhline(1, color="black", linewidth=0.5)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     figure.savefig(path, dpi=120)
@@ -418,6 +453,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="on a CPU")
     parser.add_argument("--rounds", type=int, help="default: 5 if quick, else 15")
     parser.add_argument("--quick", action="store_true", help="the four stages, without torchvision")
+    parser.add_argument("--dense", action="store_true", help="convolutions that are not depthwise")
     parser.add_argument("--compiled", action="store_true", help="also the composed one, compiled")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png")
@@ -432,7 +468,7 @@ def main() -> None:
     dropped |= {"torchvision DCN"} if args.quick else set()
     names = [name for name in CONTENDERS if name not in dropped]
     rows, layers = [], []
-    for w in tqdm(workloads(args.quick, args.device), desc="Workloads"):
+    for w in tqdm(workloads(args.quick, args.dense, args.device), desc="Workloads"):
         rows += measure(w, names, args.device, dtype, rounds)
         layers.append(measure_layer(w, args.device, dtype, rounds))
     print(machine(args.device))

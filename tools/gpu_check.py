@@ -15,9 +15,10 @@ from dk_detectron.ops import deform_kernel_conv2d
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def make(channels, height, width, dtype, kernel, data, *, stride=1, scope=4, batch=2):
+def make(channels, height, width, dtype, kernel, data, *, stride=1, scope=4, batch=2, groups=None):
     """Random tensors on the GPU and the call's arguments; channels_last."""
     generator = torch.Generator("cuda").manual_seed(0)
+    groups = groups or channels
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
@@ -32,12 +33,12 @@ def make(channels, height, width, dtype, kernel, data, *, stride=1, scope=4, bat
         "input": normal(batch, channels, height, width).contiguous(
             memory_format=torch.channels_last
         ),
-        "weight": normal(channels, 1, *[scope if kernel else 3] * 2),
+        "weight": normal(channels, channels // groups, *[scope if kernel else 3] * 2),
         "bias": normal(channels),
         "kernel_offset": offset() if kernel else None,
         "data_offset": offset() if data else None,
     }
-    return tensors, {"kernel_size": 3, "stride": stride, "padding": 1, "groups": channels}
+    return tensors, {"kernel_size": 3, "stride": stride, "padding": 1, "groups": groups}
 
 
 def run(tensors, arguments):
@@ -57,11 +58,14 @@ def check_against_cpu(short: bool = False):
     sizes = [(32, 9, 13, 1), (144, 17, 10, 2)] if short else [
         (128, 50, 76, 1), (1024, 13, 19, 1), (256, 51, 77, 2), (96, 28, 28, 1), (17, 30, 31, 1),
     ]  # fmt: skip
-    for size, dtype, (kernel, data), last in itertools.product(
-        sizes, TYPES, [(True, False), (False, True), (True, True)], [True, False]
+    for size, dtype, (kernel, data), last, dense in itertools.product(
+        sizes, TYPES, [(True, False), (False, True), (True, True)], [True, False], [True, False]
     ):
         channels, height, width, stride = size
-        tensors, arguments = make(channels, height, width, dtype, kernel, data, stride=stride)
+        if dense and channels > 256:
+            continue
+        options = {"stride": stride, "groups": 1 if dense else None}
+        tensors, arguments = make(channels, height, width, dtype, kernel, data, **options)
         if not last:
             tensors["input"] = tensors["input"].contiguous()
         actual = run(tensors, arguments)
@@ -71,19 +75,21 @@ def check_against_cpu(short: bool = False):
             error = (actual[name].cpu().double() - expected[name]).abs().max()
             scale = expected[name].abs().max()
             limit = 8 * max(rounding, 1e-6 if dtype != torch.float64 else 0) * scale
-            assert error <= limit, f"{size} {dtype} {kernel=} {data=} {name}: {error} > {limit}"
+            what = f"{size} {dtype} {kernel=} {data=} {dense=} {name}"
+            assert error <= limit, f"{what}: {error} > {limit}"
     print("CUDA equals CPU", flush=True)
 
 
 def check_repeatability():
     torch.use_deterministic_algorithms(True)
     for kernel, data in (True, False), (False, True), (True, True):
-        tensors, arguments = make(128, 50, 76, torch.bfloat16, kernel, data)
-        first = run(tensors, arguments)
-        for _ in range(5):
-            again = run(tensors, arguments)
-            for name in first:
-                assert torch.equal(first[name], again[name]), f"{name} is not repeatable"
+        for groups in 128, 1:
+            tensors, arguments = make(128, 50, 76, torch.bfloat16, kernel, data, groups=groups)
+            first = run(tensors, arguments)
+            for _ in range(5):
+                again = run(tensors, arguments)
+                for name in first:
+                    assert torch.equal(first[name], again[name]), f"{name} is not repeatable"
     torch.use_deterministic_algorithms(False)
     print("bitwise repeatable", flush=True)
 

@@ -2,7 +2,14 @@
 #include <cstdlib>
 #include <string>
 
-#include "depthwise.h"
+#include "../dense.h"
+#include "kernels.h"
+
+// oneDNN's matrix product. torch.matmul calls MKL instead, which does not use AVX-512 on every
+// processor that has it. Null in a torch that is built without oneDNN.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const char* attr,
+    const double** scalars, int64_t scalars_len_, const char** algorithm, AtenTensorHandle* ret0);
 
 namespace dk {
 namespace {
@@ -42,13 +49,13 @@ Isa current_isa() {
 #define DK_CALL(function, ...) baseline::function(__VA_ARGS__)
 #endif
 
-int64_t channel_blocks(const DepthwiseParams& p) {
+int64_t channel_blocks(const ConvParams& p) {
   return (p.channels + kChannelBlock - 1) / kChannelBlock;
 }
 
 // [C, 1, S_h, S_w] -> [blocks of C, S_h*S_w, kChannelBlock] in the arithmetic type.
 template <typename T>
-Tensor to_blocks(const DepthwiseParams& p, const Tensor& weight) {
+Tensor to_blocks(const ConvParams& p, const Tensor& weight) {
   const Tensor from = stable::contiguous(to_type(weight, scalar_type_of<T>));
   const Tensor to = stable::new_empty(from, {channel_blocks(p), p.cells(), kChannelBlock});
   const T* x = from.const_data_ptr<T>();
@@ -66,27 +73,120 @@ Offset<T> gradient_view(const std::optional<Tensor>& offset) {
   return {offset->mutable_data_ptr<T>(), offset_strides(*offset)};
 }
 
+// ---- not depthwise ------------------------------------------------------------------------------
+
+// dense.h's view of these kernels. Columns are in the arithmetic type: rounded to bfloat16, their
+// products would be no faster without instructions of its own, and less exact.
+template <typename scalar_t>
+struct DenseBackend {
+  using T = opmath_t<scalar_t>;
+  // At most 16 MiB of float columns, and 4 MiB of their gradient. Beyond 512 pixels, the products
+  // are no faster.
+  static constexpr int64_t tile_values = int64_t(1) << 22, tile_pixels = 512;
+  static constexpr int64_t gradient_values = tile_values / 4;
+  static constexpr ScalarType type = scalar_type_of<T>;
+  static constexpr int64_t kPixelGrain = 16, kScatterChannels = 32, kAddGrain = 1 << 14;
+
+  const Tensor& like;
+  ColumnsBackward<scalar_t> a;
+  T* grad_input = nullptr;  // null: not wanted
+  // For all tiles, since fresh memory is slow. The first tile is the largest.
+  std::optional<Tensor> buffer, grad_taps;
+
+  Tensor product(const Tensor& x, const Tensor& y) const {
+    if (std::is_same_v<T, float> && x.size(0) == 1 && aoti_torch_cpu__linear_pointwise) {
+      const Tensor matrix = stable::select(x, 0, 0);
+      const Tensor transposed = stable::transpose(stable::select(y, 0, 0), 0, 1);
+      AtenTensorHandle result;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+          matrix.get(), transposed.get(), nullptr, "none", nullptr, 0, nullptr, &result));
+      return stable::unsqueeze(Tensor(result), 0);
+    }
+    return stable::contiguous(stable::matmul(x, y));
+  }
+
+  Tensor columns(int64_t first, int64_t count) {
+    const ConvParams& p = a.params;
+    a.first = first;
+    a.count = count;
+    const int64_t values = p.channels / p.groups * p.cells();
+    if (!buffer) buffer = stable::new_empty(like, {p.groups * count * values}, type);
+    T* data = buffer->mutable_data_ptr<T>();
+    stable::parallel_for(0, count, kPixelGrain,
+                         [&](int64_t begin, int64_t end) { DK_CALL(columns, a, data, begin, end) });
+    return as_strided(*buffer, {p.groups, count, values}, {count * values, values, 1});
+  }
+
+  static void add(std::optional<Tensor>& sum, const Tensor& part) {
+    if (!sum) {
+      sum = part;
+      return;
+    }
+    T* to = sum->mutable_data_ptr<T>();
+    const T* from = part.const_data_ptr<T>();
+    stable::parallel_for(0, part.numel(), kAddGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    });
+  }
+
+  void backward(const Tensor& grad_columns, int64_t first, int64_t count) {
+    const ConvParams& p = a.params;
+    if (!grad_taps) grad_taps = stable::new_empty(like, {count, p.taps(), p.channels}, type);
+    a.first = first;
+    a.count = count;
+    a.grad_columns = grad_columns.const_data_ptr<T>();
+    a.grad_taps = grad_taps->mutable_data_ptr<T>();
+    stable::parallel_for(0, count, kPixelGrain, [&](int64_t begin, int64_t end) {
+      DK_CALL(columns_backward, a, begin, end)
+    });
+    if (!grad_input) return;
+    // No two threads add to the same place, and each adds in one order.
+    if (a.data_offset.data) {
+      const int64_t blocks = (p.channels + kScatterChannels - 1) / kScatterChannels;
+      stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        const int64_t last = std::min(p.channels, end * kScatterChannels);
+        DK_CALL(scatter_taps, a, grad_input, begin * kScatterChannels, last)
+      });
+    } else {
+      const auto [begin, end] = dense::input_rows(p, first, first + count - 1);
+      stable::parallel_for(begin, end, 1, [&](int64_t begin, int64_t end) {
+        DK_CALL(add_taps, a, grad_input, begin, end)
+      });
+    }
+  }
+};
+
+// ---- the operators ------------------------------------------------------------------------------
+
 Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& bias,
                                 const std::optional<Tensor>& kernel_offset,
                                 const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                 int64_t groups, bool clip) {
-  const DepthwiseParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
-                                           kernel_size, stride, padding, dilation, groups, clip);
+  const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset, kernel_size,
+                                      stride, padding, dilation, groups, clip);
   const Tensor x = stable::contiguous(input, MemoryFormat::ChannelsLast);
-  Tensor output = empty(input, {p.batch, p.channels, p.out_h, p.out_w}, input.scalar_type(),
+  Tensor output = empty(input, {p.batch, p.out_channels, p.out_h, p.out_w}, input.scalar_type(),
                         MemoryFormat::ChannelsLast);
-  if (input.numel() == 0) {  // nothing but padding, which has no pixel to read
+  if (input.numel() == 0 || output.numel() == 0) {  // at most padding, which has no pixel to read
     fill_with_bias(output, bias);
     return stable::contiguous(output, output_format(input));
   }
   DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d", [&] {
     using T = opmath_t<scalar_t>;
+    const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
+    if (!p.depthwise()) {
+      DenseBackend<scalar_t> backend{x};
+      backend.a.params = p;
+      backend.a.input = x.const_data_ptr<scalar_t>();
+      backend.a.kernel_offset = offset_view<T>(kernel);
+      backend.a.data_offset = offset_view<T>(data);
+      return dense::forward(p, backend, weight, bias, output);
+    }
     const Tensor scope = to_blocks<T>(p, weight);
     std::optional<Tensor> b = to_arithmetic<T>(bias);
     if (b) b = stable::contiguous(*b);
-    const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
     const DepthwiseForward<scalar_t> a{p,
                                        x.const_data_ptr<scalar_t>(),
                                        scope.const_data_ptr<T>(),
@@ -103,7 +203,7 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
 // The weight gradient is summed in a fixed number of blocks of rows, each in order, then over the
 // blocks in order: the result does not depend on the number of threads. A few percent of the
 // input's size for the partial sums buys enough blocks to keep the threads busy.
-int64_t count_weight_blocks(const DepthwiseParams& p, int64_t rows) {
+int64_t count_weight_blocks(const ConvParams& p, int64_t rows) {
   const int64_t input_size = p.batch * p.channels * p.in_h * p.in_w;
   const int64_t affordable = input_size / std::max<int64_t>(1, 20 * p.cells() * p.channels);
   return std::min(rows, std::clamp<int64_t>(affordable, 4, 64));
@@ -112,8 +212,7 @@ int64_t count_weight_blocks(const DepthwiseParams& p, int64_t rows) {
 // Runs body(begin, end, partial gradient, which starts at zero) over blocks of rows, and returns
 // the sum of the partial gradients, which are like the scope.
 template <typename T, typename Body>
-Tensor sum_weight_blocks(const DepthwiseParams& p, const Tensor& scope, int64_t rows,
-                         const Body& body) {
+Tensor sum_weight_blocks(const ConvParams& p, const Tensor& scope, int64_t rows, const Body& body) {
   const int64_t blocks = count_weight_blocks(p, rows), size = scope.numel();
   const Tensor partials = stable::new_empty(scope, {blocks, size});
   T* data = partials.mutable_data_ptr<T>();
@@ -129,7 +228,7 @@ Tensor sum_weight_blocks(const DepthwiseParams& p, const Tensor& scope, int64_t 
 
 // The counterpart of to_blocks.
 template <typename T>
-Tensor from_blocks(const DepthwiseParams& p, const Tensor& blocks, const Tensor& weight) {
+Tensor from_blocks(const ConvParams& p, const Tensor& blocks, const Tensor& weight) {
   const Tensor to = stable::new_empty(blocks, weight.sizes());
   const T* x = blocks.const_data_ptr<T>();
   T* y = to.mutable_data_ptr<T>();
@@ -146,10 +245,10 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
     const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
     IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     int64_t groups, bool clip, const std::vector<bool>& output_mask, bool /*deterministic*/) {
-  const DepthwiseParams p =
+  const ConvParams p =
       checked_backward_params(grad_output, input, weight, kernel_offset, data_offset, kernel_size,
                               stride, padding, dilation, groups, clip, output_mask);
-  if (input.numel() == 0) {
+  if (input.numel() == 0 || grad_output.numel() == 0) {
     return needed_gradients(zero_gradients(input, weight, kernel_offset, data_offset), output_mask);
   }
   const auto format = MemoryFormat::ChannelsLast;
@@ -158,11 +257,27 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
   Gradients gradients;
   DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d_backward", [&] {
     using T = opmath_t<scalar_t>;
-    const Tensor scope = to_blocks<T>(p, weight);
     const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
     // Taps that lie in the padding for every input pixel are never visited: their gradient is 0.
     if (kernel) gradients[2] = zeros_like(*kernel);
     if (data) gradients[3] = zeros_like(*data);
+    if (!p.depthwise()) {
+      DenseBackend<scalar_t> backend{x};
+      backend.a.params = p;
+      backend.a.input = x.const_data_ptr<scalar_t>();
+      backend.a.kernel_offset = offset_view<T>(kernel);
+      backend.a.data_offset = offset_view<T>(data);
+      backend.a.grad_kernel_offset = gradient_view<T>(gradients[2]);
+      backend.a.grad_data_offset = gradient_view<T>(gradients[3]);
+      if (output_mask[0]) {
+        Tensor zeros = empty(x, x.sizes(), scalar_type_of<T>, format);
+        gradients[0] = stable::zero_(zeros);
+        backend.grad_input = gradients[0]->mutable_data_ptr<T>();
+      }
+      gradients[1] = dense::backward(p, backend, weight, grad, output_mask);
+      return;
+    }
+    const Tensor scope = to_blocks<T>(p, weight);
     const DepthwiseBackward<scalar_t> a{p,
                                         x.const_data_ptr<scalar_t>(),
                                         scope.const_data_ptr<T>(),

@@ -95,7 +95,7 @@ __device__ __forceinline__ Offset<opmath_t<scalar_t>> of_group(const BackwardArg
 
 // The output pixel that input pixel q feeds through tap t; h < 0: none.
 template <typename Sizes>
-DK_INLINE Pixel fed_pixel(const DepthwiseParams& p, const Sizes& size, const Pixel& q, int t) {
+DK_INLINE Pixel fed_pixel(const ConvParams& p, const Sizes& size, const Pixel& q, int t) {
   const int h = fed_output(q.h, p.pad_h, t / size.kernel_w, p.dilation_h, p.stride_h, p.out_h);
   const int w = fed_output(q.w, p.pad_w, t % size.kernel_w, p.dilation_w, p.stride_w, p.out_w);
   return {q.n, w < 0 ? -1 : h, w};
@@ -105,7 +105,7 @@ template <typename scalar_t, int V, int K, int S, bool kKernel>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
   DK_SHARED_MEMORY(memory);
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Sizes<K, S> size(p);
   const int taps = size.taps(), cells = size.cells(), channels = static_cast<int>(p.channels);
   const int lanes = a.channels.lanes, lane = static_cast<int>(threadIdx.x) % lanes;
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     backward_data_kernel(const BackwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
   DK_SHARED_MEMORY(memory);
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Sizes<K, S> size(p);
   const int taps = size.taps(), cells = size.cells(), channels = static_cast<int>(p.channels);
   const int lanes = a.channels.lanes, lane = static_cast<int>(threadIdx.x) % lanes;
@@ -309,19 +309,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Output pixel and tap number `pair` = p * taps + t.
-template <typename Sizes>
-DK_INLINE Pixel pixel_of_pair(const DepthwiseParams& p, const Sizes& size, int64_t pair, int64_t* n,
-                              int* t) {
-  *t = static_cast<int>(pair % size.taps());
-  const int64_t pixel = pair / size.taps(), row = pixel / p.out_w;
-  *n = row / p.out_h;
-  return {0, static_cast<int>(row % p.out_h), static_cast<int>(pixel % p.out_w)};
-}
-
 template <typename scalar_t>
 __global__ void base_pixels_kernel(const BackwardArgs<scalar_t> a, int64_t* base) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Sizes<0, 0> size(p);
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pair >= p.batch * p.out_h * p.out_w * size.taps()) return;
@@ -332,19 +322,6 @@ __global__ void base_pixels_kernel(const BackwardArgs<scalar_t> a, int64_t* base
   base[pair] = (n * p.in_h + sample.h.cell) * p.in_w + sample.w.cell;
 }
 
-// First position in sorted[0 .. size) that is not below value.
-DK_INLINE int64_t lower_bound(const int64_t* sorted, int64_t size, int64_t value) {
-  int64_t begin = 0, end = size;
-  while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
-    if (sorted[middle] < value)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin;
-}
-
 // By input pixels, one warp each, a thread per channel: adds, in sorted order, what the pairs send
 // here whose 2x2 block begins at this pixel, left of it, above it, and above left of it.
 template <typename scalar_t, bool kKernel>
@@ -352,7 +329,7 @@ __global__ void __launch_bounds__(kThreads)
     gather_grad_input_kernel(const BackwardArgs<scalar_t> a, const int64_t* sorted_base,
                              const int64_t* pair, scalar_t* grad_input) {
   using T = opmath_t<scalar_t>;
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Sizes<0, 0> size(p);
   const int channels = static_cast<int>(p.channels);
   const int channel_tiles = (channels + kWarpSize - 1) / kWarpSize;
@@ -399,7 +376,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename scalar_t>
 __global__ void turn_inward_kernel(const BackwardArgs<scalar_t> a,
                                    const Offset<opmath_t<scalar_t>> grad) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Sizes<0, 0> size(p);
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pair >= p.batch * p.out_h * p.out_w * size.taps()) return;
@@ -444,7 +421,7 @@ __global__ void sum_weight_kernel(const BackwardArgs<scalar_t> a, scalar_t* grad
 
 template <typename scalar_t>
 void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   dispatch_offsets(a.kernel_offset.data, a.data_offset.data, [&](auto kernel, auto data) {
     constexpr bool kKernel = decltype(kernel)::value, kData = decltype(data)::value;
     const size_t bytes =
@@ -471,7 +448,7 @@ template <typename scalar_t, typename... Params>
 void launch_pairs(void (*kernel)(BackwardArgs<scalar_t>, Params...),
                   const BackwardArgs<scalar_t>& a, cudaStream_t stream,
                   const std::common_type_t<Params>&... args) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const int64_t pairs = p.batch * p.out_h * p.out_w * p.taps();
   launch(kernel, (pairs + kThreads - 1) / kThreads, kThreads, 0, stream, a, args...);
 }
@@ -498,7 +475,7 @@ void launch_base_pixels(const BackwardArgs<scalar_t>& a, int64_t* base, cudaStre
 template <typename scalar_t>
 void launch_gather_grad_input(const BackwardArgs<scalar_t>& a, const int64_t* sorted_base,
                               const int64_t* pair, scalar_t* grad_input, cudaStream_t stream) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   constexpr int pixels = kThreads / kWarpSize;
   const int64_t blocks = (p.batch * p.in_h * p.in_w + pixels - 1) / pixels *
                          ((p.channels + kWarpSize - 1) / kWarpSize);

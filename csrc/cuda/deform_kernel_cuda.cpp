@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dense_cuda.h"
 #include "depthwise.h"
 #include "launch.cuh"
 
@@ -12,6 +13,7 @@ namespace {
 
 using cuda::BackwardArgs;
 using cuda::ChannelTiles;
+using cuda::current_stream;
 using cuda::ForwardArgs;
 using cuda::kPixels;
 using cuda::kThreads;
@@ -19,20 +21,13 @@ using cuda::kWarpSize;
 
 // Elements and images are counted in 64 bits; channels, and the pixels of the images that a tile
 // touches, in 32.
-void check_sizes(const DepthwiseParams& p) {
+void check_sizes(const ConvParams& p) {
   const int64_t in = p.in_h * p.in_w, out = p.out_h * p.out_w, limit = int64_t(1) << 31;
   const int64_t images = kPixels / std::min(in, out) + 2;
   DK_CHECK(std::max(in, out) * images < limit && p.channels < limit - 1024,
            "input: on CUDA, expected fewer than 2^30 pixels per image and 2^31 channels, got ",
            p.channels, " channels of ", p.in_h, "x", p.in_w, " and an output of ", p.out_h, "x",
            p.out_w);
-}
-
-// The C shim alone has it.
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 // The number of lanes that leaves the fewest idle.
@@ -52,7 +47,7 @@ bool is_aligned(const Tensor& t, int64_t channels, int vector) {
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (vector * t.element_size()) == 0;
 }
 
-[[noreturn]] void refuse_scope(const DepthwiseParams& p, size_t bytes, int64_t limit) {
+[[noreturn]] void refuse_scope(const ConvParams& p, size_t bytes, int64_t limit) {
   DK_CHECK(false, "weight: a scope of ", p.scope_h, "x", p.scope_w, " with a kernel of ",
            p.kernel_h, "x", p.kernel_w, " needs ", bytes,
            " bytes of shared memory and this GPU has ", limit,
@@ -62,7 +57,7 @@ bool is_aligned(const Tensor& t, int64_t channels, int vector) {
 // ---- forward ------------------------------------------------------------------------------------
 
 template <typename scalar_t>
-ChannelTiles plan_forward(const DepthwiseParams& p, bool kernel, bool data, bool aligned) {
+ChannelTiles plan_forward(const ConvParams& p, bool kernel, bool data, bool aligned) {
   const int limit = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   size_t bytes = 0;
   for (int vector : {aligned ? int(16 / sizeof(scalar_t)) : 1, 1}) {
@@ -74,7 +69,7 @@ ChannelTiles plan_forward(const DepthwiseParams& p, bool kernel, bool data, bool
 
 // Contiguous activations have a kernel of their own for what local DK uses. For the rest,
 // converting to channels_last and back costs less than the scattered reads (data_offset) would.
-bool has_nchw_kernel(const DepthwiseParams& p, bool kernel, bool data) {
+bool has_nchw_kernel(const ConvParams& p, bool kernel, bool data) {
   return kernel && !data && p.kernel_h == 3 && p.kernel_w == 3 && p.scope_h == p.scope_w &&
          p.scope_h >= 3 && p.scope_h <= 5;
 }
@@ -87,14 +82,14 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                                  const std::optional<Tensor>& data_offset, IntArrayRef kernel_size,
                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                  int64_t groups, bool clip) {
-  const DepthwiseParams p = checked_params(input, weight, bias, kernel_offset, data_offset,
-                                           kernel_size, stride, padding, dilation, groups, clip);
+  const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset, kernel_size,
+                                      stride, padding, dilation, groups, clip);
   const stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const bool nchw = output_format(input) == MemoryFormat::Contiguous &&
+  const bool nchw = p.depthwise() && output_format(input) == MemoryFormat::Contiguous &&
                     has_nchw_kernel(p, kernel_offset.has_value(), data_offset.has_value());
   const auto format = nchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
   Tensor output =
-      empty(input, {p.batch, p.channels, p.out_h, p.out_w}, input.scalar_type(), format);
+      empty(input, {p.batch, p.out_channels, p.out_h, p.out_w}, input.scalar_type(), format);
   if (output.numel() > 0 && input.numel() == 0) {  // nothing but padding
     fill_with_bias(output, bias);
   } else if (output.numel() > 0) {
@@ -113,6 +108,10 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                               offset_view<T>(data),
                               output.mutable_data_ptr<scalar_t>(),
                               {}};
+      if (!p.depthwise()) {
+        return cuda::dense_forward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x,
+                                             weight, bias, output);
+      }
       const cudaStream_t stream = current_stream(input);
       if (nchw) return cuda::launch_forward_nchw(a, stream);
       a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(),
@@ -132,7 +131,7 @@ namespace {
 // warps.
 template <typename scalar_t>
 int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const int per_block = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int per_processor = cuda::device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   constexpr int reserved = 1024, max_warps = 16, wide = 16 / sizeof(opmath_t<scalar_t>);
@@ -162,7 +161,7 @@ int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
 // together.
 template <typename scalar_t>
 void plan_backward_split(BackwardArgs<scalar_t>& a, int64_t tile_pixels, int blocks_per_processor) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const int64_t blocks =
       int64_t(blocks_per_processor) * cuda::device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t tiles = (tile_pixels + kPixels - 1) / kPixels, channel_tiles = a.channels.tiles;
@@ -199,7 +198,7 @@ struct OffsetGradient {
 // In sorted order instead of by atomics.
 template <typename scalar_t>
 Tensor gather_grad_input(const BackwardArgs<scalar_t>& a, const Tensor& x, cudaStream_t stream) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Tensor base =
       stable::new_empty(x, {p.batch * p.out_h * p.out_w * p.taps()}, ScalarType::Long);
   cuda::launch_base_pixels(a, base.mutable_data_ptr<int64_t>(), stream);
@@ -218,7 +217,7 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
     const std::optional<Tensor>& kernel_offset, const std::optional<Tensor>& data_offset,
     IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     int64_t groups, bool clip, const std::vector<bool>& output_mask, bool deterministic) {
-  const DepthwiseParams p =
+  const ConvParams p =
       checked_backward_params(grad_output, input, weight, kernel_offset, data_offset, kernel_size,
                               stride, padding, dilation, groups, clip, output_mask);
   const stable::accelerator::DeviceGuard guard(input.get_device_index());
@@ -245,6 +244,12 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       a.grad_output = grad.const_data_ptr<scalar_t>();
       a.kernel_offset = offset_view<T>(kernel);
       a.data_offset = offset_view<T>(data);
+      if (!p.depthwise()) {
+        gradients =
+            cuda::dense_backward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x, weight,
+                                           kernel, data, grad, output_mask, deterministic);
+        return;
+      }
 
       std::optional<Tensor> grad_input;
       if (!data) {
@@ -273,16 +278,21 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
 
       gradients[1] = stable::new_empty(weight, weight.sizes());
       cuda::launch_sum_weight(a, gradients[1]->mutable_data_ptr<scalar_t>(), stream);
-      if (grad_input) gradients[0] = to_type(*grad_input, input.scalar_type());
+      gradients[0] = grad_input;
       if (kernel) {
         const Tensor grad = grad_kernel.total();
         const Offset<T> view{grad.mutable_data_ptr<T>(), offset_strides(grad)};
         if (p.clip) cuda::launch_turn_inward(a, view, stream);
-        gradients[2] = to_type(grad, kernel_offset->scalar_type());
+        gradients[2] = grad;
       }
-      if (data) gradients[3] = to_type(grad_data.total(), data_offset->scalar_type());
+      if (data) gradients[3] = grad_data.total();
     });
-    if (gradients[0]) gradients[0] = stable::contiguous(*gradients[0], output_format(input));
+    if (gradients[0]) {
+      gradients[0] =
+          stable::contiguous(to_type(*gradients[0], input.scalar_type()), output_format(input));
+    }
+    if (kernel_offset) gradients[2] = to_type(*gradients[2], kernel_offset->scalar_type());
+    if (data_offset) gradients[3] = to_type(*gradients[3], data_offset->scalar_type());
   }
   return needed_gradients(gradients, output_mask);
 }

@@ -62,7 +62,7 @@ DK_INLINE SharedLayout shared_layout(int vector, int taps, int cells, int warps,
 template <typename scalar_t>
 struct ForwardArgs {
   using T = opmath_t<scalar_t>;
-  DepthwiseParams params;
+  ConvParams params;
   const scalar_t* input;
   const scalar_t* weight;
   const scalar_t* bias;  // null: none
@@ -74,7 +74,7 @@ struct ForwardArgs {
 template <typename scalar_t>
 struct BackwardArgs {
   using T = opmath_t<scalar_t>;
-  DepthwiseParams params;
+  ConvParams params;
   const scalar_t* input;
   const scalar_t* weight;
   Offset<const T> kernel_offset, data_offset;

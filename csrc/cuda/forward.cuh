@@ -12,7 +12,7 @@ template <typename scalar_t, int V, int K, int S, bool kKernel, bool kData>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
   DK_SHARED_MEMORY(memory);
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Sizes<K, S> size(p);
   const int taps = size.taps(), cells = size.cells(), channels = static_cast<int>(p.channels);
   const Shared<scalar_t, V, kKernel, kData> shared(memory, taps, cells, 0);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgs<sca
 
 template <typename scalar_t>
 void launch_forward(const ForwardArgs<scalar_t>& a, cudaStream_t stream) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const int64_t tiles = (p.batch * p.out_h * p.out_w + kPixels - 1) / kPixels;
   dispatch_offsets(a.kernel_offset.data, a.data_offset.data, [&](auto kernel, auto data) {
     constexpr bool kKernel = decltype(kernel)::value, kData = decltype(data)::value;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kNchwThreads) forward_nchw_kernel(const Forwar
   constexpr int taps = K * K, cells = S * S;
   DK_SHARED_MEMORY(memory);
   T* weight = reinterpret_cast<T*>(memory);  // [kNchwChannels, cells]
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const Sizes<K, S> size(p);
   const int channels = static_cast<int>(p.channels);
   const int tiles = (channels + kNchwChannels - 1) / kNchwChannels;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kNchwThreads) forward_nchw_kernel(const Forwar
 
 template <typename scalar_t>
 void launch_forward_nchw(const ForwardArgs<scalar_t>& a, cudaStream_t stream) {
-  const DepthwiseParams& p = a.params;
+  const ConvParams& p = a.params;
   const int64_t pixels = p.batch * p.out_h * p.out_w;
   const int64_t blocks = (pixels + kNchwThreads - 1) / kNchwThreads *
                          ((p.channels + kNchwChannels - 1) / kNchwChannels);

@@ -23,6 +23,13 @@
 namespace dk {
 namespace cuda {
 
+// The C shim alone has it.
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));

@@ -78,7 +78,7 @@ template <int K, int S>
 struct Sizes {
   int kernel_h, kernel_w, scope_h, scope_w;
 
-  DK_INLINE explicit Sizes(const DepthwiseParams& p)
+  DK_INLINE explicit Sizes(const ConvParams& p)
       : kernel_h(K ? K : p.kernel_h),
         kernel_w(K ? K : p.kernel_w),
         scope_h(S ? S : p.scope_h),
@@ -194,7 +194,7 @@ DK_INLINE Location<T> locate_in_scope(const Sizes& size, const Offset<const T>& 
 
 // What it reads there.
 template <typename T, typename Sizes>
-DK_INLINE TapSample<T> sample_weight(const DepthwiseParams& p, const Sizes& size,
+DK_INLINE TapSample<T> sample_weight(const ConvParams& p, const Sizes& size,
                                      const Offset<const T>& offset, int64_t n, int t, int h,
                                      int w) {
   const Location<T> at = locate_in_scope(size, offset, n, t, h, w);
@@ -209,7 +209,7 @@ DK_INLINE int64_t rest_position(int out, int64_t stride, int64_t pad, int tap, i
 
 // The same tap, in the image.
 template <typename T, typename Sizes>
-DK_INLINE TapSample<T> sample_data(const DepthwiseParams& p, const Sizes& size,
+DK_INLINE TapSample<T> sample_data(const ConvParams& p, const Sizes& size,
                                    const Offset<const T>& offset, int64_t n, int t, int h, int w) {
   const T* o = offset_of(offset, n, t, h, w);
   const T y = T(rest_position(h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h));
@@ -225,6 +225,29 @@ DK_INLINE int fed_output(int in, int64_t pad, int tap, int64_t dilation, int64_t
   const int64_t position = in + pad - tap * dilation;
   if (position < 0 || position % stride) return -1;
   return position / stride < size ? static_cast<int>(position / stride) : -1;
+}
+
+// Output pixel and tap number `pair` = p * taps + t.
+template <typename Sizes>
+DK_INLINE Pixel pixel_of_pair(const ConvParams& p, const Sizes& size, int64_t pair, int64_t* n,
+                              int* t) {
+  *t = static_cast<int>(pair % size.taps());
+  const int64_t pixel = pair / size.taps(), row = pixel / p.out_w;
+  *n = row / p.out_h;
+  return {0, static_cast<int>(row % p.out_h), static_cast<int>(pixel % p.out_w)};
+}
+
+// First position in sorted[0 .. size) that is not below value.
+DK_INLINE int64_t lower_bound(const int64_t* sorted, int64_t size, int64_t value) {
+  int64_t begin = 0, end = size;
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    if (sorted[middle] < value)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
 }
 
 // ---- shared memory ------------------------------------------------------------------------------
@@ -260,7 +283,7 @@ struct Shared {
 
   // Where the taps of a tile of output pixels read, and how.
   template <typename Sizes>
-  __device__ __forceinline__ void fill_output_taps(const DepthwiseParams& p, const Sizes& size,
+  __device__ __forceinline__ void fill_output_taps(const ConvParams& p, const Sizes& size,
                                                    const PixelTile& tile,
                                                    const Offset<const T>& kernel_offset,
                                                    const Offset<const T>& data_offset) const {
@@ -322,7 +345,7 @@ using Int = std::integral_constant<int, v>;
 
 // Calls f(Int<K>, Int<S>) with the sizes that have kernels of their own, else with zeros.
 template <bool kKernel, typename F>
-void dispatch_sizes(const DepthwiseParams& p, const F& f) {
+void dispatch_sizes(const ConvParams& p, const F& f) {
   const bool three = p.kernel_h == 3 && p.kernel_w == 3, square = p.scope_h == p.scope_w;
   if constexpr (kKernel) {
     if (three && square && p.scope_h == 3) return f(Int<3>(), Int<3>());

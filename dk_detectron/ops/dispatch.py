@@ -12,10 +12,8 @@ from .library import DEVICES
 WARNED: set[str] = set()
 
 
-def why_composed(input: Tensor, weight: Tensor, groups: int) -> str:
-    """Why no compiled kernel takes the arguments, in words; empty if one does."""
-    if not groups == input.shape[1] == weight.shape[0]:
-        return "the convolution is not depthwise (groups = C_in = C_out), as compiled kernels are"
+def why_composed(input: Tensor) -> str:
+    """Why no compiled kernel takes the input, in words; empty if one does."""
     device = input.device.type
     if device not in DEVICES:
         cure = ": build it where there is a GPU, or with FORCE_CUDA=1" if device == "cuda" else ""
@@ -36,7 +34,8 @@ def warn_composed(reason: str) -> None:
     warnings.warn(
         f"deform_kernel_conv2d runs composed of PyTorch's own operators, as {reason}. That takes "
         "memory for S_h * S_w times the input; where there are compiled kernels, they have been "
-        "measured 48 to 247 times as fast on a CPU",
+        "measured 48 to 247 times as fast on a CPU for depthwise convolutions, 3 to 18 times for "
+        "dense ones",
         stacklevel=3,
     )
 
@@ -47,8 +46,6 @@ def implementation(
     bias: Tensor | None = None,
     kernel_offset: Tensor | None = None,
     data_offset: Tensor | None = None,
-    *,
-    groups: int = 1,
     **_,
 ) -> str:
     """What :func:`deform_kernel_conv2d` runs for these arguments, which are its own.
@@ -59,7 +56,7 @@ def implementation(
     """
     if kernel_offset is None and data_offset is None:
         return "torch.nn.functional.conv2d"
-    if why_composed(input, weight, groups):
+    if why_composed(input):
         return "composed"
     if input.device.type == "cpu":
         return f"compiled CPU {torch.backends.cpu.get_cpu_capability()}"

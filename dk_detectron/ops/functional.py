@@ -66,7 +66,10 @@ def deform_kernel_conv2d(
         data_offset: [N, 2*K, H_out, W_out], in input pixels.
         kernel_size: (K_h, K_w), or one number for both; likewise the next three.
         groups: any divisor of both channel numbers. Depthwise (groups = C_in = C_out) runs in one
-            direct kernel; the others go through a matrix product with S columns instead of K.
+            direct kernel; the others go through a matrix product with S columns instead of K, by
+            tiles of pixels: beyond the results, a CPU needs 16 MiB for columns, 4 MiB and K / S of
+            that for their gradient, whatever the image (one pixel's columns, if those are more),
+            and the weight once more. There, a pixel that is infinite or NaN makes NaN.
         clip: keep the sampling location inside [0, S - 1]. A tap that its offset takes outside
             reads the edge. Its offset's gradient, summed over the channels, is what it would be on
             the edge where descent leads back inside, and zero where it leads further out. (The true
@@ -95,7 +98,7 @@ def deform_kernel_conv2d(
             return F.conv2d(input, weight, bias, groups=groups, **sizes)
     arguments: dict[str, Any] = {"groups": groups, "clip": clip, **sizes}
     tensors = input, weight, bias, kernel_offset, data_offset
-    if reason := why_composed(input, weight, groups):
+    if reason := why_composed(input):
         warn_composed(reason)
     if reason or in_forward_mode() or for_onnx():
         return composed_deform_kernel_conv2d(*tensors, **arguments)

@@ -15,7 +15,7 @@ constexpr int64_t kChannelBlock = 128;
 template <typename scalar_t>
 struct DepthwiseForward {
   using T = opmath_t<scalar_t>;
-  DepthwiseParams params;
+  ConvParams params;
   const scalar_t* input;
   const T* weight;
   const T* bias;  // null: none
@@ -26,12 +26,31 @@ struct DepthwiseForward {
 template <typename scalar_t>
 struct DepthwiseBackward {
   using T = opmath_t<scalar_t>;
-  DepthwiseParams params;
+  ConvParams params;
   const scalar_t* input;
   const T* weight;
   Offset<const T> kernel_offset, data_offset;
   const scalar_t* grad_output;
   Offset<T> grad_kernel_offset, grad_data_offset;
+};
+
+// A tile of the columns of a convolution that is not depthwise (csrc/dense.h): `count` output
+// pixels from `first` on, of all N * H_out * W_out.
+template <typename scalar_t>
+struct Columns {
+  using T = opmath_t<scalar_t>;
+  ConvParams params;
+  const scalar_t* input;
+  Offset<const T> kernel_offset, data_offset;
+  int64_t first, count;
+};
+
+template <typename scalar_t>
+struct ColumnsBackward : Columns<scalar_t> {
+  using T = opmath_t<scalar_t>;
+  const T* grad_columns;                           // [groups, count, C / groups, cells]
+  T* grad_taps;                                    // [count, taps, C], to be written
+  Offset<T> grad_kernel_offset, grad_data_offset;  // to be written at the tile's pixels
 };
 
 #define DK_DECLARE_KERNELS(ISA)                                                                    \
@@ -53,6 +72,23 @@ struct DepthwiseBackward {
   template <typename scalar_t>                                                                     \
   void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,         \
                      int64_t n, int64_t block);                                                    \
+  /* Pixels [begin, end) of the tile's columns, [groups, count, C / groups, cells]. */             \
+  template <typename scalar_t>                                                                     \
+  void columns(const Columns<scalar_t>& a, opmath_t<scalar_t>* columns, int64_t begin,             \
+               int64_t end);                                                                       \
+  /* From the columns' gradient, those of what each tap reads and of the offsets, pixels           \
+     [begin, end) of the tile. */                                                                  \
+  template <typename scalar_t>                                                                     \
+  void columns_backward(const ColumnsBackward<scalar_t>& a, int64_t begin, int64_t end);           \
+  /* No data_offset. Adds the gradient of what the tile's taps read to that of input rows          \
+     [begin, end) of all N * H, which is in the arithmetic type. */                                \
+  template <typename scalar_t>                                                                     \
+  void add_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, int64_t begin, \
+                int64_t end);                                                                      \
+  /* With data_offset. The same, scattered, for channels [begin, end). */                          \
+  template <typename scalar_t>                                                                     \
+  void scatter_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,            \
+                    int64_t begin, int64_t end);                                                   \
   }
 
 DK_DECLARE_KERNELS(baseline)

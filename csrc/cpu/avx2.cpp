@@ -1,9 +1,9 @@
-// The depthwise kernels for AVX2. The target covers only what follows the other headers, so that no
+// The kernels for AVX2. The target covers only what follows the other headers, so that no
 // inline function of theirs is compiled for a processor that may not be there.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "depthwise.h"
+#include "kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -13,6 +13,7 @@
 #endif
 #define DK_ISA avx2
 #define DK_VECTOR_BYTES 32
+#include "columns_kernels.h"
 #include "depthwise_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

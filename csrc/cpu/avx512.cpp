@@ -1,11 +1,11 @@
-// The depthwise kernels for AVX-512. The target covers only what follows the other headers, so that
+// The kernels for AVX-512. The target covers only what follows the other headers, so that
 // no inline function of theirs is compiled for a processor that may not be there.
 #if defined(__x86_64__)
 // GCC 12 warns of its own _mm512_undefined_* (bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "depthwise.h"
+#include "kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \
@@ -17,6 +17,7 @@
 #endif
 #define DK_ISA avx512
 #define DK_VECTOR_BYTES 64
+#include "columns_kernels.h"
 #include "depthwise_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

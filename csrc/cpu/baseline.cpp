@@ -1,0 +1,7 @@
+// The kernels for any processor; on x86-64, SSE2.
+// Four doubles are no register here, but nothing that takes or returns them is a call.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#define DK_ISA baseline
+#define DK_VECTOR_BYTES 16
+#include "columns_kernels.h"
+#include "depthwise_kernels.h"

@@ -1,0 +1,81 @@
+// What the CUDA host functions (dense_cuda.h) hand to the kernels of convolutions that are not
+// depthwise (columns.cuh). Plain C++: read by both compilers.
+#pragma once
+
+#include "depthwise.h"
+
+namespace dk {
+namespace cuda {
+
+// A tile of columns (csrc/dense.h): `count` output pixels from `first` on, of all N * H_out *
+// W_out. The input is channels_last.
+template <typename scalar_t>
+struct ColumnsArgs {
+  using T = opmath_t<scalar_t>;
+  ConvParams params;
+  const scalar_t* input;
+  Offset<const T> kernel_offset, data_offset;
+  int64_t first, count;
+  scalar_t* columns;  // [groups, count, C / groups, cells], to be written
+  int pixels;         // of a block
+};
+
+template <typename scalar_t>
+struct ColumnsBackwardArgs {
+  using T = opmath_t<scalar_t>;
+  ConvParams params;
+  const scalar_t* input;
+  Offset<const T> kernel_offset, data_offset;
+  int64_t first, count;
+  const scalar_t* grad_columns;                    // [groups, count, C / groups, cells]
+  T* grad_taps;                                    // [count, taps, C], of what each tap reads
+  Offset<T> grad_kernel_offset, grad_data_offset;  // zero at the start
+  T* grad_input;                                   // channels_last, added to; zero at the start
+};
+
+// Bytes of shared memory, and where its arrays begin:
+//   data_coef  [pixels, taps, 4]       T    if there is a data_offset
+//   table      [pixels, taps, row]     T    if there is a kernel_offset: coefficients of all cells
+//   pixel      [pixels, taps]          int  first pixel that is read; -1: padding
+struct ColumnsLayout {
+  size_t data_coef, table, pixel, bytes;
+  int row;
+};
+
+template <typename T>
+DK_INLINE ColumnsLayout columns_layout(int pixels, int taps, int cells, bool kernel, bool data) {
+  const size_t pairs = static_cast<size_t>(pixels) * taps;
+  ColumnsLayout s;
+  s.row = (cells + 3) / 4 * 4;
+  s.data_coef = 0;
+  s.table = s.data_coef + (data ? sizeof(T) * 4 * pairs : 0);
+  s.pixel = s.table + (kernel ? sizeof(T) * s.row * pairs : 0);
+  s.bytes = s.pixel + sizeof(int) * pairs;
+  return s;
+}
+
+// ---- launchers, one instantiation per type in its own .cu ---------------------------------------
+
+template <typename scalar_t>
+void launch_columns(const ColumnsArgs<scalar_t>& a, cudaStream_t stream);
+// The gradients of the tile's offsets, and grad_taps.
+template <typename scalar_t>
+void launch_columns_backward(const ColumnsBackwardArgs<scalar_t>& a, cudaStream_t stream);
+// Without data_offset: adds grad_taps to the pixels that the taps read, of input rows
+// begin .. end of all N * H.
+template <typename scalar_t>
+void launch_add_taps(const ColumnsBackwardArgs<scalar_t>& a, int64_t begin, int64_t end,
+                     cudaStream_t stream);
+// With data_offset: the same by atomics.
+template <typename scalar_t>
+void launch_scatter_taps(const ColumnsBackwardArgs<scalar_t>& a, cudaStream_t stream);
+// The same in two steps around a stable sort, in a fixed order: base[i*taps + t] = the first of the
+// 2x2 pixels that tap t of the tile's pixel i reads; then every input pixel gathers.
+template <typename scalar_t>
+void launch_tap_bases(const ColumnsBackwardArgs<scalar_t>& a, int64_t* base, cudaStream_t stream);
+template <typename scalar_t>
+void launch_gather_taps(const ColumnsBackwardArgs<scalar_t>& a, const int64_t* sorted_base,
+                        const int64_t* pair, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace dk

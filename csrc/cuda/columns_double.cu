@@ -1,0 +1,4 @@
+// One type per file, so that they build in parallel.
+#include "columns.cuh"
+
+DK_INSTANTIATE_COLUMNS(double)

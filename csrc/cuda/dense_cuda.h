@@ -1,0 +1,128 @@
+// csrc/dense.h on CUDA: convolutions that are not depthwise. A part of deform_kernel_cuda.cpp.
+#pragma once
+
+#include "../dense.h"
+#include "columns.h"
+#include "launch.cuh"
+
+namespace dk {
+namespace cuda {
+namespace {
+
+// As many pixels as a block's shared memory has room for.
+template <typename T>
+int columns_pixels(const ConvParams& p, bool kernel, bool data) {
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int pixels = kPixels;
+  const auto bytes = [&] {
+    return columns_layout<T>(pixels, p.taps(), p.cells(), kernel, data).bytes;
+  };
+  while (pixels > 1 && bytes() > static_cast<size_t>(limit)) pixels /= 2;
+  DK_CHECK(bytes() <= static_cast<size_t>(limit), "weight: a scope of ", p.scope_h, "x", p.scope_w,
+           " with a kernel of ", p.kernel_h, "x", p.kernel_w, " needs ", bytes(),
+           " bytes of shared memory and this GPU has ", limit,
+           "; dk_detectron.ops.composed_deform_kernel_conv2d takes any size");
+  return pixels;
+}
+
+// Columns are in the type of the activations, for which the matrix products are fast; sums over
+// taps, channels and tiles are in the arithmetic type.
+template <typename scalar_t>
+struct DenseBackend {
+  using T = opmath_t<scalar_t>;
+  // 64 MiB of columns, and as much of their gradient.
+  static constexpr int64_t tile_values = (int64_t(1) << 26) / sizeof(scalar_t);
+  static constexpr int64_t tile_pixels = int64_t(1) << 30, gradient_values = tile_values;
+  static constexpr ScalarType type = scalar_type_of<scalar_t>;
+
+  const Tensor& like;
+  ColumnsBackwardArgs<scalar_t> a;
+  bool deterministic = false;
+  cudaStream_t stream;
+  std::optional<Tensor> grad_taps;  // for all tiles; the first is the largest
+
+  DenseBackend(const ColumnsBackwardArgs<scalar_t>& a, const Tensor& like)
+      : like(like), a(a), stream(current_stream(like)) {}
+
+  static Tensor product(const Tensor& x, const Tensor& y) {
+    return stable::contiguous(stable::matmul(x, y));
+  }
+  static void add(std::optional<Tensor>& sum, const Tensor& part) {
+    const Tensor exact = to_type(part, scalar_type_of<T>);
+    sum = sum ? stable::subtract(*sum, exact, -1) : exact;
+  }
+
+  Tensor columns(int64_t first, int64_t count) const {
+    const ConvParams& p = a.params;
+    const Tensor result =
+        stable::new_empty(like, {p.groups, count, p.channels / p.groups * p.cells()}, type);
+    launch_columns<scalar_t>({p, a.input, a.kernel_offset, a.data_offset, first, count,
+                              result.mutable_data_ptr<scalar_t>(),
+                              columns_pixels<T>(p, a.kernel_offset.data, a.data_offset.data)},
+                             stream);
+    return result;
+  }
+
+  void backward(const Tensor& grad_columns, int64_t first, int64_t count) {
+    const ConvParams& p = a.params;
+    if (!grad_taps)
+      grad_taps = stable::new_empty(like, {count, p.taps(), p.channels}, scalar_type_of<T>);
+    a.first = first;
+    a.count = count;
+    a.grad_columns = grad_columns.const_data_ptr<scalar_t>();
+    a.grad_taps = grad_taps->mutable_data_ptr<T>();
+    launch_columns_backward(a, stream);
+    if (!a.grad_input) return;
+    if (!a.data_offset.data) {
+      const auto [begin, end] = dense::input_rows(p, first, first + count - 1);
+      launch_add_taps(a, begin, end, stream);
+    } else if (deterministic) {
+      const Tensor base = stable::new_empty(like, {count * p.taps()}, ScalarType::Long);
+      launch_tap_bases(a, base.mutable_data_ptr<int64_t>(), stream);
+      const auto [sorted, pair] = stable_sort(base);
+      launch_gather_taps(a, sorted.template const_data_ptr<int64_t>(),
+                         pair.template const_data_ptr<int64_t>(), stream);
+    } else {
+      launch_scatter_taps(a, stream);
+    }
+  }
+};
+
+// `input` and `output` are channels_last; the offsets' tensors are those that `a` reads.
+template <typename scalar_t>
+void dense_forward(const ColumnsBackwardArgs<scalar_t>& a, const Tensor& input,
+                   const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& output) {
+  DenseBackend<scalar_t> backend(a, input);
+  dense::forward(a.params, backend, weight, bias, output);
+}
+
+template <typename scalar_t>
+Gradients dense_backward(const ColumnsBackwardArgs<scalar_t>& a, const Tensor& input,
+                         const Tensor& weight, const std::optional<Tensor>& kernel_offset,
+                         const std::optional<Tensor>& data_offset, const Tensor& grad_output,
+                         const std::vector<bool>& output_mask, bool deterministic) {
+  using T = opmath_t<scalar_t>;
+  DenseBackend<scalar_t> backend(a, input);
+  backend.deterministic = deterministic;
+  Gradients gradients;
+  if (output_mask[0]) {
+    Tensor zeros = empty(input, input.sizes(), scalar_type_of<T>, MemoryFormat::ChannelsLast);
+    gradients[0] = stable::zero_(zeros);
+    backend.a.grad_input = gradients[0]->template mutable_data_ptr<T>();
+  }
+  const auto zero_gradient = [](const std::optional<Tensor>& offset, Offset<T>& view) {
+    std::optional<Tensor> grad;
+    if (!offset) return grad;
+    grad = zeros_like(*offset);
+    view = {grad->template mutable_data_ptr<T>(), offset_strides(*grad)};
+    return grad;
+  };
+  gradients[2] = zero_gradient(kernel_offset, backend.a.grad_kernel_offset);
+  gradients[3] = zero_gradient(data_offset, backend.a.grad_data_offset);
+  gradients[1] = dense::backward(a.params, backend, weight, grad_output, output_mask);
+  return gradients;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace dk
