@@ -57,7 +57,6 @@ constexpr size_t kDefaultSharedBytes = 48 * 1024;
 template <typename... Params>
 void launch(void (*kernel)(Params...), int64_t blocks, dim3 threads, size_t shared_bytes,
             cudaStream_t stream, const std::common_type_t<Params>&... args) {
-  if (blocks == 0) return;
   DK_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "deform_kernel_conv2d: ", blocks,
            " blocks are more than one launch takes; split the batch");
   if (shared_bytes > kDefaultSharedBytes) {

@@ -130,7 +130,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
   int limit;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   limit = std::min(limit, emulated::shared_limit(reinterpret_cast<void*>(kernel)));
-  if (shared_bytes > static_cast<std::size_t>(limit) || block.x * block.y * block.z > 1024) {
+  const bool nothing = grid.x * grid.y * grid.z == 0 || block.x * block.y * block.z == 0;
+  if (shared_bytes > static_cast<std::size_t>(limit) || block.x * block.y * block.z > 1024 || nothing) {
     return cudaErrorInvalidValue;
   }
   const std::size_t sizes[] = {sizeof(P)...};
