@@ -110,7 +110,15 @@ def test_a_signal_to_the_first_process_stops_all(signum, datasets_root, tmp_path
     assert len(list(tmp_path.glob("model_*.pth"))) == 1
 
 
-def test_a_second_interrupt_stops_at_once():
+@pytest.fixture
+def interruptible():
+    """Also where the tests run in the background, and so ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_stops_at_once(interruptible):
     request = StopRequest()
     with request.listening(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
