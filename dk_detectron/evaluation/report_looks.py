@@ -28,7 +28,9 @@ def _pictures(section: Section, networks: Networks) -> CocoPictures | None:
         section.notes.append("DATASETS.TEST is empty: nothing to look at")
         return None
     try:
-        return CocoPictures(names[0])
+        pictures = CocoPictures(names[0])
+        pictures.spread(1)  # an object to look at
+        return pictures
     except (FileNotFoundError, ValueError) as error:
         section.notes.append(str(error))
         return None
