@@ -646,6 +646,20 @@ def test_edges_and_beyond(location, name, axis, groups, function, clip, device):
     assert_close(run(function, tensors, case.arguments), expected)
 
 
+@every_implementation
+@every_path
+@pytest.mark.parametrize("location", [0, 3], ids=["first", "last"])
+def test_a_tap_on_the_edge_is_inside(location, groups, function, device):
+    """Its gradient is that of the cells there, also where descent leads out of the scope."""
+    case = Case(groups=groups, **KERNEL)
+    tensors = case.tensors(device=device)
+    tensors["kernel_offset"][:, :2] = location - 0.5  # where the first tap rests
+    expected = run(reference.deform_kernel_conv2d, double(tensors), case.arguments)
+    gradient = expected["grad_kernel_offset"][:, :2]
+    assert (gradient > 0).any() and (gradient < 0).any()
+    assert_close(run(function, tensors, case.arguments), expected)
+
+
 @every_clip
 @every_implementation
 @every_path
