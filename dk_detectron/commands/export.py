@@ -68,7 +68,7 @@ def main() -> None:
     run = Path(args.run_dir)
     output = args.output or run / f"model{FORMATS[args.format]}"
     try:
-        cfg = load_config(run / CONFIG_FILE, ["MODEL.DEVICE", "cpu"])
+        cfg = load_config(run / CONFIG_FILE)
         weights = args.weights or last_checkpoint(run)
         if not weights:
             raise FileNotFoundError(f"RUN_DIR: expected a checkpoint in {run}, got none yet")

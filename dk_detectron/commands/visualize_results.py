@@ -28,6 +28,7 @@ from ..engine import EVALUATION_FILE, Predictor
 from ..engine.detection import inference_folder
 from ..engine.drawing import draw_pair, give_colours, to_instances, write_picture
 from ..engine.outputs import RESULTS_FILE
+from ..engine.trainer import by_task
 from ..model_zoo import load_config
 
 
@@ -69,11 +70,7 @@ def draw(cfg: CfgNode, count: int, threshold: float) -> Path:
 
 
 def print_metrics(path: Path) -> None:
-    results = json.loads(path.read_text())
-    for key, value in [*results.items()]:
-        if any(isinstance(metrics, dict) for metrics in value.values()):  # of several data sets
-            results |= {f"{key}, {task}": metrics for task, metrics in results.pop(key).items()}
-    for task, metrics in results.items():
+    for task, metrics in by_task(json.loads(path.read_text())).items():
         rows = [[name, value] for name, value in metrics.items()]
         print(f"\n{task}, from {path}:\n")
         print(tabulate(rows, ["metric", "%"], tablefmt="github", floatfmt=".1f"))

@@ -124,9 +124,9 @@ def check_ignored(cfg: CfgNode) -> None:
     ignored = {"a classifier": OF_DETECTORS} if classifier else {"a detector": OF_CLASSIFIERS}
     if re.search("mobilenetv2|resnet_dw", cfg.MODEL.BACKBONE.NAME):
         ignored[cfg.MODEL.BACKBONE.NAME] = OF_OTHER_BACKBONES
-    defaults, now = get_cfg(), _flat(cfg)
+    defaults, now = get_cfg(), flat(cfg)
     add_dk_config(defaults)
-    unset = _flat(defaults)
+    unset = flat(defaults)
     for whose, keys in ignored.items():
         for key, cure in keys.items():
             if now[key] != unset[key]:
@@ -138,7 +138,7 @@ def check_ignored(cfg: CfgNode) -> None:
 
 def stated_keys(config_file: str, opts: Sequence) -> set[str]:
     """The keys that a configuration file, those that it is based on, or ``opts`` give."""
-    return {*_flat(CfgNode.load_yaml_with_base(config_file)), *opts[::2]}
+    return {*flat(CfgNode.load_yaml_with_base(config_file)), *opts[::2]}
 
 
 def settle_classes(cfg: CfgNode, key: str, classes: Sequence[str], stated: set[str]) -> list[str]:
@@ -254,8 +254,8 @@ def changes_since(cfg: CfgNode) -> list[str]:
     records = [folder / name for name in (TRAINING_FILE, CONFIG_FILE) if (folder / name).exists()]
     if not (folder / LAST_CHECKPOINT).exists() or not records:
         return []
-    before = _flat(CfgNode.load_yaml_with_base(str(records[0])))
-    now = _flat(CfgNode.load_cfg(cfg.dump()))
+    before = flat(CfgNode.load_yaml_with_base(str(records[0])))
+    now = flat(CfgNode.load_cfg(cfg.dump()))
     changed = {
         key: (before[key], value)
         for key, value in now.items()
@@ -271,11 +271,12 @@ def changes_since(cfg: CfgNode) -> list[str]:
     return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
 
 
-def _flat(node: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(node: dict, prefix: str = "") -> dict:
+    """A.B for what is nested in a configuration."""
+    found = {}
     for key, value in node.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found

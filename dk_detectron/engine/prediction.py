@@ -18,11 +18,10 @@ from detectron2.structures import Instances
 
 from ..data.entries import THINNEST
 from ..data.inputs import read_picture
-from ..model_zoo import get_config
 from ..weights import Checkpointer
 from .checks import check_weights
 from .detection import Trainer
-from .record import CLASSES_FILE, CONFIG_FILE, TRAINING_FILE, last_checkpoint
+from .record import CLASSES_FILE, TRAINING_FILE, last_checkpoint, run_config
 
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.prediction")
 
@@ -158,18 +157,18 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
+def check_detects(cfg: CfgNode, run: Path) -> None:
+    """Raises ``ValueError`` if a run is a classifier's."""
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        raise ValueError(f"RUN_DIR: expected the run of a detector, {run} is a classifier's")
+
+
 def _config(run: Path, device: str | None, threshold: float | None, opts: Sequence) -> CfgNode:
-    if not (run / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"RUN_DIR: expected the OUTPUT_DIR of a training, got {str(run)!r}, which has no "
-            f"{CONFIG_FILE}"
-        )
-    cfg = get_config(run / CONFIG_FILE)
+    cfg = run_config(run)
     # Switches of speed: the one takes longer than most predictions, the other rounds differently.
     cfg.MODEL.BACKBONE.COMPILE = cfg.MODEL.CHANNELS_LAST = False
     cfg.merge_from_list(list(opts))
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
-        raise ValueError(f"RUN_DIR: expected the run of a detector, {run} is a classifier's")
+    check_detects(cfg, run)
     if threshold is not None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold: expected a score from 0 to 1, got {threshold}")

@@ -17,6 +17,7 @@ import yaml
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..model_zoo import get_config
 from ..weights import LAST_CHECKPOINT, Checkpointer, replacing
 
 TRAINING_FILE, CONFIG_FILE, CLASSES_FILE = "training.yaml", "config.yaml", "classes.json"
@@ -29,6 +30,21 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     tag = Path(folder, LAST_CHECKPOINT)
     name = tag.read_text().strip() if tag.is_file() else ""
     return Path(folder, name) if name else None
+
+
+def run_config(folder: str | Path) -> CfgNode:
+    """A run's configuration, for use.
+
+    Raises:
+        FileNotFoundError: the folder is no run's.
+    """
+    path = Path(folder, CONFIG_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"RUN_DIR: expected the OUTPUT_DIR of a training, got {str(folder)!r}, which has no "
+            f"{CONFIG_FILE}"
+        )
+    return get_config(path)
 
 
 def keep_training(folder: str | Path) -> None:

@@ -325,6 +325,15 @@ def write_evaluation(cfg: CfgNode, results: dict) -> None:
             json.dump(_without_nan(results), f, indent=2)
 
 
+def by_task(results: dict[str, dict]) -> dict[str, dict]:
+    """Metrics by task; of several data sets, by "data set, task"."""
+    found = {}
+    for key, value in results.items():
+        several = any(isinstance(metrics, dict) for metrics in value.values())
+        found |= {f"{key}, {task}": m for task, m in value.items()} if several else {key: value}
+    return found
+
+
 def _without_nan(results):
     """JSON has no NaN, which COCO's metrics use where no object has the size in question."""
     if isinstance(results, dict):

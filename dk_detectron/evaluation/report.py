@@ -18,15 +18,17 @@ from ..analysis import count_multiply_adds, count_parameters
 from ..analysis.objects import CocoPictures
 from ..data.html import jpeg
 from ..engine import EVALUATION_FILE, Predictor
+from ..engine.checks import flat
 from ..engine.detection import inference_folder
 from ..engine.drawing import draw_pair, give_colours, to_instances
 from ..engine.outputs import RESULTS_FILE
-from ..engine.record import CONFIG_FILE, TRAINING_FILE, last_checkpoint
-from ..model_zoo import get_config
+from ..engine.prediction import check_detects
+from ..engine.record import CONFIG_FILE, TRAINING_FILE, last_checkpoint, run_config
+from ..engine.trainer import by_task
 from ..weights import replacing
 from . import report_figures as figures
 from .errors import KINDS, PictureScore, by_image, confusion, find_errors, scenes, score_pictures
-from .report_looks import look_at_fields, look_at_offsets
+from .report_looks import look
 from .report_page import Picture, Section, Table, render_report
 from .results import read_results
 from .scores import AREAS, Scores
@@ -70,14 +72,8 @@ def read_run(folder: str | Path, name: str) -> Run:
         ValueError: it is a classifier's.
     """
     folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"RUN_DIR: expected the OUTPUT_DIR of a training, got {folder}, which has no "
-            f"{CONFIG_FILE}"
-        )
-    cfg = get_config(folder / CONFIG_FILE)
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
-        raise ValueError(f"RUN_DIR: expected the run of a detector, {folder} is a classifier's")
+    cfg = run_config(folder)
+    check_detects(cfg, folder)
     evaluation = folder / EVALUATION_FILE
     return Run(
         name,
@@ -132,13 +128,7 @@ def _overview(runs: Sequence[Run]) -> Section:
     section = Section("Runs")
     rows: list[list[Any]] = []
     for run in runs:
-        tables = run.evaluation
-        if any(isinstance(v, dict) for metrics in tables.values() for v in metrics.values()):
-            tables = {
-                f"{task}, {name}": metrics
-                for name, of_name in tables.items()
-                for task, metrics in of_name.items()
-            }
+        tables = by_task(run.evaluation)
         rows += [[run.name, task, *map(metrics.get, METRICS)] for task, metrics in tables.items()]
         if not tables:
             section.notes.append(
@@ -298,8 +288,7 @@ def _networks(runs: Sequence[Run], count: int, progress: Progress) -> list[Secti
     if rows:
         header = ["run", "million parameters", "G multiply-adds", "by layer, G"]
         costs.tables.append(Table(f"One image of {size[0][0]} x {size[0][1]}", header, rows))
-        look_at_fields(looks, models, count, progress)
-        look_at_offsets(looks, models, count, progress)
+        look(looks, models, count, progress)
     return [looks, costs] if looks.charts or looks.notes else [costs]
 
 
@@ -311,25 +300,14 @@ def _size(cfg: CfgNode) -> tuple[int, int]:
 
 def _configuration(runs: Sequence[Run]) -> Section:
     section = Section("Configuration")
-    flat = {run.name: _flat(yaml.safe_load(run.settings())) for run in runs}
-    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+    found = {run.name: flat(yaml.safe_load(run.settings())) for run in runs}
+    keys = dict.fromkeys(key for settings in found.values() for key in settings)
     rows = []
     for key in keys:
-        values = [settings.get(key) for settings in flat.values()]
+        values = [settings.get(key) for settings in found.values()]
         if key != "OUTPUT_DIR" and any(value != values[0] for value in values):
             rows.append([key, *map(str, values)])
     if rows:
-        section.tables.append(Table("Where they differ", ["key", *flat], rows))
+        section.tables.append(Table("Where they differ", ["key", *found], rows))
     section.details += [(f"{run.name}: all keys", run.settings()) for run in runs]
     return section
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A.B for what is nested."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

@@ -36,14 +36,27 @@ def _pictures(section: Section, networks: Networks) -> CocoPictures | None:
         return None
 
 
-def look_at_fields(section: Section, networks: Networks, count: int, progress: Progress) -> None:
-    """Adds effective fields at ``count`` objects, or a note of what is in the way."""
-    pictures = _pictures(section, networks)
-    if pictures is None:
-        return
+def look(section: Section, networks: Networks, count: int, progress: Progress) -> None:
+    """Adds effective fields at ``count`` objects, and the offsets on their pictures.
+
+    What is in the way becomes a note.
+    """
+    if pictures := _pictures(section, networks):
+        things = pictures.spread(count)
+        _look_at_fields(section, networks, pictures, things, progress)
+        _look_at_offsets(section, networks, pictures, things, progress)
+
+
+def _look_at_fields(
+    section: Section,
+    networks: Networks,
+    pictures: CocoPictures,
+    things: list[tuple[int, int]],
+    progress: Progress,
+) -> None:
     rows = []
     try:
-        for image_id, thing in progress(pictures.spread(count), "Receptive fields"):
+        for image_id, thing in progress(things, "Receptive fields"):
             panels = []
             for cfg, model in networks.values():
                 picture = pictures.read(image_id, cfg, only=[thing])
@@ -64,12 +77,15 @@ def look_at_fields(section: Section, networks: Networks, count: int, progress: P
     section.add_chart(draw_fields([*networks], rows, "derivatives through the offsets"))
 
 
-def look_at_offsets(section: Section, networks: Networks, count: int, progress: Progress) -> None:
-    """Adds histograms of the offsets on ``count`` pictures for each network that has any."""
-    pictures = _pictures(section, networks)
-    if pictures is None:
-        return
-    chosen = list(dict.fromkeys(image_id for image_id, _ in pictures.spread(count)))
+def _look_at_offsets(
+    section: Section,
+    networks: Networks,
+    pictures: CocoPictures,
+    things: list[tuple[int, int]],
+    progress: Progress,
+) -> None:
+    """Adds histograms for each network that has any."""
+    chosen = list(dict.fromkeys(image_id for image_id, _ in things))
     for name, (cfg, model) in networks.items():
         if not adaptive_layers(model):
             continue

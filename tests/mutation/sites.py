@@ -108,10 +108,11 @@ def _python_words(source: str):
 
 def _python_statements(source: str):
     """Spans of assignments and calls."""
+    place = _places(source)
     for node in ast.walk(ast.parse(source)):
         call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
         if call or isinstance(node, (ast.Assign, ast.AugAssign)):
-            yield _span(node, _places(source))
+            yield _span(node, place)
 
 
 def _places(source: str):
