@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..ops import outside_scope, sample_kernel, tap_locations
 from .offsets import Observation
 from .receptive_field import ReceptiveFields
 
+OFFSETS = "kernel_offset", "data_offset"
 # Of each picture and layer, at most so many offsets are kept for histograms.
 SAMPLES = 100_000
 
@@ -201,3 +203,21 @@ class OffsetStatistics:
             **{name: float(value) for name, value in quantiles.items()},
             "clipped": self.clipped / self.taps,
         }
+
+
+def no_statistics() -> dict[str, dict[str, OffsetStatistics]]:
+    """Of each kind of offsets, those of layers by name: of no picture yet."""
+    return {kind: defaultdict(OffsetStatistics) for kind in OFFSETS}
+
+
+def add_statistics(
+    statistics: dict[str, dict[str, OffsetStatistics]], seen: dict[str, Observation]
+) -> None:
+    """Adds what :func:`~dk_detectron.analysis.observe` gave of one more picture.
+
+    Raises:
+        ValueError: offsets are not finite.
+    """
+    for name, observation in seen.items():
+        for kind in observation.values.keys() & set(OFFSETS):
+            statistics[kind][name].add(observation, kind)

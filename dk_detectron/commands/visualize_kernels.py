@@ -17,13 +17,14 @@ convolutions of torchvision and detectron2.
 
 import argparse
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 from ..analysis.kernel_figures import LayerView, draw_histograms, draw_kernels, draw_samples
 from ..analysis.kernels import (
-    OffsetStatistics,
+    OFFSETS,
+    add_statistics,
     chain,
+    no_statistics,
     sampling_points,
     tap_points,
     view_scope,
@@ -33,8 +34,6 @@ from ..analysis.offsets import Observation, observe
 from ..analysis.receptive_field import ReceptiveFields
 from . import _subjects
 from ._networks import Network, add_arguments, load_networks, named, save, write_table
-
-KINDS = "kernel_offset", "data_offset"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,7 +66,7 @@ def with_offsets(network: Network, picture: Picture) -> dict[str, Observation]:
     seen = {
         name: observation
         for name, observation in observe(network.model, picture.image).items()
-        if observation.values.keys() & set(KINDS)
+        if observation.values.keys() & set(OFFSETS)
     }
     if not seen:
         raise ValueError("expected layers with offsets, got gates alone")
@@ -90,15 +89,11 @@ def choose_layers(names: list[str] | None, seen: dict[str, Observation]) -> list
 def look(args: argparse.Namespace, network: Network) -> None:
     """Everything of one network."""
     stem = network.name.replace("/", "_")
-    statistics: dict[str, dict[str, OffsetStatistics]] = {
-        kind: defaultdict(OffsetStatistics) for kind in KINDS
-    }
+    statistics = no_statistics()
     for number, (label, (picture,)) in enumerate(_subjects.subjects(args, [network.cfg]), start=1):
         seen = with_offsets(network, picture)
         title = f"{network.name}, {label}"
-        for name, observation in seen.items():
-            for kind in observation.values.keys() & set(KINDS):
-                statistics[kind][name].add(observation, kind)
+        add_statistics(statistics, seen)
         draw_subject(args, network, picture, seen, title, f"{stem}_{{}}_{number}.png")
     table = []
     for kind, layers in statistics.items():

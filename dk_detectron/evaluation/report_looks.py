@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
 from detectron2.config import CfgNode
@@ -10,8 +9,8 @@ from torch import nn
 
 from ..analysis.field_figures import draw_fields, view_field
 from ..analysis.forward import deepest_feature
-from ..analysis.kernel_figures import UNITS, draw_histograms
-from ..analysis.kernels import OffsetStatistics
+from ..analysis.kernel_figures import draw_histograms
+from ..analysis.kernels import add_statistics, no_statistics
 from ..analysis.objects import CocoPictures
 from ..analysis.offsets import adaptive_layers, observe
 from ..analysis.receptive_field import ReceptiveFields
@@ -89,15 +88,10 @@ def _look_at_offsets(
     for name, (cfg, model) in networks.items():
         if not adaptive_layers(model):
             continue
-        layers: dict[str, dict[str, OffsetStatistics]] = {
-            kind: defaultdict(OffsetStatistics) for kind in UNITS
-        }
+        layers = no_statistics()
         try:
             for image_id in progress(chosen, f"Offsets of {name}"):
-                image = pictures.read(image_id, cfg).image
-                for layer, observation in observe(model, image).items():
-                    for kind in observation.values.keys() & UNITS.keys():
-                        layers[kind][layer].add(observation, kind)
+                add_statistics(layers, observe(model, pictures.read(image_id, cfg).image))
         except (NotImplementedError, ValueError) as error:
             section.notes.append(f"{name}, offsets: {error}")
             continue
