@@ -13,6 +13,7 @@ from dk_detectron.analysis import count_multiply_adds, count_parameters
 from dk_detectron.commands import reproduce_evidence
 from dk_detectron.data.deformed import MATCHING, VALIDATION, Sample, Task
 from dk_detectron.evaluation import evidence, evidence_report
+from dk_detectron.evaluation.estimates import estimate, mean_and_deviation, paired_difference
 from dk_detectron.evaluation.evidence import (
     CHANNELS,
     KINDS,
@@ -25,7 +26,7 @@ from dk_detectron.evaluation.evidence import (
     train,
 )
 from dk_detectron.evaluation.evidence_plan import SEARCH_SEEDS, SEEDS, experiments, plan
-from dk_detectron.evaluation.evidence_report import Results, estimate, paired_difference
+from dk_detectron.evaluation.evidence_report import Results
 from dk_detectron.layers import AdaptiveConv2d, LocalDeformKernel2d, lift_to_scope
 from dk_detectron.layers.start import centre_gain
 
@@ -237,7 +238,7 @@ def test_the_command_trains_and_reports(small, monkeypatch, tmp_path, capsys):
     for kind, ours, line in zip(few, errors, table, strict=True):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         assert cells[0] == kind and cells[3] == "2"
-        assert cells[4] == evidence_report.mean_and_deviation(ours)
+        assert cells[4] == mean_and_deviation(ours)
     assert cells[5] == str(paired_difference(errors[2], errors[0]))
 
     listed = command("--list", "--seeds", "0", "1", "2").splitlines()

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 from test_engine import OPTIONS, datasets_root, replace_registered  # noqa: F401  (a fixture)
 
 from dk_detectron.data import datasets
@@ -29,6 +30,7 @@ from dk_detectron.evaluation.reproduction import (
     select_rows,
 )
 from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
+from dk_detectron.weights import Checkpointer
 
 ROOT = Path(__file__).parent.parent
 ROWS = "MNV2", "MNV2_dk_l3"
@@ -194,11 +196,29 @@ def test_every_row_has_a_plan_on_shapes():
         assert family(run.row) != "R_50_DW" or run.config.MODEL.RESNETS.NORM == "BN"
 
 
+def test_networks_of_a_seed_start_as_one_function(tmp_path):
+    """Also with pictures of another size than any in training, and unlike those of other seeds."""
+    rows = select_rows([3, 4], ["MNV2", "MNV2_dk_g3", "MNV2_dk_l3", "MNV2_dcn_dk_l3"])
+    runs = plan(rows, Settings("shapes"), tmp_path, [0, 1])
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    outputs = {}
+    for run in runs:
+        reproduction.write_start(run)
+        model = build_model(run.config).eval()
+        Checkpointer(model).load(run.config.MODEL.WEIGHTS)
+        with torch.no_grad():
+            outputs[run.row, run.seed] = model.backbone(image)["p2"]
+    assert len([*tmp_path.glob("starts/*")]) == 2
+    for (_, seed), output in outputs.items():
+        torch.testing.assert_close(output, outputs["MNV2", seed], rtol=1e-4, atol=1e-6)
+    assert (outputs["MNV2", 0] - outputs["MNV2", 1]).abs().max() > 0.01
+
+
 def write_result(output: Path, row: str, seed: int, ap: float, **changes) -> None:
     folder = output / row / f"seed_{seed}"
     folder.mkdir(parents=True)
     result = {
-        "row": row, "seed": seed, "AP": ap, "APs": ap - 10, "APm": ap, "APl": None,
+        "row": row, "seed": seed, "AP": ap, "AP50": ap + 20, "APs": ap - 10, "APm": ap, "APl": None,
         "parameters": 5_250_000, "train_seconds": 0.25, "inference_seconds": None,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result | changes))
@@ -213,8 +233,10 @@ def test_tables_by_hand(tmp_path):
     r50, dk, dcn = collect(rows, tmp_path)
     assert dk["runs"] == 3 and dk["AP"] == 35 and dk["AP_std"] == pytest.approx(7**0.5)
     assert dk["AP_paper"] == 32.9 and dk["AP_difference"] == pytest.approx(2.1)
+    # Of the differences 4, 2 and 6: their standard error times Student's t of two degrees.
     assert dk["AP_gain"] == 4 and dk["AP_gain_paper"] == pytest.approx(32.9 - 31.3)
-    assert dcn["AP_std"] is None and dcn["AP_gain"] == 5
+    assert dk["AP_gain_high"] == pytest.approx(4 + 4.302653 * 2 / 3**0.5)
+    assert dcn["AP_std"] is None and dcn["AP_gain"] == 6 and dcn["AP_gain_low"] is None
     assert (r50["runs"], r50["AP"], r50["AP_gain"], r50["AP_paper"]) == (0, None, None, 36.6)
 
     def cells(text, row):
@@ -224,11 +246,12 @@ def test_tables_by_hand(tmp_path):
     coco = render([r50, dk, dcn], "coco")
     assert coco.index("Table 3") < coco.index("| MNV2_dk_l3") < coco.index("Table 4")
     assert cells(coco, "MNV2_dk_l3") == [
-        "MNV2_dk_l3", "3", "35.0 ± 2.6", "32.9", "+2.1", "25.0 ± 2.6", "19.5", "+5.5",
+        "MNV2_dk_l3", "3", "35.0 ± 2.6", "32.9", "+2.1", "55.0 ± 2.6", "25.0 ± 2.6", "19.5", "+5.5",
         "35.0 ± 2.6", "36.0", "-1.0", "–", "42.5", "–", "5.2", "0.250", "–",
     ]  # fmt: skip
     shapes = render([r50, dk, dcn], "shapes")
-    assert cells(shapes, "MNV2_dcn")[:5] == ["MNV2_dcn", "1", "36.0", "+5.0", "+3.1"]
+    assert cells(shapes, "MNV2_dcn")[:6] == ["MNV2_dcn", "1", "36.0", "+6.0", "+3.1", "56.0"]
+    assert cells(shapes, "MNV2_dk_l3")[2:5] == ["35.0 ± 2.6", "+4.0 (-1.0 to +9.0)", "+1.6"]
     assert cells(shapes, "R_50_DW")[:5] == ["R_50_DW", "0", "–", "–", "+0.0"]
 
 

@@ -7,8 +7,9 @@ r"""Trains the detectors of the paper's Tables 3 and 4, and prints the tables be
     %(prog)s --scale shapes --collect-only
 
 On COCO, AP is that of val2017; the paper's is that of test-dev, for which --test-dev makes the
-files to submit. On shapes (tools/prepare_shapes.py), the networks train from scratch with the
-demo's settings, and the tables compare the gains over the rigid network.
+files to submit. On shapes (tools/prepare_shapes.py), the networks train with the demo's settings,
+those of a seed from the same random weights and on the same pictures in the same order, and the
+tables have the gains over the rigid network, with intervals of 95 %% confidence.
 
 Every run has a folder OUTPUT/ROW/seed_N. The same command again goes on where it was stopped;
 finished runs are not repeated. OUTPUT/tables.md and tables.csv follow what is finished.

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ..data.deformed import MATCHING, TASKS
 from ..weights import replacing
+from .estimates import Estimate, estimate
 from .evidence import WIDER, Run
 from .evidence_plan import DCN, LOCAL, RIGID, experiments
-from .evidence_report import CHANGED, Estimate, Results, estimate, render
+from .evidence_report import CHANGED, Results, render
 
 COLOURS = {RIGID: "0.45", WIDER: "0.1", LOCAL: "tab:blue", DCN: "tab:orange"}
 

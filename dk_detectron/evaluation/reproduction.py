@@ -6,12 +6,12 @@ import csv
 import io
 import json
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, median, stdev
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -19,9 +19,11 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from ..analysis import count_parameters
+from ..data.stream import seeded
 from ..engine import EVALUATION_FILE, Trainer, check_weights
 from ..model_zoo import CONFIGS, load_config, paper_rows
-from ..weights import replacing
+from ..weights import replacing, write_checkpoint
+from .estimates import Estimate, Series, paired_difference
 from .submission import file_name
 
 COMMANDS = "dk_detectron.commands"
@@ -30,8 +32,9 @@ TABLES = 3, 4
 SCALES = "coco", "shapes", "pretrained"
 TEST_DEV = "coco_2017_test-dev"
 # Metrics of COCO, and the paper's columns.
-METRICS = {"AP": "map", "APs": "map_s", "APm": "map_m", "APl": "map_l"}
+METRICS = {"AP": "map", "AP50": None, "APs": "map_s", "APm": "map_m", "APl": "map_l"}
 RESULT_FILE, SETTINGS_FILE, LOG_FILE = "result.json", "settings.json", "reproduce.log"
+STARTS = "starts"  # the folder of initial weights
 
 
 def row_name(row: dict[str, str]) -> str:
@@ -93,6 +96,8 @@ class Run:
         config: what `train` trains.
         train: the command that trains and evaluates, or goes on where it was stopped.
         test_dev: the commands from the trained model to `archive`, the file for COCO's server.
+        start: the rigid network whose random weights, in MODEL.WEIGHTS, all runs of the seed start
+            from; None with pretrained weights.
     """
 
     row: str
@@ -102,6 +107,7 @@ class Run:
     train: list[str]
     test_dev: list[list[str]]
     archive: Path
+    start: CfgNode | None
 
     def __str__(self) -> str:
         return f"{self.row}, seed {self.seed}"
@@ -132,11 +138,9 @@ def plan(
 def _plan_run(
     name: str, row: dict[str, str], settings: Settings, folder: Path, seed: int, test_dev: bool
 ) -> Run:
-    config_file, opts = CONFIGS / row["config"], []
+    config_file, opts, start = CONFIGS / row["config"], [], None
     if settings.scale != "coco":
-        # A small detector, with the kernels of the row.
-        for key, value in load_config(config_file).MODEL.DEFORM_KERNEL.items():
-            opts += [f"MODEL.DEFORM_KERNEL.{key}", str(value)]
+        opts = _kernels_of(row)
         config_file = CONFIGS / "demo" / f"{settings.scale}_{family(name)}_FPN_dk_l3.yaml"
         if not config_file.exists():
             raise ValueError(
@@ -144,6 +148,10 @@ def _plan_run(
             )
     if settings.weights:
         opts += ["MODEL.WEIGHTS", settings.weights.replace("{row}", name)]
+    elif settings.scale == "shapes":
+        (rigid,) = select_rows(TABLES, [family(name)]).values()
+        start = load_config(config_file, [*_kernels_of(rigid), *settings.opts])
+        opts += ["MODEL.WEIGHTS", str(folder.parents[1] / STARTS / f"{family(name)}_{seed}.pth")]
     opts += [*settings.opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
     train_net = [*_command("train_net"), "--config-file", str(config_file)]
     train_net += ["--num-gpus", str(settings.num_gpus)]
@@ -157,7 +165,14 @@ def _plan_run(
         train=[*train_net, "--resume", *opts],
         test_dev=_test_dev(train_net, opts, folder, evaluation, algorithm) if test_dev else [],
         archive=(evaluation / file_name(algorithm)).with_suffix(".zip"),
+        start=start,
     )
+
+
+def _kernels_of(row: dict[str, str]) -> list[str]:
+    """The options that give a small detector the kernels of a row."""
+    kernels = load_config(CONFIGS / row["config"]).MODEL.DEFORM_KERNEL.items()
+    return [text for key, value in kernels for text in (f"MODEL.DEFORM_KERNEL.{key}", str(value))]
 
 
 def _command(name: str) -> list[str]:
@@ -183,7 +198,8 @@ def check(runs: Iterable[Run]) -> None:
             raise ValueError(f"DATASETS.TEST: expected one data set, got {cfg.DATASETS.TEST}")
         extra = (TEST_DEV,) if run.test_dev else ()
         Trainer.check_datasets(cfg, cfg.DATASETS.TRAIN + cfg.DATASETS.TEST + extra)
-        check_weights(cfg, needed=False, resume=True)
+        if run.start is None:
+            check_weights(cfg, needed=False, resume=True)
 
 
 def execute(run: Run) -> None:
@@ -193,6 +209,7 @@ def execute(run: Run) -> None:
         RuntimeError: a command failed.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
+    write_start(run)
     log = run.folder / LOG_FILE
     for command in run.commands:
         with open(log, "a") as file:
@@ -202,6 +219,19 @@ def execute(run: Run) -> None:
             raise RuntimeError(f"{run}: exit status {status}; the end of {log}:\n{tail}")
         if command is run.train:
             _write(run.folder / RESULT_FILE, json.dumps(read_result(run), indent=2))
+
+
+def write_start(run: Run) -> None:
+    """Writes the initial weights of a run's seed, if it has such and no other run has been first.
+
+    A deformable network takes them over exactly, as it does any rigid network's, so that all
+    networks of a seed are one function before the first step.
+    """
+    path = Path(run.config.MODEL.WEIGHTS)
+    if run.start is not None and not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        with seeded(run.seed):
+            write_checkpoint({"model": build_model(run.start).state_dict()}, path)
 
 
 def read_result(run: Run) -> dict:
@@ -222,7 +252,7 @@ def _train_seconds(path: Path) -> float | None:
     """The median time of an iteration; None of a run of three, which detectron2 does not time."""
     lines = map(json.loads, path.read_text().splitlines())
     times = [line["time"] for line in lines if "time" in line]
-    return statistics.median(times) if times else None
+    return median(times) if times else None
 
 
 def _inference_seconds(path: Path) -> float | None:
@@ -242,41 +272,42 @@ def _read_results(output: Path, name: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(output.glob(f"{name}/*/{RESULT_FILE}"))]
 
 
-def _mean(results: list[dict], key: str) -> float | None:
-    values = [result[key] for result in results if result[key] is not None]
-    return statistics.mean(values) if values else None
+def _series(results: list[dict], key: str) -> Series:
+    """A figure by seed, of the results that have it."""
+    return {result["seed"]: result[key] for result in results if result[key] is not None}
 
 
-def _spread(results: list[dict], key: str) -> float | None:
-    values = [result[key] for result in results if result[key] is not None]
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+def _mean(series: Series) -> float | None:
+    return fmean(series.values()) if series else None
 
 
 def collect(rows: dict[str, dict[str, str]], output: Path) -> list[dict]:
     """A line per row: our mean and standard deviation over the finished runs, and the paper's.
 
-    ``difference`` is ours less the paper's; ``gain`` is over the rigid network of the same family.
-    What does not exist is None.
+    ``difference`` is ours less the paper's; ``gain`` is over the rigid network of the same family,
+    in the mean over the seeds that both have, from ``gain_low`` to ``gain_high`` with 95 %
+    confidence. What does not exist is None.
     """
     rigid = select_rows(TABLES, ["MNV2", "R_50_DW"])
     lines = []
     for name, row in rows.items():
         results, base = _read_results(output, name), _read_results(output, family(name))
-        line = {"row": name, "table": int(row["table"]), "runs": len(results)}
+        line: dict = {"row": name, "table": int(row["table"]), "runs": len(results)}
         for metric, column in METRICS.items():
-            ours, paper = _mean(results, metric), float(row[column])
-            line[metric] = ours
-            line[f"{metric}_std"] = _spread(results, metric)
-            line[f"{metric}_paper"] = paper
-            line[f"{metric}_difference"] = _minus(ours, paper)
-            line[f"{metric}_gain"] = _minus(ours, _mean(base, metric))
-            line[f"{metric}_gain_paper"] = paper - float(rigid[family(name)][column])
+            ours, theirs = _series(results, metric), _series(base, metric)
+            gain = paired_difference(ours, theirs)
+            line[metric] = _mean(ours)
+            line[f"{metric}_std"] = stdev(ours.values()) if len(ours) > 1 else None
+            line[f"{metric}_gain"] = gain and gain.mean
+            line[f"{metric}_gain_low"] = gain and gain.low
+            line[f"{metric}_gain_high"] = gain and gain.high
+            if column:
+                paper = float(row[column])
+                line[f"{metric}_paper"] = paper
+                line[f"{metric}_difference"] = line[metric] - paper if ours else None
+                line[f"{metric}_gain_paper"] = paper - float(rigid[family(name)][column])
         for key in "parameters", "train_seconds", "inference_seconds":
-            line[key] = _mean(results, key)
+            line[key] = _mean(_series(results, key))
         lines.append(line)
     return lines
 
@@ -285,31 +316,49 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _render_line(line: dict, comparison: Iterable[str]) -> list[str]:
-    cells = [line["row"], str(line["runs"])]
+def _gain(line: dict, metric: str) -> str:
+    if line[f"{metric}_gain"] is None:
+        return "–"
+    low, high = line[f"{metric}_gain_low"], line[f"{metric}_gain_high"]
+    return str(Estimate(line[f"{metric}_gain"], low, high, line["runs"]))
+
+
+def _metric_cells(line: dict, metric: str, scale: str) -> dict[str, str]:
+    """The cells of a metric, by their heading."""
+    spread = line[f"{metric}_std"]
+    cells = {metric: _number(line[metric], ".1f") + ("" if spread is None else f" ± {spread:.1f}")}
+    paper, difference, gain = (f"{metric}_{name}" for name in ("paper", "difference", "gain_paper"))
+    if scale != "coco":
+        cells["over rigid"] = _gain(line, metric)
+        return cells | ({"paper's": _number(line[gain], "+.1f")} if gain in line else {})
+    if paper not in line:
+        return cells
+    return cells | {"paper": f"{line[paper]:.1f}", "difference": _number(line[difference], "+.1f")}
+
+
+def _render_line(line: dict, scale: str) -> list[tuple[str, str]]:
+    """The headings and cells of a row."""
+    cells = [("row", line["row"]), ("runs", str(line["runs"]))]
     for metric in METRICS:
-        spread = line[f"{metric}_std"]
-        cells.append(_number(line[metric], ".1f") + ("" if spread is None else f" ± {spread:.1f}"))
-        for column in comparison:
-            form = ".1f" if column == "paper" else "+.1f"
-            cells.append(_number(line[f"{metric}_{column}"], form))
+        cells += _metric_cells(line, metric, scale).items()
     millions = None if line["parameters"] is None else line["parameters"] / 1e6
-    cells.append(_number(millions, ".1f"))
-    return cells + [_number(line[f"{key}_seconds"], ".3f") for key in ("train", "inference")]
+    cells.append(("#P (M)", _number(millions, ".1f")))
+    cells.append(("train (s/iter)", _number(line["train_seconds"], ".3f")))
+    return [*cells, ("inference (s/image)", _number(line["inference_seconds"], ".3f"))]
 
 
 def render(lines: list[dict], scale: str) -> str:
-    """Markdown: COCO beside the paper's numbers, the rest beside its gains over the rigid one."""
-    comparison = {"gain": "over rigid", "gain_paper": "paper's"}
-    if scale == "coco":
-        comparison = {"paper": "paper", "difference": "difference"}
-    header = ["row", "runs", *(h for m in METRICS for h in (m, *comparison.values()))]
-    header += ["#P (M)", "train (s/iter)", "inference (s/image)"]
+    """Markdown: COCO beside the paper's numbers, the rest beside its gains over the rigid one.
+
+    Gains are means of the paired differences of seeds, with their intervals of 95 % confidence.
+    """
     parts = []
     for table in TABLES:
-        rendered = [_render_line(x, comparison) for x in lines if x["table"] == table]
+        rendered = [_render_line(x, scale) for x in lines if x["table"] == table]
         if rendered:
-            text = tabulate(rendered, header, tablefmt="github", disable_numparse=True)
+            headings = [heading for heading, _ in rendered[0]]
+            cells = [[cell for _, cell in row] for row in rendered]
+            text = tabulate(cells, headings, tablefmt="github", disable_numparse=True)
             parts.append(f"Table {table}\n\n{text}\n")
     return "\n".join(parts)
 
