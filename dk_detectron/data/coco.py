@@ -13,10 +13,9 @@ import hashlib
 import json
 import os
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -91,20 +90,29 @@ def _survey(json_file: str, *unchanged: int) -> Survey:
             found.path = str(copy)
             return found
     with _without_collection():
-        entries = Entries()
-        content = parse(json_file, raw, entries.repairs)
-        entries.read(content)
-        found = _summarise(json_file, content, entries)
-        if found.repairs and not found.faults:
-            found.path = str(copy)
-            write(copy, content)
-    write(kept, asdict(found))
+        found = _judge(json_file, raw, copy)
+    write(kept, vars(found))
+    return found
+
+
+def _judge(json_file: str, raw: bytes, copy: Path) -> Survey:
+    """What a file of these bytes holds; a repaired copy is written where one is of use."""
+    entries = Entries()
+    content = parse(json_file, raw, entries.repairs)
+    entries.read(content)
+    found = _summarise(json_file, content, entries)
+    if found.repairs and not found.faults:
+        found.path = str(copy)
+        write(copy, content)
     return found
 
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Python's garbage collector would go through millions of new objects again and again."""
+    """Python's garbage collector would go through millions of new objects again and again.
+
+    They must be gone at the end, or it goes through them then.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -147,7 +155,7 @@ def parse(json_file: str, raw: bytes, repairs: Findings) -> dict:
 def _summarise(json_file: str, content: dict, entries: Entries) -> Survey:
     annotations = content.get("annotations", [])
     order = sorted(entries.categories)
-    boxes: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    boxes: dict[int, list[int]] = {identifier: [0, 0, 0] for identifier in order}
     learnt, without_mask, run_lengths = set(), 0, False
     for annotation in annotations if not entries.faults.counts else ():
         mask = annotation.get("segmentation")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tqdm import tqdm
 
 from .faults import (
+    NUMBERS,
     Findings,
+    are_numbers,
     as_integer,
     as_number,
     box_fault,
@@ -13,6 +17,7 @@ from .faults import (
     is_number,
     is_text,
     overhang,
+    place_fault,
 )
 from .masks import box_around, read_mask
 
@@ -22,6 +27,7 @@ MOST_PIXELS = 2**32  # of pycocotools' RLEs
 # Corners that are read as sizes stick out of the image wherever an object lies right of its middle,
 # or below: three in four do if objects lie anywhere. Careless boxes do so far more rarely.
 CORNERS_HANG = 0.1
+REFERENCES = "image_id", "category_id"  # of an annotation
 
 
 class Entries:
@@ -114,15 +120,12 @@ class Entries:
         if not isinstance(annotation, dict):
             self.faults.add("annotation without a proper id, image_id, category_id", annotation)
             return True
-        lacking = [
-            key
-            for key in ("image_id", "category_id")
-            if not self._to_integer(annotation, key, "annotation")
-        ]
         label = f"id {annotation['id']}" if "id" in annotation else f"number {position + 1}"
-        if lacking:
-            self.faults.add(f"annotation without a proper {', '.join(lacking)}", label)
-            return True
+        if not type(annotation.get("image_id")) is type(annotation.get("category_id")) is int:
+            lacking = [k for k in REFERENCES if not self._to_integer(annotation, k, "annotation")]
+            if lacking:
+                self.faults.add(f"annotation without a proper {', '.join(lacking)}", label)
+                return True
         image = self.images.get(annotation["image_id"])
         if image is None:
             self.repairs.add("annotation of an unknown image, left out", label)
@@ -130,38 +133,46 @@ class Entries:
         if annotation["category_id"] not in self.categories:
             self.faults.add("annotation of an unknown category", label)
         size = image["width"], image["height"]
-        self._read_strings(annotation, label)
-        self._read_mask(annotation, size, label)
-        if self._read_box(annotation, size, label):
-            if not has_area(annotation["bbox"]):
+        covers = has_area(annotation.get("bbox")) or self._read_strings(annotation, label)
+        if annotation.get("segmentation"):
+            covers = self._read_mask(annotation, size, label, covers)
+        if self._read_box(annotation, size, label, covers):
+            if not covers:
                 self.repairs.add("bbox without area, left out", f"{label}: {annotation['bbox']}")
                 return False
             self._read_area(annotation, label)
         self._read_flags(annotation, label)
-        if not _are_keypoints(annotation.get("keypoints")):
+        keypoints = annotation.get("keypoints")
+        if keypoints and not _are_keypoints(keypoints):
             self.faults.add("keypoints that are no list of x, y, visibility, ...", label)
         return True
 
-    def _read_strings(self, annotation: dict, label: str) -> None:
+    def _read_strings(self, annotation: dict, label: str) -> bool:
+        """Makes numbers of a box in strings; whether it covers something then."""
         box = annotation.get("bbox")
         if isinstance(box, list) and any(isinstance(value, str) for value in box):
             annotation["bbox"] = [as_number(value) for value in box]
             self.repairs.add("bbox whose numbers were written as strings", label)
+        return has_area(annotation.get("bbox"))
 
-    def _read_mask(self, annotation: dict, size: tuple[int, int], label: str) -> None:
-        """Understands the mask; a box that is missing, or covers nothing, is drawn around it."""
-        if segmentation := annotation.get("segmentation"):
-            mask = read_mask(segmentation, size)
-            if mask.fault:
-                self.faults.add(mask.fault, label)
-            elif mask.repair:
-                self.repairs.add(mask.repair, label)
-            annotation["segmentation"] = mask.segmentation or []
-            if mask.segmentation and not has_area(annotation.get("bbox")):
-                box = box_around(mask.segmentation, size)
-                if has_area(box):
-                    annotation["bbox"] = box
-                    self.repairs.add("bbox that is missing or empty, drawn around its mask", label)
+    def _read_mask(self, annotation: dict, size: tuple[int, int], label: str, covers: bool) -> bool:
+        """Understands the mask; a box that does not cover anything is drawn around it.
+
+        Returns whether the box covers something then.
+        """
+        mask = read_mask(annotation["segmentation"], size)
+        if mask.fault:
+            self.faults.add(mask.fault, label)
+        elif mask.repair:
+            self.repairs.add(mask.repair, label)
+        annotation["segmentation"] = mask.segmentation or []
+        if covers or not mask.segmentation:
+            return covers
+        box = box_around(mask.segmentation, size)
+        if has_area(box):
+            annotation["bbox"] = box
+            self.repairs.add("bbox that is missing or empty, drawn around its mask", label)
+        return has_area(box)
 
     def _read_flags(self, annotation: dict, label: str) -> None:
         crowd = annotation.get("iscrowd")
@@ -177,17 +188,17 @@ class Entries:
             self.faults.add("annotation whose iscrowd is neither 0 nor 1", label)
         self.crowds += crowd == 1
 
-    def _read_box(self, annotation: dict, size: tuple[int, int], label: str) -> bool:
+    def _read_box(self, annotation: dict, size: tuple[int, int], label: str, covers: bool) -> bool:
         """Judges the box; False if it has no meaning."""
-        box = annotation.get("bbox")
-        if fault := box_fault(box, size):
+        box: Any = annotation.get("bbox")
+        if fault := place_fault(box, size) if covers else box_fault(box, size):
             self.faults.add(fault, f"{label}: {box}")
             return False
-        assert isinstance(box, list)
         x, y, width, height = box
         self.boxes += 1
         self.corners += x < width <= size[0] + 1 and y < height <= size[1] + 1
-        self.fractions += max(box) <= 1 and not all(value == int(value) for value in box)
+        if width <= 1 and max(box) <= 1:
+            self.fractions += not all(value == int(value) for value in box)
         if overhang(box, size) > 1:
             self.hanging += 1
             self.notes.add(
@@ -199,8 +210,8 @@ class Entries:
     def _read_area(self, annotation: dict, label: str) -> None:
         """A mask cannot cover more than its box; half a pixel on each side is rounding."""
         _, _, width, height = annotation["bbox"]
-        area = annotation.get("area")
-        if area is not None and is_number(area) and 0 < area <= (width + 1) * (height + 1):
+        area: Any = annotation.get("area")
+        if type(area) in NUMBERS and 0 < area <= (width + 1) * (height + 1):
             return
         if area != width * height:
             annotation["area"] = width * height
@@ -239,16 +250,13 @@ class Entries:
         for annotation in annotations if kind else ():
             if isinstance(annotation, dict):
                 self.faults.add(kind, f"id {annotation['id']}")
-        used = {
-            id for a in annotations if isinstance(a, dict) and is_number(id := a.get("category_id"))
-        }
+        dicts = (a for a in annotations if isinstance(a, dict))
+        used = {id for a in dicts if type(id := a.get("category_id")) is int}
         if annotations and (unused := [c for i, c in self.categories.items() if i not in used]):
             for category in unused:
                 self.notes.add("category without boxes", repr(category["name"]))
 
 
 def _are_keypoints(value: object) -> bool:
-    """Whether detectron2 can read them, or sees that there are none."""
-    return (
-        not value or isinstance(value, list) and len(value) % 3 == 0 and all(map(is_number, value))
-    )
+    """Whether detectron2 can read them."""
+    return isinstance(value, list) and len(value) % 3 == 0 and are_numbers(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from math import isfinite
+from math import hypot, isfinite
 from typing import NamedTuple
 
 from pycocotools import mask as mask_util
@@ -43,14 +43,16 @@ def read_mask(segmentation: object, size: tuple[int, int]) -> Mask:
     elif len(polygons) > 2 and all(isinstance(p, list) and len(p) == 2 for p in polygons):
         polygons, repair = [list(chain(*polygons))], "polygon of pairs, read as one of numbers"
     try:
-        if not isfinite(sum(map(sum, polygons))):
-            return Mask(fault="polygon with a coordinate that is not finite")
+        reach = max([hypot(*polygon) for polygon in polygons])  # no coordinate is larger
     except (OverflowError, TypeError):
         return Mask(fault="polygon of something else than numbers")
+    if not isfinite(reach):
+        return Mask(fault="polygon with a coordinate that is not finite")
     sound = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if not sound:
         return Mask(repair=PLACEHOLDER)
-    if max(map(max, sound)) > FAR * max(size) or min(map(min, sound)) < -FAR * max(size):
+    far = FAR * max(size)
+    if reach > far and max(max(map(max, sound)), -min(map(min, sound))) > far:
         return Mask(fault=f"polygon that reaches beyond {FAR} times its image")
     if len(sound) < len(polygons):
         return Mask(sound, "part of a mask that is no polygon of three points, left out")
