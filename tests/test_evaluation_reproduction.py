@@ -11,15 +11,18 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from scipy.stats import rankdata
 from test_engine import OPTIONS, datasets_root, replace_registered  # noqa: F401  (a fixture)
 
 from dk_detectron.data import datasets
 from dk_detectron.evaluation import reproduction
 from dk_detectron.evaluation.reproduction import (
+    FIELD,
     Settings,
     collect,
     execute,
@@ -84,6 +87,10 @@ def test_two_rows_are_trained_and_tabulated(finished):
         metrics = json.loads((output / name / "seed_0" / "evaluation.json").read_text())["bbox"]
         assert (result["row"], result["seed"], result["dataset"]) == (name, 0, "shapes_val")
         assert result["AP"] == metrics["AP"] and result["APl"] is None
+        with open(output / name / "seed_0" / "fields_seed_0.csv", newline="") as file:
+            fields = [*csv.DictReader(file)]
+        ranks = [rankdata([float(row[key]) for row in fields]) for key in FIELD.split(" ~ ")]
+        assert result["field_correlation"] == pytest.approx(100 * np.corrcoef(ranks)[0, 1])
         assert result["train_seconds"] > 0 and result["inference_seconds"] > 0
         weights = torch.load(output / name / "seed_0" / "model_final.pth", weights_only=True)
         fixed = re.compile("running_|num_batches_tracked|pixel_|cell_anchors")
@@ -119,10 +126,11 @@ def test_an_interrupted_run_goes_on_to_the_submission(finished, monkeypatch):
         select_rows([3], ["MNV2"]), Settings("shapes", opts=TINY), output, [0], test_dev=True
     )
     # As a run leaves it that is killed after its fourth step.
-    for name in "result.json", "evaluation.json", "model_final.pth", "model_0000005.pth":
+    left = "result.json", "evaluation.json", "model_final.pth", "model_0000005.pth"
+    for name in *left, "fields_seed_0.csv":
         (run.folder / name).unlink()
     (run.folder / "last_checkpoint").write_text("model_0000003.pth")
-    assert len(run.commands) == 3
+    assert len(run.commands) == 4
     execute(run)
     assert "Starting training from iteration 4" in (run.folder / "reproduce.log").read_text()
     assert (run.folder / "result.json").exists() and run.archive.exists()
@@ -219,6 +227,7 @@ def write_result(output: Path, row: str, seed: int, ap: float, **changes) -> Non
     folder.mkdir(parents=True)
     result = {
         "row": row, "seed": seed, "AP": ap, "AP50": ap + 20, "APs": ap - 10, "APm": ap, "APl": None,
+        "field_correlation": ap / 2,
         "parameters": 5_250_000, "train_seconds": 0.25, "inference_seconds": None,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result | changes))
@@ -251,6 +260,8 @@ def test_tables_by_hand(tmp_path):
     ]  # fmt: skip
     shapes = render([r50, dk, dcn], "shapes")
     assert cells(shapes, "MNV2_dcn")[:6] == ["MNV2_dcn", "1", "36.0", "+6.0", "+3.1", "56.0"]
+    fields = shapes[shapes.index("Receptive fields") :]
+    assert cells(fields, "MNV2_dk_l3") == ["MNV2_dk_l3", "3", "17.5 ± 1.3", "+2.0 (-0.5 to +4.5)"]
     assert cells(shapes, "MNV2_dk_l3")[2:5] == ["35.0 ± 2.6", "+4.0 (-1.0 to +9.0)", "+1.6"]
     assert cells(shapes, "R_50_DW")[:5] == ["R_50_DW", "0", "–", "–", "+0.0"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from ..analysis import count_parameters
+from ..analysis.field_survey import correlations
 from ..data.stream import seeded
 from ..engine import EVALUATION_FILE, Trainer, check_weights
 from ..model_zoo import CONFIGS, load_config, paper_rows
@@ -35,6 +37,8 @@ TEST_DEV = "coco_2017_test-dev"
 METRICS = {"AP": "map", "AP50": None, "APs": "map_s", "APm": "map_m", "APl": "map_l"}
 RESULT_FILE, SETTINGS_FILE, LOG_FILE = "result.json", "settings.json", "reproduce.log"
 STARTS = "starts"  # the folder of initial weights
+# On shapes: the fields of this feature map, whose rank correlation with the objects is a metric.
+FEATURE, FIELD = "backbone.bottom_up.res4", "object_size ~ field_size"
 
 
 def row_name(row: dict[str, str]) -> str:
@@ -94,7 +98,8 @@ class Run:
 
     Attributes:
         config: what `train` trains.
-        train: the command that trains and evaluates, or goes on where it was stopped.
+        train: the commands that train and evaluate, or go on where they were stopped; on shapes,
+            also the one that measures receptive fields.
         test_dev: the commands from the trained model to `archive`, the file for COCO's server.
         start: the rigid network whose random weights, in MODEL.WEIGHTS, all runs of the seed start
             from; None with pretrained weights.
@@ -104,7 +109,7 @@ class Run:
     seed: int
     folder: Path
     config: CfgNode
-    train: list[str]
+    train: list[list[str]]
     test_dev: list[list[str]]
     archive: Path
     start: CfgNode | None
@@ -115,7 +120,7 @@ class Run:
     @property
     def commands(self) -> list[list[str]]:
         """Those that are still to run."""
-        train = [] if (self.folder / RESULT_FILE).exists() else [self.train]
+        train = [] if (self.folder / RESULT_FILE).exists() else self.train
         return train + ([] if self.archive.exists() else self.test_dev)
 
 
@@ -156,13 +161,18 @@ def _plan_run(
     train_net = [*_command("train_net"), "--config-file", str(config_file)]
     train_net += ["--num-gpus", str(settings.num_gpus)]
     algorithm, evaluation = f"{name}_seed{seed}", folder / "test-dev"
+    config = load_config(config_file, opts)
+    # Without a checkpoint, --resume starts from the beginning.
+    train = [[*train_net, "--resume", *opts]]
+    if settings.scale == "shapes":
+        measure = [*_command("visualize_erf"), str(folder), "--table", "--feature", FEATURE]
+        train += [[*measure, "--dataset", config.DATASETS.TEST[0], "--output-dir", str(folder)]]
     return Run(
         row=name,
         seed=seed,
         folder=folder,
-        config=load_config(config_file, opts),
-        # Without a checkpoint, --resume starts from the beginning.
-        train=[*train_net, "--resume", *opts],
+        config=config,
+        train=train,
         test_dev=_test_dev(train_net, opts, folder, evaluation, algorithm) if test_dev else [],
         archive=(evaluation / file_name(algorithm)).with_suffix(".zip"),
         start=start,
@@ -217,7 +227,7 @@ def execute(run: Run) -> None:
         if status:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
             raise RuntimeError(f"{run}: exit status {status}; the end of {log}:\n{tail}")
-        if command is run.train:
+        if run.train and command is run.train[-1]:
             _write(run.folder / RESULT_FILE, json.dumps(read_result(run), indent=2))
 
 
@@ -242,10 +252,24 @@ def read_result(run: Run) -> dict:
         "seed": run.seed,
         "dataset": run.config.DATASETS.TEST[0],
         **{metric: metrics[metric] for metric in METRICS},
+        "field_correlation": _field_correlation(run),
         "parameters": count_parameters(build_model(run.config)),
         "train_seconds": _train_seconds(run.folder / "metrics.json"),
         "inference_seconds": _inference_seconds(run.folder / "log.txt"),
     }
+
+
+def _field_correlation(run: Run) -> float | None:
+    """Spearman's of objects' and fields' sizes, in percent; None if it was not measured.
+
+    NaN, where all fields are dead, is None as well.
+    """
+    path = run.folder / f"fields_{run.folder.name}.csv"
+    if not path.exists():
+        return None
+    with open(path, newline="") as file:
+        found = correlations([*csv.DictReader(file)])[FIELD]
+    return None if math.isnan(found) else 100 * found
 
 
 def _train_seconds(path: Path) -> float | None:
@@ -293,7 +317,7 @@ def collect(rows: dict[str, dict[str, str]], output: Path) -> list[dict]:
     for name, row in rows.items():
         results, base = _read_results(output, name), _read_results(output, family(name))
         line: dict = {"row": name, "table": int(row["table"]), "runs": len(results)}
-        for metric, column in METRICS.items():
+        for metric, column in {**METRICS, "field_correlation": None}.items():
             ours, theirs = _series(results, metric), _series(base, metric)
             gain = paired_difference(ours, theirs)
             line[metric] = _mean(ours)
@@ -360,7 +384,23 @@ def render(lines: list[dict], scale: str) -> str:
             cells = [[cell for _, cell in row] for row in rendered]
             text = tabulate(cells, headings, tablefmt="github", disable_numparse=True)
             parts.append(f"Table {table}\n\n{text}\n")
+    if scale == "shapes":
+        parts.append(f"Receptive fields\n\n{_render_fields(lines)}\n")
     return "\n".join(parts)
+
+
+def _render_fields(lines: list[dict]) -> str:
+    """Whether fields follow the objects' sizes: 100 times the rank correlation."""
+    rows = [
+        [
+            line["row"],
+            str(line["runs"]),
+            *_metric_cells(line, "field_correlation", "shapes").values(),
+        ]
+        for line in lines
+    ]
+    headings = ["row", "runs", "100 x rank correlation", "over rigid"]
+    return tabulate(rows, headings, tablefmt="github", disable_numparse=True)
 
 
 def write_tables(rows: dict[str, dict[str, str]], output: Path, scale: str) -> str:
