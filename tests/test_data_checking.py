@@ -380,6 +380,11 @@ def test_the_tool(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "shapes_val: complete; 3 images, 3 annotations, 1 categories" in result.stdout
 
+    edit(tmp_path / "shapes/annotations/instances_val.json", annotation(iscrowd=1))
+    table = run(tmp_path, "shapes_val").stdout
+    assert "3 annotations, 1 of them crowds, which are not learnt" in table
+    assert re.search(r"\| all +\| +2 \|", table)
+
     result = run(tmp_path, "shapes_val", "shapes_train", "coco_2017_test-dev")
     assert result.returncode == 1
     assert "shapes_val: complete" in result.stdout

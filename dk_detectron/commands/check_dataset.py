@@ -28,6 +28,8 @@ def print_report(report: Report) -> None:
         f"{report.categories} categories"
     )
     print("\n".join(report.lines()), end="\n" if report.lines() else "")
+    if report.survey and report.survey.has_annotations and not report.survey.faults:
+        print(report.table())
 
 
 def main() -> None:
