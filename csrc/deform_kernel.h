@@ -5,6 +5,8 @@
 //   bias           [C_out]
 //   kernel_offset  [N, 2*K_h*K_w, H_out, W_out] channel 2t: rows, 2t+1: columns, in scope cells
 //   data_offset    [N, 2*K_h*K_w, H_out, W_out] the same layout, in input pixels
+//                  either may have K_h*K_w channels more: 2*K_h*K_w + t: what tap t is multiplied
+//                  by
 //   output         [N, C_out, H_out, W_out]
 #pragma once
 
@@ -44,16 +46,28 @@ template <typename T>
 struct Offset {
   T* data = nullptr;  // null: absent
   OffsetStrides strides = {};
+  bool modulated = false;  // whether there are factors of the taps behind their offsets
 };
 
 inline OffsetStrides offset_strides(const Tensor& offset) {
   return {offset.stride(0), offset.stride(1), offset.stride(2), offset.stride(3)};
 }
 
+inline bool is_modulated(const ConvParams& p, const Tensor& offset) {
+  return offset.size(1) == 3 * p.taps();
+}
+
 template <typename T>
-Offset<const T> offset_view(const std::optional<Tensor>& offset) {
+Offset<const T> offset_view(const ConvParams& p, const std::optional<Tensor>& offset) {
   if (!offset) return {};
-  return {offset->const_data_ptr<T>(), offset_strides(*offset)};
+  return {offset->const_data_ptr<T>(), offset_strides(*offset), is_modulated(p, *offset)};
+}
+
+// The same of its gradient, to be written.
+template <typename T>
+Offset<T> gradient_view(const ConvParams& p, const std::optional<Tensor>& grad) {
+  if (!grad) return {};
+  return {grad->mutable_data_ptr<T>(), offset_strides(*grad), is_modulated(p, *grad)};
 }
 
 template <typename T>
@@ -143,10 +157,12 @@ inline ConvParams checked_params(const Tensor& input, const Tensor& weight,
              p.out_channels, "], got ", bias->sizes());
   }
   const std::vector<int64_t> offset_sizes{p.batch, 2 * p.taps(), p.out_h, p.out_w};
+  const std::vector<int64_t> modulated_sizes{p.batch, 3 * p.taps(), p.out_h, p.out_w};
   auto check_offset = [&](const std::optional<Tensor>& offset, const char* name) {
     if (!offset) return;
-    DK_CHECK(offset->sizes().equals(offset_sizes), name, ": expected ", IntArrayRef(offset_sizes),
-             ", got ", offset->sizes());
+    DK_CHECK(offset->sizes().equals(offset_sizes) || offset->sizes().equals(modulated_sizes), name,
+             ": expected ", IntArrayRef(offset_sizes), " or, modulated, ",
+             IntArrayRef(modulated_sizes), ", got ", offset->sizes());
     DK_CHECK(offset->device() == input.device(), name, ": expected device ", input.device(),
              " like input, got ", offset->device());
     DK_CHECK(is_floating_point(*offset), name, ": expected a floating point type, got ",

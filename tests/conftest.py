@@ -117,6 +117,7 @@ class Case:
     bias: bool = True
     kernel_offset: bool = True
     data_offset: bool = False
+    modulated: bool = False
 
     def __str__(self) -> str:
         """Only what is not the default: a test's id."""
@@ -147,15 +148,21 @@ class Case:
         options = {"dtype": dtype, "device": device}
         out_channels = self.out_channels or self.channels
         fan_in = self.channels // self.arguments["groups"]
-        offset_shape = (self.batch, 2 * self.kernel[0] * self.kernel[1], *self.output_size)
+        taps = self.kernel[0] * self.kernel[1]
+
+        def offset() -> Tensor:
+            moved = off_knot_offset((self.batch, 2 * taps, *self.output_size), **options)
+            if not self.modulated:
+                return moved
+            factors = off_knot_offset((self.batch, taps, *self.output_size), 1.5, **options)
+            return torch.cat([moved, factors], 1)
+
         return {
             "input": torch.randn(self.batch, self.channels, *self.size).to(**options),
             "weight": torch.randn(out_channels, fan_in, *self.scope).to(**options),
             "bias": torch.randn(out_channels).to(**options) if self.bias else None,
-            "kernel_offset": off_knot_offset(offset_shape, **options)
-            if self.kernel_offset
-            else None,
-            "data_offset": off_knot_offset(offset_shape, **options) if self.data_offset else None,
+            "kernel_offset": offset() if self.kernel_offset else None,
+            "data_offset": offset() if self.data_offset else None,
         }
 
 

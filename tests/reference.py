@@ -11,6 +11,7 @@ every cell of the scope, most with coefficient zero. Slow, and meant for float64
     bias           [C_out]
     kernel_offset  [N, 2*K_h*K_w, H_out, W_out], channel 2t: row, 2t+1: column, in scope cells
     data_offset    [N, 2*K_h*K_w, H_out, W_out], the same layout, in input pixels
+                   either may have K_h*K_w channels more, by which the tap's summands are multiplied
     output         [N, C_out, H_out, W_out]
 """
 
@@ -108,7 +109,11 @@ def deform_kernel_conv2d(
         )
         image = torch.einsum("nirs,nyxrs->niyx", input, pixels).unflatten(1, (groups, 1, -1))
         kernel = torch.einsum("oirs,nyxrs->noiyx", weight, cells).unflatten(1, (groups, -1))
-        output = output + (image * kernel).sum(3).flatten(1, 2)
+        summand = (image * kernel).sum(3).flatten(1, 2)
+        for offset in moved_data, moved_kernel:
+            if offset.shape[1] > no_offset.shape[1]:
+                summand = summand * offset[:, no_offset.shape[1] + t, None]
+        output = output + summand
     return output
 
 

@@ -82,6 +82,10 @@ def offset_plans(kernel: bool, data: bool) -> list[Plan]:
     sizes = (3, 4, 5) if kernel else (3,)
     plans += [Plan(replace(dense, scope=(size, size))) for size in sizes]
     plans += [Plan(Case(channels=6, out_channels=4, groups=1, kernel=(2, 3), scope=scope, **odd))]
+    if kernel or data:
+        modulated = Case(channels=40, scope=(3, 3), modulated=True, **which)
+        plans += [Plan(replace(modulated, channels=13, stride=(2, 1)))]
+        plans += [Plan(modulated), Plan(replace(modulated, out_channels=6, groups=2))]
     return plans + [replace(plan, deterministic=True) for plan in plans if data]
 
 
@@ -91,6 +95,7 @@ def all_plans() -> list[Plan]:
     for size in (3, 4, 5):
         case = Case(channels=35, scope=(size, size), padding=(size - 3, 1), clip=size < 5)
         plans.append(Plan(case, "contiguous"))
+    plans.append(Plan(Case(channels=35, modulated=True), "contiguous"))
     plans.append(Plan(Case(batch=3, size=(20, 19), channels=8), processors=132))
     for size, scope in [((1, 9), (4, 1)), ((9, 1), (1, 4))]:
         plans.append(Plan(Case(batch=5, channels=8, size=size, scope=scope, data_offset=True)))

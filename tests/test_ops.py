@@ -299,6 +299,140 @@ def test_oracle_of_dense_convolutions(geometry, which, clip, device):
     )
 
 
+# ---- factors of the taps -------------------------------------------------------------------------
+
+
+@every_clip
+@every_implementation
+@every_offset
+@every_grouping
+@pytest.mark.parametrize(
+    "geometry", [{}, {"size": (5, 19)}, ASYMMETRIC], ids=["same", "wide", "odd"]
+)
+def test_modulation(geometry, grouping, which, function, clip, device):
+    scope = (4, 5) if which["kernel_offset"] else (3, 3)
+    case = Case(scope=scope, clip=clip, modulated=True, **which, **grouping, **geometry)
+    check_against_oracle(case, device=device, function=function)
+
+
+@every_offset
+@pytest.mark.parametrize("channels", [(17, 17, 17), (130, 130, 130), (20, 7, 1)], ids=str)
+def test_modulated_channels(channels, which, device):
+    names = "channels", "out_channels", "groups"
+    case = Case(modulated=True, **dict(zip(names, channels, strict=True)), **which)
+    check_against_oracle(case, torch.float32, device, summands=torch.float32)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@every_path
+@every_offset
+def test_factors_of_one_and_zero(which, groups, layout, device):
+    """Of one: bit for bit as without. Of zero: nothing but the bias, and no gradient but theirs."""
+    case = Case(groups=groups, **which)
+    tensors = case.tensors(torch.float32, device)
+    tensors["input"] = tensors["input"].contiguous(memory_format=layout)
+    names = [name for name in ("kernel_offset", "data_offset") if which[name]]
+    plain = run(deform_kernel_conv2d, tensors, case.arguments)
+
+    def with_factors(value):
+        factors = torch.full_like(tensors[names[0]][:, :9], value)
+        given = {name: torch.cat([tensors[name], factors], 1) for name in names}
+        return run(deform_kernel_conv2d, tensors | given, case.arguments)
+
+    ones, zeros = with_factors(1.0), with_factors(0.0)
+    for name in names:
+        assert torch.equal(ones[f"grad_{name}"][:, :18], plain[f"grad_{name}"])
+        assert not zeros[f"grad_{name}"][:, :18].any()
+    assert torch.equal(ones["output"], plain["output"])
+    assert torch.equal(ones["grad_input"], plain["grad_input"])
+    assert torch.equal(ones["grad_weight"], plain["grad_weight"])
+    bias = tensors["bias"].view(-1, 1, 1).expand_as(zeros["output"])
+    assert torch.equal(zeros["output"], bias)
+    assert not zeros["grad_input"].any() and not zeros["grad_weight"].any()
+
+
+def test_modulated_data_is_torchvision(device):
+    case = Case(channels=4, groups=2, out_channels=6, scope=(3, 3), modulated=True, **DATA)
+    tensors = case.tensors(device=device)
+    offset, mask = tensors["data_offset"][:, :18], tensors["data_offset"][:, 18:]
+    expected = torchvision.ops.deform_conv2d(
+        tensors["input"], offset, tensors["weight"], tensors["bias"], padding=1, mask=mask
+    )
+    assert_close(deform_kernel_conv2d(**tensors, **case.arguments), expected)
+
+
+# ---- offset groups -------------------------------------------------------------------------------
+
+
+@every_offset
+@pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])
+@pytest.mark.parametrize(
+    "groups", [(8, 8, 2), (8, 8, 8), (8, 6, 1), (8, 4, 4)], ids=lambda g: "-".join(map(str, g))
+)
+def test_offset_groups(groups, modulated, which):
+    """As the oracle, where every input channel is a convolution of its own with its offsets."""
+    channels, out_channels, conv_groups = groups
+    names = {"channels": channels, "out_channels": out_channels, "groups": conv_groups}
+    # Open, since all channels of a group decide together whether a clipped tap may come back.
+    case = Case(scope=(3, 3), clip=False, modulated=modulated, **which, **names)
+    tensors, other = case.tensors(), case.tensors()
+    for name in "kernel_offset", "data_offset":
+        if tensors[name] is not None:
+            tensors[name] = torch.cat([tensors[name], other[name]], 1)
+
+    def by_hand(input, weight, bias, kernel_offset, data_offset, **arguments):
+        fan_in, fan_out = channels // conv_groups, out_channels // conv_groups
+        output = bias[:, None, None].repeat(len(input), 1, *case.output_size)
+        for c in range(channels):
+            group = 2 * c // channels
+            offsets = [
+                None if o is None else o.chunk(2, 1)[group] for o in (kernel_offset, data_offset)
+            ]
+            first = c // fan_in * fan_out
+            part = reference.deform_kernel_conv2d(
+                input[:, c : c + 1], weight[first : first + fan_out, c % fan_in, None], None,
+                *offsets, **{**arguments, "groups": 1},
+            )  # fmt: skip
+            output = torch.cat(
+                [
+                    output[:, :first],
+                    output[:, first : first + fan_out] + part,
+                    output[:, first + fan_out :],
+                ],
+                1,
+            )
+        return output
+
+    expected = run(by_hand, tensors, case.arguments)
+    for layout in torch.contiguous_format, torch.channels_last:
+        tensors["input"] = tensors["input"].contiguous(memory_format=layout)
+        found = run(deform_kernel_conv2d, tensors, case.arguments | {"offset_groups": 2})
+        assert_close(found, expected)
+        output = deform_kernel_conv2d(**tensors, **case.arguments, offset_groups=2)
+        assert output.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset_groups": 3}, "offset_groups: expected a divisor of the 8 input channels, got 3"),
+        ({"offset_groups": 0}, "offset_groups: expected a divisor of the 8 input channels, got 0"),
+        ({"offset_groups": 8}, "offset_groups: expected a divisor of the 4 groups, got 8"),
+        ({"kernel_offset": torch.zeros(2, 19, 6, 7)}, r"kernel_offset: .* got \[2, 19, 6, 7\]"),
+        ({"kernel_offset": torch.zeros(2, 18, 6, 7)}, r"kernel_offset: .* got \[2, 9, 6, 7\]"),
+    ],
+)
+def test_bad_offset_groups(change, message):
+    case = Case(channels=8, groups=4)
+    tensors = case.tensors(torch.float32)
+    call = {**tensors, "kernel_offset": torch.zeros(2, 36, 6, 7), **case.arguments}
+    with pytest.raises(ValueError, match=message):
+        deform_kernel_conv2d(**call | {"offset_groups": 2} | change)
+
+
+# ---- channels ------------------------------------------------------------------------------------
+
+
 # In, out, groups: vectors, fours and single channels, within a group and across blocks of 128.
 CHANNELS_OF_GROUPS = [
     (1, 3, 1), (8, 8, 1), (17, 5, 1), (130, 7, 1), (144, 8, 2), (192, 12, 6), (60, 60, 20),
@@ -423,10 +557,10 @@ def test_gradcheck(groups, which, function, clip, device):
     """Where nothing is clipped: there, the gradient of a kernel offset is the derivative."""
     scope = (4, 5) if which["kernel_offset"] else (3, 2)
     sizes = {"size": (3, 4), "scope": scope, "kernel": (3, 2)}
-    case = Case(batch=1, channels=2, groups=groups, clip=clip, **sizes, **which)
+    case = Case(batch=1, channels=2, groups=groups, clip=clip, modulated=True, **sizes, **which)
     tensors = case.tensors(device=device)
     if clip and which["kernel_offset"]:
-        tensors["kernel_offset"] = folded_inside(tensors["kernel_offset"], case)
+        tensors["kernel_offset"][:, :12] = folded_inside(tensors["kernel_offset"][:, :12], case)
     gradcheck(torch.autograd.gradcheck, function, case, tensors)
 
 
@@ -443,11 +577,11 @@ def test_composed_gradgradcheck(which, device):
     scope = (2, 3) if which["kernel_offset"] else (1, 2)
     case = Case(
         batch=1, channels=2, out_channels=3, groups=1,
-        size=(2, 3), scope=scope, kernel=(1, 2), padding=(0, 0), **which,
+        size=(2, 3), scope=scope, kernel=(1, 2), padding=(0, 0), modulated=True, **which,
     )  # fmt: skip
     tensors = case.tensors(device=device)
     if which["kernel_offset"]:
-        tensors["kernel_offset"] = folded_inside(tensors["kernel_offset"], case)
+        tensors["kernel_offset"][:, :4] = folded_inside(tensors["kernel_offset"][:, :4], case)
     gradcheck(torch.autograd.gradgradcheck, composed_deform_kernel_conv2d, case, tensors)
 
 
@@ -893,7 +1027,7 @@ BAD_INPUT = [
     ("data_offset", lambda t: t[..., 1:], ValueError, r"data_offset: .* got \[2, 18, 6, 6\]"),
     ("data_offset", lambda t: t.bool(), TypeError, "data_offset: expected a floating point type"),
     ("data_offset", lambda t: t.to("meta"), RuntimeError, "data_offset: expected device cpu"),
-    ("padding", (0, 0), ValueError, r"kernel_offset: .*\[2, 18, 4, 5\], got \[2, 18, 6, 7\]"),
+    ("padding", (0, 0), ValueError, r"kernel_offset: .*\[2, 18, 4, 5\], or .* got \[2, 18, 6, 7\]"),
     ("dilation", 4, ValueError, r"input: .* smaller than the kernel .*\(4, 4\)"),
     ("kernel_size", 0, ValueError, "kernel_size: expected an integer >= 1 .* got 0"),
     ("kernel_size", (3, 3, 3), ValueError, r"kernel_size: expected .* got \(3, 3, 3\)"),

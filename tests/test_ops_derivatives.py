@@ -28,13 +28,14 @@ def inside(case: Case) -> dict:
     """The case's tensors, with taps that stay inside the scope, where all derivatives agree."""
     tensors = case.tensors(torch.float64)
     if tensors["kernel_offset"] is not None:
-        tensors["kernel_offset"] = tensors["kernel_offset"].clamp(-0.4, 0.4)
+        taps = case.kernel[0] * case.kernel[1]
+        tensors["kernel_offset"][:, : 2 * taps].clamp_(-0.4, 0.4)
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def functions(which: dict, **shape):
     """The operator and the composed function, of the tensors in their order; and these."""
-    case = Case(**which, **shape)
+    case = Case(**{"modulated": True, **which, **shape})
     tensors = inside(case)
     given = {"bias": None, "kernel_offset": None, "data_offset": None}
 

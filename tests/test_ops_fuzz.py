@@ -52,6 +52,7 @@ def configurations(draw) -> Case:
         bias=draw(st.booleans()),
         kernel_offset=has_kernel_offset,
         data_offset=draw(st.booleans()) or not has_kernel_offset,
+        modulated=draw(st.booleans()),
     )
 
 

@@ -67,12 +67,6 @@ Tensor to_blocks(const ConvParams& p, const Tensor& weight) {
   return to;
 }
 
-template <typename T>
-Offset<T> gradient_view(const std::optional<Tensor>& offset) {
-  if (!offset) return {};
-  return {offset->mutable_data_ptr<T>(), offset_strides(*offset)};
-}
-
 // ---- not depthwise ------------------------------------------------------------------------------
 
 // dense.h's view of these kernels. Columns are in the arithmetic type: rounded to bfloat16, their
@@ -180,8 +174,8 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
       DenseBackend<scalar_t> backend{x};
       backend.a.params = p;
       backend.a.input = x.const_data_ptr<scalar_t>();
-      backend.a.kernel_offset = offset_view<T>(kernel);
-      backend.a.data_offset = offset_view<T>(data);
+      backend.a.kernel_offset = offset_view<T>(p, kernel);
+      backend.a.data_offset = offset_view<T>(p, data);
       return dense::forward(p, backend, weight, bias, output);
     }
     const Tensor scope = to_blocks<T>(p, weight);
@@ -191,8 +185,8 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
                                        x.const_data_ptr<scalar_t>(),
                                        scope.const_data_ptr<T>(),
                                        b ? b->const_data_ptr<T>() : nullptr,
-                                       offset_view<T>(kernel),
-                                       offset_view<T>(data),
+                                       offset_view<T>(p, kernel),
+                                       offset_view<T>(p, data),
                                        output.mutable_data_ptr<scalar_t>()};
     stable::parallel_for(0, p.batch * p.out_h, 1,
                          [&](int64_t begin, int64_t end) { DK_CALL(forward, a, begin, end) });
@@ -265,10 +259,10 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
       DenseBackend<scalar_t> backend{x};
       backend.a.params = p;
       backend.a.input = x.const_data_ptr<scalar_t>();
-      backend.a.kernel_offset = offset_view<T>(kernel);
-      backend.a.data_offset = offset_view<T>(data);
-      backend.a.grad_kernel_offset = gradient_view<T>(gradients[2]);
-      backend.a.grad_data_offset = gradient_view<T>(gradients[3]);
+      backend.a.kernel_offset = offset_view<T>(p, kernel);
+      backend.a.data_offset = offset_view<T>(p, data);
+      backend.a.grad_kernel_offset = gradient_view<T>(p, gradients[2]);
+      backend.a.grad_data_offset = gradient_view<T>(p, gradients[3]);
       if (output_mask[0]) {
         Tensor zeros = empty(x, x.sizes(), scalar_type_of<T>, format);
         gradients[0] = stable::zero_(zeros);
@@ -281,11 +275,11 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
     const DepthwiseBackward<scalar_t> a{p,
                                         x.const_data_ptr<scalar_t>(),
                                         scope.const_data_ptr<T>(),
-                                        offset_view<T>(kernel),
-                                        offset_view<T>(data),
+                                        offset_view<T>(p, kernel),
+                                        offset_view<T>(p, data),
                                         grad.const_data_ptr<scalar_t>(),
-                                        gradient_view<T>(gradients[2]),
-                                        gradient_view<T>(gradients[3])};
+                                        gradient_view<T>(p, gradients[2]),
+                                        gradient_view<T>(p, gradients[3])};
     std::optional<Tensor> weight_blocks;
     if (!data) {
       gradients[0] = stable::empty_like(x);

@@ -191,10 +191,15 @@ struct TapTile {
   T grad_h[4][kTile];
   T grad_w[4][kTile];
 
-  // Pixels i ... of the tile; cells lie `step` elements apart, rows of `width` cells.
-  DK_INLINE void set(int i, const AxisSample<Vector<T>>& h, const AxisSample<Vector<T>>& w,
-                     index_t width, index_t step) {
+  // Pixels i ... of the tile; cells lie `step` elements apart, rows of `width` cells. The taps
+  // count `factor` times.
+  DK_INLINE void set(int i, AxisSample<Vector<T>> h, const AxisSample<Vector<T>>& w, index_t width,
+                     index_t step, const Vector<T>& factor) {
     typedef Like<index_t, T> I;
+    for (int j = 0; j < 2; ++j) {
+      h.coef[j] *= factor;
+      h.grad[j] *= factor;
+    }
     for (int j = 0; j < 4; ++j) {
       const I row = __builtin_convertvector(h.cell[j / 2], I);
       const I column = __builtin_convertvector(w.cell[j % 2], I);
@@ -236,6 +241,16 @@ DK_INLINE void gather_offset(const Offset<const T>& offset, int64_t n, int t, in
   }
 }
 
+// What the tap is multiplied by there.
+template <typename T>
+DK_INLINE void gather_factor(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
+                             int64_t row, const int64_t* column, T* factor) {
+  const OffsetStrides s = offset.strides;
+  const T* base = offset.data + n * s.n + (2 * p.taps() + t) * s.c + row * s.h;
+  for (int i = 0; i < kTile; ++i)
+    factor[i] = offset.modulated ? base[(column[i] < 0 ? 0 : column[i]) * s.w] : T(1);
+}
+
 // Their locations in the scope.
 template <typename T>
 DK_INLINE void locate_in_scope(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
@@ -253,11 +268,13 @@ template <typename T>
 DK_INLINE void fill_scope_tile(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
                                int64_t row, const int64_t* column, ScopeTile<T>& tile) {
   typedef Vector<T> V;
-  T h[kTile], w[kTile];
+  T h[kTile], w[kTile], factor[kTile];
   locate_in_scope(p, offset, n, t, row, column, h, w);
+  gather_factor(p, offset, n, t, row, column, factor);
   for (int i = 0; i < kTile; i += lanes<V, T>) {
     tile.set(i, sample_scope(load<V>(h + i), p.scope_h, p.clip),
-             sample_scope(load<V>(w + i), p.scope_w, p.clip), p.scope_w, kChannelBlock);
+             sample_scope(load<V>(w + i), p.scope_w, p.clip), p.scope_w, kChannelBlock,
+             load<V>(factor + i));
   }
 }
 
@@ -265,14 +282,16 @@ template <typename T>
 DK_INLINE void fill_image_tile(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
                                int64_t row, const int64_t* column, ImageTile<T>& tile) {
   typedef Vector<T> V;
-  T h[kTile], w[kTile];
+  T h[kTile], w[kTile], factor[kTile];
   gather_offset(offset, n, t, row, column, h, w);
+  gather_factor(p, offset, n, t, row, column, factor);
   const T y = T(row * p.stride_h - p.pad_h + t / p.kernel_w * p.dilation_h);
   for (int i = 0; i < kTile; ++i)
     w[i] += T(column[i] * p.stride_w - p.pad_w + t % p.kernel_w * p.dilation_w);
   for (int i = 0; i < kTile; i += lanes<V, T>) {
     tile.set(i, sample_image(y + load<V>(h + i), static_cast<int>(p.in_h)),
-             sample_image(load<V>(w + i), static_cast<int>(p.in_w)), p.in_w, p.channels);
+             sample_image(load<V>(w + i), static_cast<int>(p.in_w)), p.in_w, p.channels,
+             load<V>(factor + i));
   }
 }
 
@@ -441,13 +460,40 @@ DK_INLINE void scatter_offset(const Offset<T>& offset, int64_t n, int t, int64_t
   }
 }
 
+template <typename T>
+DK_INLINE Offset<const T> without_factors(Offset<const T> offset) {
+  offset.modulated = false;
+  return offset;
+}
+
+// The gradient of the factor of tap t; `tile` is that of the taps without it.
+template <typename T, typename index_t>
+DK_INLINE void scatter_factor(const ConvParams& p, const Offset<T>& grad, int64_t n, int t,
+                              int64_t row, const int64_t* column, const TapTile<T, index_t>& tile,
+                              const DotTile<T>& dots) {
+  const OffsetStrides s = grad.strides;
+  T* base = grad.data + n * s.n + (2 * p.taps() + t) * s.c + row * s.h;
+  for (int i = 0; i < kTile; ++i) {
+    if (column[i] < 0) continue;
+    T sum = 0;
+    for (int j = 0; j < 4; ++j) sum += tile.coef[j][i] * dots.dot[i][j];
+    base[column[i] * s.w] = sum;
+  }
+}
+
 template <typename Args, typename T>
 DK_INLINE void store_data_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
                                           const int64_t* column, const ImageTile<T>& tile,
                                           const DotTile<T>& dots) {
+  const ConvParams& p = a.params;
   T h[kTile], w[kTile];
   offset_gradient(tile, dots, h, w);
   scatter_offset(a.grad_data_offset, n, t, row, column, h, w);
+  if (a.data_offset.modulated) {
+    ImageTile<T> plain;
+    fill_image_tile(p, without_factors(a.data_offset), n, t, row, column, plain);
+    scatter_factor(p, a.grad_data_offset, n, t, row, column, plain, dots);
+  }
 }
 
 template <typename Args, typename T>
@@ -466,6 +512,11 @@ DK_INLINE void store_kernel_offset_gradient(const Args& a, int64_t n, int t, int
     }
   }
   scatter_offset(a.grad_kernel_offset, n, t, row, column, h, w);
+  if (a.kernel_offset.modulated) {
+    ScopeTile<T> plain;
+    fill_scope_tile(p, without_factors(a.kernel_offset), n, t, row, column, plain);
+    scatter_factor(p, a.grad_kernel_offset, n, t, row, column, plain, dots);
+  }
 }
 
 // Over a block of channels, vectors and then single ones, calls body.run(c, cells, dots), which

@@ -70,19 +70,22 @@ __device__ __forceinline__ void store_weight_partial(const BackwardArgs<scalar_t
 }
 
 template <typename T>
-__device__ __forceinline__ void add_offset_gradient(const Offset<T>& offset, int64_t n, int t,
-                                                    int h, int w, const TapSample<T>& sample,
+__device__ __forceinline__ void add_offset_gradient(const Offset<T>& offset, int taps, int64_t n,
+                                                    int t, int h, int w, const TapSample<T>& sample,
                                                     const Vector<T, 4>& grad_coef) {
   T* at = offset_of(offset, n, t, h, w);
   at[0] += sample.grad_h(grad_coef);
   at[offset.strides.c] += sample.grad_w(grad_coef);
+  if (offset.modulated) *factor_of(offset, taps, n, t, h, w) += sample.grad_factor(grad_coef);
 }
 
 template <typename scalar_t>
 __device__ __forceinline__ Offset<opmath_t<scalar_t>> of_group(const BackwardArgs<scalar_t>& a,
                                                                Offset<opmath_t<scalar_t>> offset,
                                                                int group) {
-  offset.data += group * a.group_stride;
+  const ConvParams& p = a.params;
+  const int64_t channels = (offset.modulated ? 3 : 2) * p.taps();
+  offset.data += group * channels * p.batch * p.out_h * p.out_w;
   return offset;
 }
 
@@ -190,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
           const Pixel out = fed_pixel(p, size, tile[j % kPixels], t);
           const int64_t n = tile.first_image + out.n;
           const auto sample = sample_weight(p, size, a.kernel_offset, n, t, out.h, out.w);
-          add_offset_gradient(grad_kernel_offset, n, t, out.h, out.w, sample,
+          add_offset_gradient(grad_kernel_offset, taps, n, t, out.h, out.w, sample,
                               shared.kernel_coef[j]);
         }
         // The same thread fills the same pairs of the next tile: no barrier.
@@ -292,11 +295,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (i >= tile.count) continue;
         const Pixel q = tile[i];
         const int64_t n = tile.first_image + q.n;
-        add_offset_gradient(grad_data_offset, n, t, q.h, q.w,
+        add_offset_gradient(grad_data_offset, taps, n, t, q.h, q.w,
                             sample_data(p, size, a.data_offset, n, t, q.h, q.w),
                             shared.data_coef[j]);
         if constexpr (kKernel) {
-          add_offset_gradient(grad_kernel_offset, n, t, q.h, q.w,
+          add_offset_gradient(grad_kernel_offset, taps, n, t, q.h, q.w,
                               sample_weight(p, size, a.kernel_offset, n, t, q.h, q.w),
                               shared.kernel_coef[j]);
         }

@@ -197,11 +197,18 @@ __global__ void __launch_bounds__(kThreads)
       T* to = offset_of(a.grad_kernel_offset, n, t, q.h, q.w);
       to[0] = h;
       to[a.grad_kernel_offset.strides.c] = w;
+      if (a.kernel_offset.modulated) {
+        *factor_of(a.grad_kernel_offset, taps, n, t, q.h, q.w) =
+            weight.grad_factor(grad_weight_coef);
+      }
     }
     if constexpr (kData) {
       T* to = offset_of(a.grad_data_offset, n, t, q.h, q.w);
       to[0] = data.grad_h(grad_data_coef);
       to[a.grad_data_offset.strides.c] = data.grad_w(grad_data_coef);
+      if (a.data_offset.modulated) {
+        *factor_of(a.grad_data_offset, taps, n, t, q.h, q.w) = data.grad_factor(grad_data_coef);
+      }
     }
   }
 }

@@ -104,8 +104,8 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                               x.const_data_ptr<scalar_t>(),
                               w.const_data_ptr<scalar_t>(),
                               b ? b->const_data_ptr<scalar_t>() : nullptr,
-                              offset_view<T>(kernel),
-                              offset_view<T>(data),
+                              offset_view<T>(p, kernel),
+                              offset_view<T>(p, data),
                               output.mutable_data_ptr<scalar_t>(),
                               {}};
       if (!p.depthwise()) {
@@ -185,9 +185,9 @@ struct OffsetGradient {
     // Taps that lie in the padding are never visited: their gradient stays 0.
     rows = stable::new_zeros(*like, {groups, like->numel()});
   }
-  Offset<T> view() const {
+  Offset<T> view(const ConvParams& p) const {
     if (!like) return {};
-    return {rows->mutable_data_ptr<T>(), offset_strides(*like)};
+    return {rows->mutable_data_ptr<T>(), offset_strides(*like), is_modulated(p, *like)};
   }
   Tensor total() const {
     const Tensor sum = rows->size(0) == 1 ? *rows : stable::sum(*rows, IntArrayRef({0}));
@@ -242,8 +242,8 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       a.input = x.const_data_ptr<scalar_t>();
       a.weight = w.const_data_ptr<scalar_t>();
       a.grad_output = grad.const_data_ptr<scalar_t>();
-      a.kernel_offset = offset_view<T>(kernel);
-      a.data_offset = offset_view<T>(data);
+      a.kernel_offset = offset_view<T>(p, kernel);
+      a.data_offset = offset_view<T>(p, data);
       if (!p.depthwise()) {
         gradients =
             cuda::dense_backward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x, weight,
@@ -271,9 +271,8 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
           stable::new_empty(x, {a.splits, p.cells(), p.channels}, scalar_type_of<T>);
       a.weight_partial = partial.mutable_data_ptr<T>();
       const OffsetGradient<T> grad_kernel(kernel, a.groups), grad_data(data, a.groups);
-      a.grad_kernel_offset = grad_kernel.view();
-      a.grad_data_offset = grad_data.view();
-      a.group_stride = 2 * p.taps() * p.batch * p.out_h * p.out_w;
+      a.grad_kernel_offset = grad_kernel.view(p);
+      a.grad_data_offset = grad_data.view(p);
       cuda::launch_backward(a, stream);
 
       gradients[1] = stable::new_empty(weight, weight.sizes());
@@ -281,8 +280,7 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       gradients[0] = grad_input;
       if (kernel) {
         const Tensor grad = grad_kernel.total();
-        const Offset<T> view{grad.mutable_data_ptr<T>(), offset_strides(grad)};
-        if (p.clip) cuda::launch_turn_inward(a, view, stream);
+        if (p.clip) cuda::launch_turn_inward(a, gradient_view<T>(p, grad), stream);
         gradients[2] = grad;
       }
       if (data) gradients[3] = grad_data.total();

@@ -110,11 +110,10 @@ Gradients dense_backward(const ColumnsBackwardArgs<scalar_t>& a, const Tensor& i
     gradients[0] = stable::zero_(zeros);
     backend.a.grad_input = gradients[0]->template mutable_data_ptr<T>();
   }
-  const auto zero_gradient = [](const std::optional<Tensor>& offset, Offset<T>& view) {
+  const auto zero_gradient = [&](const std::optional<Tensor>& offset, Offset<T>& view) {
     std::optional<Tensor> grad;
-    if (!offset) return grad;
-    grad = zeros_like(*offset);
-    view = {grad->template mutable_data_ptr<T>(), offset_strides(*grad)};
+    if (offset) grad = zeros_like(*offset);
+    view = gradient_view<T>(a.params, grad);
     return grad;
   };
   gradients[2] = zero_gradient(kernel_offset, backend.a.grad_kernel_offset);

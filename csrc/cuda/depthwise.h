@@ -83,11 +83,11 @@ struct BackwardArgs {
   // Block (split, group) takes the pixels of a split and the channel tiles of a group. Sums over
   // pixels come out per split, sums over channels per group.
   int splits, groups, warps;
-  T* weight_partial;                               // [splits, S_h*S_w, C]
-  Offset<T> grad_kernel_offset, grad_data_offset;  // of the first group; zero at the start
-  int64_t group_stride;                            // from one group's to the next
-  scalar_t* grad_input;                            // without data_offset
-  T* grad_input_sum;  // with data_offset: zero at the start; may be null
+  T* weight_partial;  // [splits, S_h*S_w, C]
+  // One group's after another; zero at the start.
+  Offset<T> grad_kernel_offset, grad_data_offset;
+  scalar_t* grad_input;  // without data_offset
+  T* grad_input_sum;     // with data_offset: zero at the start; may be null
 };
 
 // ---- launchers, one instantiation per type in its own .cu ---------------------------------------

@@ -7,7 +7,8 @@
 //   output           [N, H_out, W_out, C], grad_output likewise
 //   weight           [C, S_h*S_w]
 //   kernel_offset    [N, 2*K_h*K_w, H_out, W_out] any strides; channel 2t: row, 2t+1: column of tap
-//   t data_offset      the same
+//                    t; perhaps K_h*K_w more, 2*K_h*K_w + t: what tap t is multiplied by
+//   data_offset      the same
 //
 // A block works on a tile of kPixels pixels and one tile of channels at a time. First its threads
 // share out the (tap, pixel) pairs and leave, in shared memory, where each reads and with which
@@ -155,19 +156,24 @@ DK_INLINE AxisPair<T> side_by_side(const AxisSample<T>& s, int size) {
 template <typename T>
 struct TapSample {
   AxisPair<T> h, w;
+  T factor;  // of the tap
 
   DK_INLINE Vector<T, 4> coef() const {
-    return {{h.coef[0] * w.coef[0], h.coef[0] * w.coef[1], h.coef[1] * w.coef[0],
-             h.coef[1] * w.coef[1]}};
+    const T upper = factor * h.coef[0], lower = factor * h.coef[1];
+    return {{upper * w.coef[0], upper * w.coef[1], lower * w.coef[0], lower * w.coef[1]}};
   }
-  // Gradients of the row and the column, given those of the four coefficients.
+  // Gradients of the row, the column and the factor, given those of the four coefficients.
   DK_INLINE T grad_h(const Vector<T, 4>& g) const {
-    return h.grad[0] * (w.coef[0] * g.v[0] + w.coef[1] * g.v[1]) +
-           h.grad[1] * (w.coef[0] * g.v[2] + w.coef[1] * g.v[3]);
+    return factor * (h.grad[0] * (w.coef[0] * g.v[0] + w.coef[1] * g.v[1]) +
+                     h.grad[1] * (w.coef[0] * g.v[2] + w.coef[1] * g.v[3]));
   }
   DK_INLINE T grad_w(const Vector<T, 4>& g) const {
-    return h.coef[0] * (w.grad[0] * g.v[0] + w.grad[1] * g.v[1]) +
-           h.coef[1] * (w.grad[0] * g.v[2] + w.grad[1] * g.v[3]);
+    return factor * (h.coef[0] * (w.grad[0] * g.v[0] + w.grad[1] * g.v[1]) +
+                     h.coef[1] * (w.grad[0] * g.v[2] + w.grad[1] * g.v[3]));
+  }
+  DK_INLINE T grad_factor(const Vector<T, 4>& g) const {
+    return h.coef[0] * (w.coef[0] * g.v[0] + w.coef[1] * g.v[1]) +
+           h.coef[1] * (w.coef[0] * g.v[2] + w.coef[1] * g.v[3]);
   }
 };
 
@@ -175,6 +181,18 @@ template <typename T>
 DK_INLINE T* offset_of(const Offset<T>& offset, int64_t n, int t, int h, int w) {
   const OffsetStrides& s = offset.strides;
   return offset.data + n * s.n + 2 * t * s.c + h * s.h + w * s.w;
+}
+
+// The factor of tap t, or its gradient.
+template <typename T>
+DK_INLINE T* factor_of(const Offset<T>& offset, int taps, int64_t n, int t, int h, int w) {
+  const OffsetStrides& s = offset.strides;
+  return offset.data + n * s.n + (2 * taps + t) * s.c + h * s.h + w * s.w;
+}
+
+template <typename T>
+DK_INLINE T read_factor(const Offset<const T>& offset, int taps, int64_t n, int t, int h, int w) {
+  return offset.modulated ? *factor_of(offset, taps, n, t, h, w) : T(1);
 }
 
 template <typename T>
@@ -199,7 +217,8 @@ DK_INLINE TapSample<T> sample_weight(const ConvParams& p, const Sizes& size,
                                      int w) {
   const Location<T> at = locate_in_scope(size, offset, n, t, h, w);
   return {side_by_side(sample_scope(at.h, size.scope_h, p.clip), size.scope_h),
-          side_by_side(sample_scope(at.w, size.scope_w, p.clip), size.scope_w)};
+          side_by_side(sample_scope(at.w, size.scope_w, p.clip), size.scope_w),
+          read_factor(offset, size.taps(), n, t, h, w)};
 }
 
 // Input row (column) that a tap of an output row (column) reads at rest.
@@ -216,7 +235,8 @@ DK_INLINE TapSample<T> sample_data(const ConvParams& p, const Sizes& size,
   const T x = T(rest_position(w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w));
   const int height = static_cast<int>(p.in_h), width = static_cast<int>(p.in_w);
   return {side_by_side(sample_image(y + o[0], height), height),
-          side_by_side(sample_image(x + o[offset.strides.c], width), width)};
+          side_by_side(sample_image(x + o[offset.strides.c], width), width),
+          read_factor(offset, size.taps(), n, t, h, w)};
 }
 
 // Output row (column) that reads an input row (column) through a tap, or -1.

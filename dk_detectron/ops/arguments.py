@@ -43,10 +43,12 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: expected a floating point type, got {tensor.dtype}")
 
 
-def check_groups(groups: int, channels: int, name: str = "input channels") -> None:
+def check_groups(
+    groups: int, channels: int, name: str = "input channels", argument: str = "groups"
+) -> None:
     """Raises unless ``groups`` divides the channels, which are called ``name``."""
     if not isinstance(groups, int | torch.SymInt) or groups < 1 or channels % groups:
-        raise ValueError(f"groups: expected a divisor of the {channels} {name}, got {groups!r}")
+        raise ValueError(f"{argument}: expected a divisor of the {channels} {name}, got {groups!r}")
 
 
 def check(
@@ -85,11 +87,13 @@ def check(
             f"input: {shape(input)} with padding {padding} is smaller than the kernel "
             f"{kernel_size} with dilation {dilation}"
         )
-    expected = [input.shape[0], 2 * kernel_size[0] * kernel_size[1], *out_size]
+    taps = kernel_size[0] * kernel_size[1]
+    plain, modulated = ([input.shape[0], channels * taps, *out_size] for channels in (2, 3))
     for name, offset in ("kernel_offset", kernel_offset), ("data_offset", data_offset):
-        if offset is not None and shape(offset) != expected:
+        if offset is not None and shape(offset) not in (plain, modulated):
             raise ValueError(
-                f"{name}: expected [N, 2*K_h*K_w, H_out, W_out] = {expected}, got {shape(offset)}"
+                f"{name}: expected [N, 2*K_h*K_w, H_out, W_out] = {plain}, or 3*K_h*K_w with "
+                f"factors, got {shape(offset)}"
             )
     for name, tensor in (
         ("weight", weight),

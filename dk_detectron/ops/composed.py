@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import output_format, output_size
-from .sampling import locate, rest_kernel, scope_coefficients, split_offset, tap_grid
+from .sampling import (
+    locate,
+    rest_kernel,
+    scope_coefficients,
+    split_factors,
+    split_offset,
+    tap_grid,
+)
 
 
 def _deformed_columns(
@@ -17,6 +24,7 @@ def _deformed_columns(
 ) -> Tensor:
     """The data of every tap (eq. 9), [N, C_in, K, H_out*W_out]; the image is zero outside."""
     channels, *size = input.shape[1:]
+    data_offset, factors = split_factors(data_offset, kernel_size[0] * kernel_size[1])
     offsets = split_offset(data_offset)
     located = []
     for axis, tap in enumerate(tap_grid(kernel_size, offsets[0])):
@@ -33,7 +41,10 @@ def _deformed_columns(
             index = torch.where(inside, y * size[1] + x, 0).long().flatten(1).unsqueeze(1)
             value = input.flatten(2).gather(2, index.expand(-1, channels, -1))
             columns = columns + value * coef.flatten(1).unsqueeze(1).to(value.dtype)
-    return columns.unflatten(2, (kernel_size[0] * kernel_size[1], -1))
+    columns = columns.unflatten(2, (kernel_size[0] * kernel_size[1], -1))
+    if factors is not None:
+        columns = columns * factors.flatten(2).unsqueeze(1).to(columns.dtype)
+    return columns
 
 
 def _at_least_float(offset: Tensor | None) -> Tensor | None:
@@ -73,7 +84,10 @@ def composed_deform_kernel_conv2d(
     else:
         columns = _deformed_columns(input, data_offset, kernel_size, stride, padding, dilation)
     if kernel_offset is not None:
+        kernel_offset, factors = split_factors(kernel_offset, kernel_size[0] * kernel_size[1])
         coefficients = scope_coefficients(kernel_offset, weight.shape[2:], kernel_size, clip)
+        if factors is not None:
+            coefficients = coefficients * factors.unsqueeze(-1)
         coefficients = coefficients.flatten(2, 3).to(columns.dtype)
         columns = torch.einsum("nckp,nkps->ncsp", columns, coefficients)
     grouped = columns.unflatten(1, (groups, -1)).flatten(2, 3)  # [N, groups, C_in/groups*S, p]

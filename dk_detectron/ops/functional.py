@@ -8,6 +8,7 @@ Shapes, used throughout:
     S_h, S_w         scope size: the cells of the stored weight that the taps sample, S = S_h * S_w
     kernel_offset    [N, 2*K, H_out, W_out], channel 2t: row, 2t+1: column of tap t, in scope cells
     data_offset      [N, 2*K, H_out, W_out], the same layout, in input pixels
+    G                groups of input channels with offsets of their own
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def deform_kernel_conv2d(
     padding: Size = 0,
     dilation: Size = 1,
     groups: int = 1,
+    offset_groups: int = 1,
     clip: bool = True,
 ) -> Tensor:
     """Convolution whose kernel, data, or both are sampled at learnt offsets (eq. 7, 9 and 11).
@@ -52,6 +54,8 @@ def deform_kernel_conv2d(
     W(.) is bilinear interpolation in the scope (eq. 12) and k0 = (scope_size - kernel_size) / 2
     centres the unit-spaced taps in it. Without ``kernel_offset`` the taps rest there; without
     ``data_offset`` they read the rigid grid; without both this is an ordinary convolution.
+    Offsets may come with factors of the taps, by which the summands are multiplied (the modulation
+    of DCNv2, Zhu et al. 2019).
 
     The image is zero outside, as in ``torchvision.ops.deform_conv2d``. An infinite offset reads the
     clipped edge of the scope, or zero; a NaN makes its output locations NaN; neither reads out of
@@ -62,14 +66,19 @@ def deform_kernel_conv2d(
         input: [N, C_in, H, W].
         weight: [C_out, C_in / groups, S_h, S_w], the scope.
         bias: [C_out].
-        kernel_offset: [N, 2*K, H_out, W_out], in scope cells.
-        data_offset: [N, 2*K, H_out, W_out], in input pixels.
+        kernel_offset: [N, 2*K, H_out, W_out], in scope cells; or 3*K: factors of the K taps behind
+            their offsets.
+        data_offset: [N, 2*K, H_out, W_out], in input pixels; or 3*K, likewise.
         kernel_size: (K_h, K_w), or one number for both; likewise the next three.
         groups: any divisor of both channel numbers. Depthwise (groups = C_in = C_out) runs in one
             direct kernel; the others go through a matrix product with S columns instead of K, by
             tiles of pixels: beyond the results, a CPU needs 16 MiB for columns, 4 MiB and K / S of
             that for their gradient, whatever the image (one pixel's columns, if those are more),
             and the weight once more. There, a pixel that is infinite or NaN makes NaN.
+        offset_groups: G, a divisor of the input channels: each G-th of them has offsets (and
+            factors) of its own, which are [N, G*2*K, ...] then, or [N, G*3*K, ...]. The operator
+            runs once for each, on a copy of its channels. Beyond 1 it must divide ``groups``, or
+            these be 1.
         clip: keep the sampling location inside [0, S - 1]. A tap that its offset takes outside
             reads the edge. Its offset's gradient, summed over the channels, is what it would be on
             the edge where descent leads back inside, and zero where it leads further out. (The true
@@ -90,6 +99,10 @@ def deform_kernel_conv2d(
         "padding": pair("padding", padding, 0),
         "dilation": pair("dilation", dilation, 1),
     }
+    if offset_groups != 1:
+        offsets = {"kernel_offset": kernel_offset, "data_offset": data_offset}
+        settings: dict[str, Any] = {"groups": groups, "clip": clip, **sizes}
+        return _by_offset_groups(input, weight, bias, offsets, offset_groups, settings)
     check(input, weight, bias, kernel_offset, data_offset, groups=groups, **sizes)
     if kernel_offset is None:
         weight = rest_kernel(weight, sizes["kernel_size"], clip)
@@ -105,6 +118,44 @@ def deform_kernel_conv2d(
     if in_transform():
         return Forward.apply(*tensors, arguments)
     return torch.ops.dk_detectron.deform_kernel_conv2d(*tensors, **arguments)
+
+
+def _by_offset_groups(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: dict[str, Tensor | None],
+    offset_groups: int,
+    arguments: dict,
+) -> Tensor:
+    """The convolution of each group of channels that has offsets of its own, side by side."""
+    groups = arguments["groups"]
+    check_floating(input=input)
+    check_groups(offset_groups, input.shape[1], "input channels", "offset_groups")
+    if groups != 1 and groups % offset_groups:
+        raise ValueError(
+            f"offset_groups: expected a divisor of the {groups} groups, got {offset_groups}"
+        )
+    for name, offset in offsets.items():
+        if offset is not None and (offset.dim() != 4 or offset.shape[1] % offset_groups):
+            raise ValueError(
+                f"{name}: expected [N, G*2*K_h*K_w, H_out, W_out] for {offset_groups} groups G, "
+                f"got {shape(offset)}"
+            )
+
+    def parts(tensor: Tensor | None, dim: int) -> list[Any]:
+        return [None] * offset_groups if tensor is None else [*tensor.chunk(offset_groups, dim)]
+
+    dense = groups == 1  # every output channel sees all groups of input channels: a sum
+    biases = [bias, *[None] * (offset_groups - 1)] if dense else parts(bias, 0)
+    tensors = parts(input, 1), parts(weight, int(dense)), biases
+    arguments["groups"] = 1 if dense else groups // offset_groups
+    outputs = [
+        deform_kernel_conv2d(*part, **arguments)
+        for part in zip(*tensors, *(parts(offset, 1) for offset in offsets.values()), strict=True)
+    ]
+    output = sum(outputs[1:], outputs[0]) if dense else torch.cat(outputs, 1)
+    return output.contiguous(memory_format=output_format(input))
 
 
 def sample_kernel(

@@ -82,13 +82,26 @@ def split_offset(offset: Tensor) -> tuple[Tensor, Tensor]:
     return offset[:, :, 0], offset[:, :, 1]
 
 
+def split_factors(offset: Tensor, taps: int) -> tuple[Tensor, Tensor | None]:
+    """Offsets [N, 2*K or 3*K, ...] -> those [N, 2*K, ...], and the taps' factors [N, K, ...]."""
+    if offset.shape[1] == 2 * taps:
+        return offset, None
+    return offset[:, : 2 * taps], offset[:, 2 * taps :]
+
+
 def tap_grid(kernel_size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every tap, [K] each, shaped to broadcast against ``like`` [N, K, ...]."""
+    """Row and column of every tap, shaped to broadcast against ``like`` [N, K, ...].
+
+    Of ``like`` [N, G*K, ...], the taps of each group after another.
+    """
     rows, columns = torch.meshgrid(
         *(torch.arange(k, dtype=like.dtype, device=like.device) for k in kernel_size), indexing="ij"
     )
     shape = [-1] + [1] * (like.dim() - 2)
-    return rows.reshape(shape), columns.reshape(shape)
+    groups = like.shape[1] // rows.numel()
+    return rows.reshape(-1).repeat(groups).view(shape), columns.reshape(-1).repeat(groups).view(
+        shape
+    )
 
 
 def tap_locations(
