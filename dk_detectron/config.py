@@ -42,6 +42,11 @@ def add_dk_config(cfg: CfgNode) -> None:
     # What predicts offsets for every location: "full", the paper's convolution from all channels,
     # or "separable", a depthwise and a 1x1 convolution, of a sixth of its cost.
     cfg.MODEL.DEFORM_KERNEL.OFFSET_GENERATOR = "full"
+    # Whether each tap of these layers also has a factor that follows the input, as in DCNv2, of 1
+    # at the start. The paper has none.
+    cfg.MODEL.DEFORM_KERNEL.MODULATED = False
+    # Each of so many parts of a layer's input channels has offsets (and factors) of its own.
+    cfg.MODEL.DEFORM_KERNEL.OFFSET_GROUPS = 1
 
     # ResNet-DW takes detectron2's own MODEL.RESNETS keys, of which it uses DEPTH (50, 101 or 152),
     # WIDTH_PER_GROUP (doubled, as in the paper), STEM_OUT_CHANNELS, RES2_OUT_CHANNELS,

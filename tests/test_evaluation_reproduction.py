@@ -24,14 +24,13 @@ from dk_detectron.evaluation import reproduction
 from dk_detectron.evaluation.reproduction import (
     FIELD,
     Settings,
-    collect,
     execute,
     family,
     plan,
-    render,
     row_name,
     select_rows,
 )
+from dk_detectron.evaluation.reproduction_tables import collect, render
 from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
 from dk_detectron.weights import Checkpointer
 

@@ -41,7 +41,7 @@ def test_every_key_is_an_argument():
         "conv1x1": "global", "conv3x3": "local", "scope_size_1x1": 3, "scope_size_3x3": 5,
         "data_offset": [False, True, False, False], "num_experts": 2, "freeze_at": 1,
         "gradient_checkpointing": True, "norm": "GN", "out_features": ["stem", "res4"],
-        "offset_generator": "separable",
+        "offset_generator": "separable", "modulated": True, "offset_groups": 2,
     }  # fmt: skip
     own = {
         "MNV2": (mobilenet_v2, MOBILENETV2_KEYS, {"res5_channels": 320}),

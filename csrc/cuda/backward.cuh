@@ -84,7 +84,7 @@ __device__ __forceinline__ Offset<opmath_t<scalar_t>> of_group(const BackwardArg
                                                                Offset<opmath_t<scalar_t>> offset,
                                                                int group) {
   const ConvParams& p = a.params;
-  const int64_t channels = (offset.modulated ? 3 : 2) * p.taps();
+  const int64_t channels = (offset.modulated ? 3 : 2) * p.kernel_h * p.kernel_w;
   offset.data += group * channels * p.batch * p.out_h * p.out_w;
   return offset;
 }

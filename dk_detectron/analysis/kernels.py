@@ -55,13 +55,16 @@ def kernel_size(layer: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def view_scope(observation: Observation, cell: tuple[int, int]) -> ScopeView:
-    """What the kernel of a layer with kernel offsets is at a place."""
+    """What the kernel of a layer with kernel offsets is at a place; of several groups, the first.
+
+    Factors of the taps are left aside.
+    """
     layer: Any = observation.layer
     size = layer.kernel_size
     weight = layer.weight.detach().double().cpu()
-    offset = torch.stack(
-        [layer.kernel_offset_generator.bias, offset_at(observation, "kernel_offset", cell)]
-    )
+    weight = weight.chunk(layer.offset_groups, int(layer.groups == 1))[0]
+    here = offset_at(observation, "kernel_offset", cell)
+    offset = torch.stack([layer.kernel_offset_generator.bias[: len(here)], here])
     offset = offset.double().cpu()
     rest, places = torch.stack(tap_locations(offset, layer.scope_size, size), -1).numpy()
     row, column = outside_scope(offset[1:], layer.scope_size, size)

@@ -28,8 +28,8 @@ from ..evaluation.reproduction import (
     execute,
     plan,
     select_rows,
-    write_tables,
 )
+from ..evaluation.reproduction_tables import write_tables
 
 SEEDS = {"coco": [42], "shapes": [0, 1, 2], "pretrained": [0, 1, 2]}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import re
@@ -12,12 +11,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
-from tabulate import tabulate
 
 from ..analysis import count_parameters
 from ..analysis.field_survey import correlations
@@ -25,7 +23,6 @@ from ..data.stream import seeded
 from ..engine import EVALUATION_FILE, Trainer, check_weights
 from ..model_zoo import CONFIGS, load_config, paper_rows
 from ..weights import replacing, write_checkpoint
-from .estimates import Estimate, Series, paired_difference
 from .submission import file_name
 
 COMMANDS = "dk_detectron.commands"
@@ -89,7 +86,7 @@ class Settings:
                     "give another --output"
                 )
         else:
-            _write(path, json.dumps(settings, indent=2))
+            write_file(path, json.dumps(settings, indent=2))
 
 
 @dataclass(frozen=True)
@@ -228,7 +225,7 @@ def execute(run: Run) -> None:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
             raise RuntimeError(f"{run}: exit status {status}; the end of {log}:\n{tail}")
         if run.train and command is run.train[-1]:
-            _write(run.folder / RESULT_FILE, json.dumps(read_result(run), indent=2))
+            write_file(run.folder / RESULT_FILE, json.dumps(read_result(run), indent=2))
 
 
 def write_start(run: Run) -> None:
@@ -286,131 +283,7 @@ def _inference_seconds(path: Path) -> float | None:
     return float(found[-1]) if found else None
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         Path(temporary).write_text(text)
-
-
-def _read_results(output: Path, name: str) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(output.glob(f"{name}/*/{RESULT_FILE}"))]
-
-
-def _series(results: list[dict], key: str) -> Series:
-    """A figure by seed, of the results that have it."""
-    return {result["seed"]: result[key] for result in results if result[key] is not None}
-
-
-def _mean(series: Series) -> float | None:
-    return fmean(series.values()) if series else None
-
-
-def collect(rows: dict[str, dict[str, str]], output: Path) -> list[dict]:
-    """A line per row: our mean and standard deviation over the finished runs, and the paper's.
-
-    ``difference`` is ours less the paper's; ``gain`` is over the rigid network of the same family,
-    in the mean over the seeds that both have, from ``gain_low`` to ``gain_high`` with 95 %
-    confidence. What does not exist is None.
-    """
-    rigid = select_rows(TABLES, ["MNV2", "R_50_DW"])
-    lines = []
-    for name, row in rows.items():
-        results, base = _read_results(output, name), _read_results(output, family(name))
-        line: dict = {"row": name, "table": int(row["table"]), "runs": len(results)}
-        for metric, column in {**METRICS, "field_correlation": None}.items():
-            ours, theirs = _series(results, metric), _series(base, metric)
-            gain = paired_difference(ours, theirs)
-            line[metric] = _mean(ours)
-            line[f"{metric}_std"] = stdev(ours.values()) if len(ours) > 1 else None
-            line[f"{metric}_gain"] = gain and gain.mean
-            line[f"{metric}_gain_low"] = gain and gain.low
-            line[f"{metric}_gain_high"] = gain and gain.high
-            if column:
-                paper = float(row[column])
-                line[f"{metric}_paper"] = paper
-                line[f"{metric}_difference"] = line[metric] - paper if ours else None
-                line[f"{metric}_gain_paper"] = paper - float(rigid[family(name)][column])
-        for key in "parameters", "train_seconds", "inference_seconds":
-            line[key] = _mean(_series(results, key))
-        lines.append(line)
-    return lines
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _gain(line: dict, metric: str) -> str:
-    if line[f"{metric}_gain"] is None:
-        return "–"
-    low, high = line[f"{metric}_gain_low"], line[f"{metric}_gain_high"]
-    return str(Estimate(line[f"{metric}_gain"], low, high, line["runs"]))
-
-
-def _metric_cells(line: dict, metric: str, scale: str) -> dict[str, str]:
-    """The cells of a metric, by their heading."""
-    spread = line[f"{metric}_std"]
-    cells = {metric: _number(line[metric], ".1f") + ("" if spread is None else f" ± {spread:.1f}")}
-    paper, difference, gain = (f"{metric}_{name}" for name in ("paper", "difference", "gain_paper"))
-    if scale != "coco":
-        cells["over rigid"] = _gain(line, metric)
-        return cells | ({"paper's": _number(line[gain], "+.1f")} if gain in line else {})
-    if paper not in line:
-        return cells
-    return cells | {"paper": f"{line[paper]:.1f}", "difference": _number(line[difference], "+.1f")}
-
-
-def _render_line(line: dict, scale: str) -> list[tuple[str, str]]:
-    """The headings and cells of a row."""
-    cells = [("row", line["row"]), ("runs", str(line["runs"]))]
-    for metric in METRICS:
-        cells += _metric_cells(line, metric, scale).items()
-    millions = None if line["parameters"] is None else line["parameters"] / 1e6
-    cells.append(("#P (M)", _number(millions, ".1f")))
-    cells.append(("train (s/iter)", _number(line["train_seconds"], ".3f")))
-    return [*cells, ("inference (s/image)", _number(line["inference_seconds"], ".3f"))]
-
-
-def render(lines: list[dict], scale: str) -> str:
-    """Markdown: COCO beside the paper's numbers, the rest beside its gains over the rigid one.
-
-    Gains are means of the paired differences of seeds, with their intervals of 95 % confidence.
-    """
-    parts = []
-    for table in TABLES:
-        rendered = [_render_line(x, scale) for x in lines if x["table"] == table]
-        if rendered:
-            headings = [heading for heading, _ in rendered[0]]
-            cells = [[cell for _, cell in row] for row in rendered]
-            text = tabulate(cells, headings, tablefmt="github", disable_numparse=True)
-            parts.append(f"Table {table}\n\n{text}\n")
-    if scale == "shapes":
-        parts.append(f"Receptive fields\n\n{_render_fields(lines)}\n")
-    return "\n".join(parts)
-
-
-def _render_fields(lines: list[dict]) -> str:
-    """Whether fields follow the objects' sizes: 100 times the rank correlation."""
-    rows = [
-        [
-            line["row"],
-            str(line["runs"]),
-            *_metric_cells(line, "field_correlation", "shapes").values(),
-        ]
-        for line in lines
-    ]
-    headings = ["row", "runs", "100 x rank correlation", "over rigid"]
-    return tabulate(rows, headings, tablefmt="github", disable_numparse=True)
-
-
-def write_tables(rows: dict[str, dict[str, str]], output: Path, scale: str) -> str:
-    """Writes ``tables.md`` and ``tables.csv`` of what is finished; returns the Markdown."""
-    lines = collect(rows, output)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    _write(output / "tables.csv", text.getvalue())
-    markdown = render(lines, scale)
-    _write(output / "tables.md", markdown)
-    return markdown

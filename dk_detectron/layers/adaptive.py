@@ -19,7 +19,7 @@ from ..ops.arguments import Size, check_groups, pair
 PERTURBATION = 0.5
 
 # Names of generators' tensors, in a layer and in a network.
-GENERATOR = re.compile(r"(kernel_offset|data_offset|gate)_generator(?=\.)")
+GENERATOR = re.compile(r"(kernel_offset|data_offset|mask_offset|gate)_generator(?=\.)")
 Generator = Any  # nn.Conv2d or nn.Linear, which torch declares as though it had no bias
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from ..ops.arguments import check_groups
 from .adaptive import AdaptiveConv2d
 
 OFFSET_GENERATORS = ("full", "separable")
@@ -37,31 +39,75 @@ class SeparableConv2d(nn.Conv2d):
 
 
 class LocalConv2d(AdaptiveConv2d):
-    """A layer with offsets for every output location.
+    """A layer with offsets for every output location, perhaps with factors of the taps as well.
+
+    The factors (the modulation of DCNv2) are 2 * sigmoid of what ``mask_offset_generator`` predicts
+    of the same input: 1 at the start, so that the layer starts as the rigid one. DCNv2 itself has
+    no factor 2, and starts at half the rigid convolution.
 
     Args (beyond those of ``nn.Conv2d``):
         offset_generator: "full", the paper's: a convolution like the target's, from all channels to
             2*K, of C_in * 2*K * K multiply-adds a location; or "separable": a depthwise one, then
             1x1, of C_in * (2*K + K), six times fewer for 3x3. Its depthwise part gets no gradient
             before the first step, since what follows it starts at zero.
+        modulated: whether each tap has a factor.
+        offset_groups: each of so many parts of the input channels has offsets and factors of its
+            own. Must divide ``groups``, or ``in_channels`` where ``groups`` is 1.
     """
 
-    def __init__(self, *args, offset_generator: str = "full", **kwargs):
+    def __init__(
+        self,
+        *args,
+        offset_generator: str = "full",
+        modulated: bool = False,
+        offset_groups: int = 1,
+        **kwargs,
+    ):
         if offset_generator not in OFFSET_GENERATORS:
             raise ValueError(
                 f"offset_generator: expected one of {', '.join(OFFSET_GENERATORS)}, got "
                 f"{offset_generator!r}"
             )
         self.offset_generator = offset_generator
+        self.modulated = modulated
+        self.offset_groups = offset_groups
         super().__init__(*args, **kwargs)
 
-    def _offset_convolution(self, factory: dict) -> nn.Conv2d:
+    def _make_generators(self, factory: dict) -> None:
+        """That of the factors, which comes last; a subclass makes those of its offsets."""
+        name, channels = ("groups", self.groups) if self.groups > 1 else ("in_channels", None)
+        check_groups(self.offset_groups, channels or self.in_channels, name, "offset_groups")
+        if self.modulated:
+            self.mask_offset_generator = self._offset_convolution(1, factory)
+
+    def _offset_convolution(self, numbers: int, factory: dict) -> nn.Conv2d:
+        """Predicts so many numbers for each tap."""
         arguments = {**self._conv_arguments, **factory}
         del arguments["groups"]  # never depthwise
-        taps = self.kernel_size[0] * self.kernel_size[1]
+        channels = self.offset_groups * numbers * self.kernel_size[0] * self.kernel_size[1]
         kind = nn.Conv2d if self.offset_generator == "full" else SeparableConv2d
-        return kind(self.in_channels, 2 * taps, self.kernel_size, **arguments)
+        return kind(self.in_channels, channels, self.kernel_size, **arguments)
+
+    def _with_factors(self, offset: Tensor, x: Tensor) -> Tensor:
+        """Offsets as the operator takes them, those of each group before its factors."""
+        if not self.modulated:
+            return offset
+        factors = 2 * self.mask_offset_generator(x).sigmoid()
+        groups = (self.offset_groups, -1)
+        parts = [offset.unflatten(1, groups), factors.to(offset.dtype).unflatten(1, groups)]
+        return torch.cat(parts, 2).flatten(1, 2)
+
+    def _check_factors(self) -> None:
+        """Raises ``ValueError`` unless all factors at rest are 1."""
+        if self.modulated and self.mask_offset_generator.bias.any():  # type: ignore[union-attr]
+            raise ValueError("weight: expected factors of 1, got some that scale the taps")
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        return text if self.offset_generator == "full" else f"{text}, offset_generator=separable"
+        if self.offset_generator != "full":
+            text += f", offset_generator={self.offset_generator}"
+        if self.modulated:
+            text += ", modulated=True"
+        if self.offset_groups != 1:
+            text += f", offset_groups={self.offset_groups}"
+        return text

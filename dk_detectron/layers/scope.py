@@ -22,6 +22,7 @@ class ScopeConv2d(AdaptiveConv2d):
     """
 
     kernel_offset_generator: Generator
+    offset_groups = 1  # of input channels, each with offsets of its own
 
     def __init__(self, in_channels, out_channels, kernel_size, *args, scope_size=None, **kwargs):
         kernel_size = pair("kernel_size", kernel_size, 1)
@@ -39,7 +40,8 @@ class ScopeConv2d(AdaptiveConv2d):
     @torch.no_grad()
     def set_rigid_weight(self, weight: Tensor) -> None:
         super().set_rigid_weight(weight)
-        self.kernel_offset_generator.bias.copy_(spread_offset(self.scope_size, self.kernel_size))
+        spread = spread_offset(self.scope_size, self.kernel_size)
+        self.kernel_offset_generator.bias.copy_(spread.repeat(self.offset_groups))
 
     @torch.no_grad()
     def set_drawn_weight(self, weight: Tensor) -> None:
@@ -59,8 +61,15 @@ class ScopeConv2d(AdaptiveConv2d):
         return scope + PERTURBATION * weight.std(correction=0) * noise
 
     def _to_rigid(self):
-        rest = self.kernel_offset_generator.bias.double().unsqueeze(0)
-        return sample_kernel(self.weight.double(), rest, self.kernel_size)[0]
+        return self._kernels(self.kernel_offset_generator.bias.double().unsqueeze(0))[0]
+
+    def _kernels(self, offset: Tensor) -> Tensor:
+        """Those [M, C_out, C_in / groups, K_h, K_w] of offsets [M, G*2*K] for all places."""
+        weight, dim = self.weight.double(), int(self.groups == 1)
+        parts = zip(
+            weight.chunk(self.offset_groups, dim), offset.chunk(self.offset_groups, 1), strict=True
+        )
+        return torch.cat([sample_kernel(w, o, self.kernel_size) for w, o in parts], 1 + dim)
 
     @torch.no_grad()
     def fitted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +88,7 @@ class ScopeConv2d(AdaptiveConv2d):
 
     @property
     def _offsets(self) -> int:
-        return 2 * self.kernel_size[0] * self.kernel_size[1]
+        return self.offset_groups * 2 * self.kernel_size[0] * self.kernel_size[1]
 
     @torch.no_grad()
     def sensitivity(self, distance: float = 0.2) -> float:
@@ -92,7 +101,7 @@ class ScopeConv2d(AdaptiveConv2d):
         rest = generator.bias.double().unsqueeze(0)
         steps = distance * torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]]).to(rest)
         moved = rest + steps.repeat(1, generator.bias.numel() // 2)
-        kernels = sample_kernel(self.weight.double(), torch.cat([rest, moved]), self.kernel_size)
+        kernels = self._kernels(torch.cat([rest, moved]))
         change = (kernels[1:] - kernels[0]).square().sum() / len(steps)
         return float((change / kernels[0].square().sum()).sqrt())
 
@@ -105,19 +114,25 @@ class LocalDeformKernel2d(ScopeConv2d, LocalConv2d):
 
     Args (beyond those of ``nn.Conv2d``):
         scope_size: size of the stored weight, one more than the kernel by default.
-        offset_generator: as of :class:`LocalConv2d`.
+        offset_generator, modulated, offset_groups: as of :class:`LocalConv2d`.
     """
 
     def _make_generators(self, factory):
-        self.kernel_offset_generator = self._offset_convolution(factory)
+        self.kernel_offset_generator = self._offset_convolution(2, factory)
+        super()._make_generators(factory)
+
+    def _to_rigid(self):
+        self._check_factors()
+        return super()._to_rigid()
 
     def _convolve(self, x):
         return deform_kernel_conv2d(
             x,
             self.weight,
             self.bias,
-            kernel_offset=self.kernel_offset_generator(x),
+            kernel_offset=self._with_factors(self.kernel_offset_generator(x), x),
             kernel_size=self.kernel_size,
+            offset_groups=self.offset_groups,
             **self._conv_arguments,
         )
 
@@ -148,14 +163,16 @@ class DeformConv2d(LocalConv2d):
     """Deformable convolution (eq. 9, Dai et al. 2017): data offsets for every output location.
 
     Args (beyond those of ``nn.Conv2d``):
-        offset_generator: as of :class:`LocalConv2d`.
+        offset_generator, modulated, offset_groups: as of :class:`LocalConv2d`.
     """
 
     def _make_generators(self, factory):
-        self.data_offset_generator = self._offset_convolution(factory)
+        self.data_offset_generator = self._offset_convolution(2, factory)
+        super()._make_generators(factory)
 
     def _to_rigid(self):
         _check_data_rest(self.data_offset_generator)
+        self._check_factors()
         return self.weight
 
     def _convolve(self, x):
@@ -163,8 +180,9 @@ class DeformConv2d(LocalConv2d):
             x,
             self.weight,
             self.bias,
-            data_offset=self.data_offset_generator(x),
+            data_offset=self._with_factors(self.data_offset_generator(x), x),
             kernel_size=self.kernel_size,
+            offset_groups=self.offset_groups,
             **self._conv_arguments,
         )
 
@@ -174,15 +192,17 @@ class DeformKernelConv2d(ScopeConv2d, LocalConv2d):
 
     Args (beyond those of ``nn.Conv2d``):
         scope_size: size of the stored weight, one more than the kernel by default.
-        offset_generator: as of :class:`LocalConv2d`.
+        offset_generator, modulated, offset_groups: as of :class:`LocalConv2d`.
     """
 
     def _make_generators(self, factory):
-        self.kernel_offset_generator = self._offset_convolution(factory)
-        self.data_offset_generator = self._offset_convolution(factory)
+        self.kernel_offset_generator = self._offset_convolution(2, factory)
+        self.data_offset_generator = self._offset_convolution(2, factory)
+        super()._make_generators(factory)
 
     def _to_rigid(self):
         _check_data_rest(self.data_offset_generator)
+        self._check_factors()
         return super()._to_rigid()
 
     def _convolve(self, x):
@@ -191,7 +211,8 @@ class DeformKernelConv2d(ScopeConv2d, LocalConv2d):
             self.weight,
             self.bias,
             kernel_offset=self.kernel_offset_generator(x),
-            data_offset=self.data_offset_generator(x),
+            data_offset=self._with_factors(self.data_offset_generator(x), x),
             kernel_size=self.kernel_size,
+            offset_groups=self.offset_groups,
             **self._conv_arguments,
         )

@@ -35,6 +35,8 @@ def stage_convs(
     data_offset: Sequence[bool] = (False, False, False, False),
     num_experts: int = 8,
     offset_generator: str = "full",
+    modulated: bool = False,
+    offset_groups: int = 1,
 ) -> dict[str, BlockConvs]:
     """The constructors for the blocks of the stem and of each stage.
 
@@ -47,6 +49,8 @@ def stage_convs(
             alone ("rigid") or with local deformable kernels ("local").
         num_experts: of conditional convolutions.
         offset_generator: of offsets for every location: "full", the paper's, or "separable".
+        modulated: whether the taps of such layers have factors, as in DCNv2.
+        offset_groups: parts of their input channels that have offsets of their own.
 
     Raises:
         ValueError: a kind or stage is unknown, or two choices do not go together.
@@ -63,7 +67,11 @@ def stage_convs(
             f"offset_generator: expected one of {', '.join(OFFSET_GENERATORS)}, got "
             f"{offset_generator!r}"
         )
-    local = {"offset_generator": offset_generator}
+    local = {
+        "offset_generator": offset_generator,
+        "modulated": modulated,
+        "offset_groups": offset_groups,
+    }
 
     def convs(stage: str) -> BlockConvs:
         conv1x1 = _constructor("conv1x1", kinds_1x1[stage], scope_size_1x1, num_experts, local)
