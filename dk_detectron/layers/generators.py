@@ -92,10 +92,9 @@ class LocalConv2d(AdaptiveConv2d):
         """Offsets as the operator takes them, those of each group before its factors."""
         if not self.modulated:
             return offset
-        factors = 2 * self.mask_offset_generator(x).sigmoid()
-        groups = (self.offset_groups, -1)
-        parts = [offset.unflatten(1, groups), factors.to(offset.dtype).unflatten(1, groups)]
-        return torch.cat(parts, 2).flatten(1, 2)
+        factors = 2 * self.mask_offset_generator(x).sigmoid().to(offset.dtype)
+        groups = (numbers.chunk(self.offset_groups, 1) for numbers in (offset, factors))
+        return torch.cat([part for pair in zip(*groups, strict=True) for part in pair], 1)
 
     def _check_factors(self) -> None:
         """Raises ``ValueError`` unless all factors at rest are 1."""
