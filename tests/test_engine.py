@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from dk_detectron.engine import Trainer, command_line, setup
 from dk_detectron.engine.amp import build_loop
+from dk_detectron.engine.command_line import parse_flags_anywhere
 from dk_detectron.engine.launch import launch
 from dk_detectron.layers import LocalDeformKernel2d
 from dk_detectron.model_zoo import CONFIGS, load_config
@@ -612,3 +614,23 @@ def test_eval_only_wants_trained_heads(datasets_root, tmp_path):
     )
     assert result.returncode and "expected trained weights of the whole network" in result.stderr
     assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--resume --num-gpus 2 --config-file c SEED 3 OUTPUT_DIR -1",
+        "--config-file c SEED 3 --resume OUTPUT_DIR -1 --num-gpus 2",
+        "SEED 3 OUTPUT_DIR -1 --config-file c --num-gpus 2 --resume",
+    ],
+)
+def test_flags_and_pairs_in_any_order(words):
+    args = parse_flags_anywhere(default_argument_parser(), words.split())
+    assert (args.resume, args.num_gpus, args.config_file, args.eval_only) == (True, 2, "c", False)
+    assert args.opts == ["SEED", "3", "OUTPUT_DIR", "-1"]
+
+
+def test_an_unknown_flag_behind_the_pairs_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags_anywhere(default_argument_parser(), ["SEED", "3", "--resum", "--nothing"])
+    assert "--nothing" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Pretraining: the paper's recipe, its data, and resumption to the bit, for detectors as well."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -546,7 +547,17 @@ def test_corrupt_picture_is_named(kind, workers, own_pictures, tmp_path):
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_corrupt_pictures_can_be_left_out(own_pictures, tmp_path, caplog):
+@pytest.fixture
+def said(caplog):
+    """What detectron2's loggers say, whether they pass it on or not."""
+    logger = logging.getLogger("detectron2")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level("WARNING"):
+        yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_corrupt_pictures_can_be_left_out(own_pictures, tmp_path, said):
     """Named, counted; in training the next picture takes the place, in evaluation nothing does."""
     spoilt = [
         truncate(own_pictures / "train" / "star" / "000006.jpg"),
@@ -564,13 +575,12 @@ def test_corrupt_pictures_can_be_left_out(own_pictures, tmp_path, caplog):
         str(spoilt[1]),
     ]
     assert torch.equal(substitute["image"], dataset[(0, index + 2)]["image"])
-    with caplog.at_level("WARNING"):
-        trainer, _ = train(ClassificationTrainer, cfg)
+    trainer, _ = train(ClassificationTrainer, cfg)
     # Three steps of eight show each of the 24 pictures once.
     assert trainer.data_loader.skipped == 3
     assert trainer.storage.history("skipped_pictures").latest() == 3
     for path in spoilt:
-        assert str(path) in caplog.text
+        assert str(path) in said.text
     metrics = json.loads((tmp_path / "evaluation.json").read_text())["classification"]
     assert metrics["images"] == 11
 
@@ -624,6 +634,29 @@ def test_shapes_tool_writes_class_folders(tmp_path):
     assert len(found.samples) == 7
     assert len(list((folder / "val").glob("*/*.jpg"))) == 6
     assert not (folder / "test").exists()
+
+
+def test_what_systems_leave_among_pictures_is_left_out(tmp_path, said):
+    """Folders that are no classes, files that are no pictures, at any depth; said once."""
+    for name in "a/1.png", "b/2.png", "b/deep/3.JPEG":
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, format="PNG")
+    hidden = [
+        ".ipynb_checkpoints/1.png", "__MACOSX/a/._1.png", "@eaDir/1.png", "a/._1.png",
+        "a/.ipynb_checkpoints/1-checkpoint.png", "b/deep/@eaDir/3.jpg",
+    ]  # fmt: skip
+    for name in hidden:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no picture")
+    (tmp_path / ".empty").mkdir()
+    found = image_folder.read_image_folder(str(tmp_path))
+    assert found.classes == ["a", "b"]
+    names = [(str(Path(path).relative_to(tmp_path)), label) for path, label in found.samples]
+    assert names == [("a/1.png", 0), ("b/2.png", 1), ("b/deep/3.JPEG", 1)]
+    (message,) = {record.getMessage() for record in said.records}
+    assert message.startswith(f"{tmp_path}: 7 hidden files and folders, left out: .empty, .ipynb_")
 
 
 def test_evaluation_only(uninterrupted, pictures, tmp_path):

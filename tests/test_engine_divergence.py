@@ -369,7 +369,7 @@ def test_weights_that_are_not_finite_are_not_saved(iteration, pictures, tmp_path
 
 def test_without_a_good_checkpoint_training_starts_again(pictures, tmp_path):
     cfg = config(pictures, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()")
-    with pytest.raises(DivergedError, match="no checkpoint is good: with --resume, too, training"):
+    with pytest.raises(DivergedError, match="no checkpoint is good: start again, in another"):
         train(cfg, hooks=[Poison("linear.weight", 1)])
     assert (tmp_path / "model_0000000.pth").exists()
     assert train(cfg, resume=True).start_iter == 0

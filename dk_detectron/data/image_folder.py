@@ -8,6 +8,7 @@ Where a configuration names a data set, the path of any other such folder does a
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -21,10 +22,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import v2
 
 from .datasets import check_on_disk, datasets_root
 from .pictures import read_picture
+
+# Below detectron2's, whose handlers write to the terminal and to log.txt.
+LOGGER = logging.getLogger("detectron2.dk_detectron.data.image_folder")
 
 HOW_TO_GET = {
     "imagenet": "put the class folders n01440764 ... n15075141 there, for val too",
@@ -67,19 +72,56 @@ def register_all(root: Path) -> None:
             register_image_folder(f"{dataset}_{split}", root / dataset / split, how_to_get)
 
 
+class ClassFolders(ImageFolder):
+    """``ImageFolder`` without what programs and systems leave among pictures.
+
+    Attributes:
+        left_out: such folders, and pictures by their names, in ``root``.
+    """
+
+    def __init__(self, root: str):
+        self.left_out: list[str] = []
+        super().__init__(root, is_valid_file=lambda path: self._is_picture(path, root))
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names, _ = super().find_classes(directory)
+        self.left_out += filter(is_left_behind, names)
+        names = [name for name in names if not is_left_behind(name)]
+        return names, {name: label for label, name in enumerate(names)}
+
+    def _is_picture(self, path: str, root: str) -> bool:
+        if not has_file_allowed_extension(path, IMG_EXTENSIONS):
+            return False
+        name = os.path.relpath(path, root)
+        if any(map(is_left_behind, Path(name).parts)):
+            self.left_out.append(name)
+            return False
+        return True
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a file or folder is hidden (``.ipynb_checkpoints``, ``._picture.jpg``), or one of
+    those of macOS (``__MACOSX``) and of network disks (``@eaDir``)."""
+    return name.startswith((".", "__MACOSX", "@eaDir"))
+
+
 @lru_cache
 def read_image_folder(root: str) -> Pictures:
-    """Lists a folder, once.
+    """Lists a folder, once; what is left out is logged.
 
     Raises:
         FileNotFoundError: there is no class folder, or one holds no pictures.
     """
     try:
-        folder = ImageFolder(root)
+        folder = ClassFolders(root)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{root}: expected one folder of pictures for each class: {error}"
+            f"{root}: expected one folder of pictures for each class: {error} Pictures are "
+            f"{', '.join(IMG_EXTENSIONS)}"
         ) from None
+    if found := folder.left_out:
+        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        LOGGER.warning("%s: %d hidden files and folders, left out: %s", root, len(found), some)
     return Pictures(folder.classes, folder.samples)
 
 

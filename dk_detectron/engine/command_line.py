@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from functools import partial
 
@@ -40,8 +41,21 @@ def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
     parser = default_argument_parser(epilog=epilog)
     # detectron2's own is one port for all jobs of a user, of which the second would fail.
     parser.set_defaults(dist_url="auto")
-    args = parser.parse_args()
+    args = parse_flags_anywhere(parser)
     launch(partial(main, trainer_class=trainer), args)
+
+
+def parse_flags_anywhere(
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None
+) -> argparse.Namespace:
+    """Also flags behind the KEY VALUE pairs, ``opts``, which would take all that follows them."""
+    args = parser.parse_args(arguments)
+    pairs: list[str] = []
+    while flags := [i for i, word in enumerate(args.opts) if word.startswith("--")]:
+        pairs += args.opts[: flags[0]]
+        args = parser.parse_args(args.opts[flags[0] :], args)
+    args.opts = pairs + args.opts
+    return args
 
 
 def main(args, trainer_class: type[BaseTrainer]):

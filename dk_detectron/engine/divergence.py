@@ -257,7 +257,7 @@ class DivergenceGuard(HookBase):
         last = os.path.basename(checkpointer.get_checkpoint_file())
         good = checkpointer.rewind(self._is_good)
         if good is None:
-            return "no checkpoint is good: with --resume, too, training starts from the beginning"
+            return "no checkpoint is good: start again, in another OUTPUT_DIR"
         if good == last:
             return f"--resume goes on from {good}, which is good"
         return f"--resume goes on from {good}, the last that is good, instead of {last}"
