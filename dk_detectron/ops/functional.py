@@ -75,10 +75,10 @@ def deform_kernel_conv2d(
             tiles of pixels: beyond the results, a CPU needs 16 MiB for columns, 4 MiB and K / S of
             that for their gradient, whatever the image (one pixel's columns, if those are more),
             and the weight once more. There, a pixel that is infinite or NaN makes NaN.
-        offset_groups: G, a divisor of the input channels: each G-th of them has offsets (and
-            factors) of its own, which are [N, G*2*K, ...] then, or [N, G*3*K, ...]. The operator
-            runs once for each, on a copy of its channels. Beyond 1 it must divide ``groups``, or
-            these be 1.
+        offset_groups: G, a divisor of the input channels: each of G parts of neighbouring channels
+            has offsets (and factors) of its own, which are [N, G*2*K, ...] then, or [N, G*3*K,
+            ...]. The operator runs once for each, on a copy of its channels. Beyond 1 it must
+            divide ``groups``, or these be 1; then the parts are added up in the input's type.
         clip: keep the sampling location inside [0, S - 1]. A tap that its offset takes outside
             reads the edge. Its offset's gradient, summed over the channels, is what it would be on
             the edge where descent leads back inside, and zero where it leads further out. (The true
@@ -139,8 +139,8 @@ def _by_offset_groups(
     for name, offset in offsets.items():
         if offset is not None and (offset.dim() != 4 or offset.shape[1] % offset_groups):
             raise ValueError(
-                f"{name}: expected [N, G*2*K_h*K_w, H_out, W_out] for {offset_groups} groups G, "
-                f"got {shape(offset)}"
+                f"{name}: expected [N, G*2*K_h*K_w, H_out, W_out], or G*3*K_h*K_w with factors, for "
+                f"{offset_groups} groups G, got {shape(offset)}"
             )
 
     def parts(tensor: Tensor | None, dim: int) -> list[Any]:
