@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import cv2
@@ -21,12 +21,13 @@ import pytest
 import torch
 import torchvision
 from detectron2.engine import default_argument_parser
+from detectron2.engine import launch as launch_functions
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from dk_detectron.engine import Trainer, command_line, setup
 from dk_detectron.engine.amp import build_loop
-from dk_detectron.engine.command_line import parse_flags_anywhere
+from dk_detectron.engine.command_line import main, parse_flags_anywhere
 from dk_detectron.engine.launch import launch
 from dk_detectron.layers import LocalDeformKernel2d
 from dk_detectron.model_zoo import CONFIGS, load_config
@@ -222,6 +223,31 @@ def test_two_processes_learn_what_one_does(run, two_processes, datasets_root, tm
     for name in moved:
         step = (one[name] - start[name]).abs().max().item()
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-3 * step, msg=name)
+
+
+def train_compiled(output: Path, weights: Path) -> None:
+    """In each of the processes of a job; the graphs are run as they are, not made code of."""
+    torch.set_num_threads(1)
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    opts = ["OUTPUT_DIR", output, "MODEL.WEIGHTS", weights, "MODEL.BACKBONE.COMPILE", True]
+    opts = [*map(str, opts), *OPTIONS, *ALL_SAMPLES]
+    main(Namespace(config_file=str(CONFIG), opts=opts, resume=False, eval_only=False), Trainer)
+    graphs = torch._dynamo.utils.counters
+    assert graphs["stats"]["unique_graphs"] >= 1 and not graphs["graph_break"]
+
+
+def test_a_compiled_backbone_learns_the_same_in_two_processes(
+    run, two_processes, datasets_root, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch_functions(train_compiled, 2, dist_url="auto", args=(tmp_path, run / "model_final.pth"))
+    start, expected, found = weights_of(run), weights_of(two_processes), weights_of(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        step = (tensor - start[name]).abs().max().item()
+        # As with one process and two: sums in another order, in three steps.
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-3 * step, msg=name)
 
 
 def free_port() -> int:

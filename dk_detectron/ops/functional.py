@@ -139,8 +139,8 @@ def _by_offset_groups(
     for name, offset in offsets.items():
         if offset is not None and (offset.dim() != 4 or offset.shape[1] % offset_groups):
             raise ValueError(
-                f"{name}: expected [N, G*2*K_h*K_w, H_out, W_out], or G*3*K_h*K_w with factors, for "
-                f"{offset_groups} groups G, got {shape(offset)}"
+                f"{name}: expected [N, G*2*K_h*K_w, H_out, W_out], or G*3*K_h*K_w with factors, "
+                f"for {offset_groups} groups G, got {shape(offset)}"
             )
 
     def parts(tensor: Tensor | None, dim: int) -> list[Any]:
