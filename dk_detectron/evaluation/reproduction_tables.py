@@ -41,7 +41,7 @@ def collect(rows: dict[str, dict[str, str]], output: Path) -> list[dict]:
         line: dict = {"row": name, "table": int(row["table"]), "runs": len(results)}
         for metric, column in {**METRICS, "field_correlation": None}.items():
             ours, theirs = _series(results, metric), _series(base, metric)
-            gain = paired_difference(ours, theirs)
+            gain = paired_difference(ours, theirs) if name != family(name) else None
             line[metric] = _mean(ours)
             line[f"{metric}_std"] = stdev(ours.values()) if len(ours) > 1 else None
             line[f"{metric}_gain"] = gain and gain.mean
