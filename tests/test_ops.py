@@ -418,6 +418,8 @@ def test_offset_groups(groups, modulated, which):
         ({"offset_groups": 3}, "offset_groups: expected a divisor of the 8 input channels, got 3"),
         ({"offset_groups": 0}, "offset_groups: expected a divisor of the 8 input channels, got 0"),
         ({"offset_groups": 8}, "offset_groups: expected a divisor of the 4 groups, got 8"),
+        ({"weight": torch.zeros(7, 2, 4, 4)}, "weight: 7 output channels do not divide into 4"),
+        ({"bias": torch.zeros(7)}, r"bias: expected \[8\], got \[7\]"),
         ({"kernel_offset": torch.zeros(2, 19, 6, 7)}, r"kernel_offset: .* got \[2, 19, 6, 7\]"),
         ({"kernel_offset": torch.zeros(2, 18, 6, 7)}, r"kernel_offset: .* got \[2, 9, 6, 7\]"),
     ],

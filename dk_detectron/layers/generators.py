@@ -75,8 +75,10 @@ class LocalConv2d(AdaptiveConv2d):
 
     def _make_generators(self, factory: dict) -> None:
         """That of the factors, which comes last; a subclass makes those of its offsets."""
-        name, channels = ("groups", self.groups) if self.groups > 1 else ("in_channels", None)
-        check_groups(self.offset_groups, channels or self.in_channels, name, "offset_groups")
+        if self.groups == 1:
+            check_groups(self.offset_groups, self.in_channels, "in_channels", "offset_groups")
+        else:
+            check_groups(self.offset_groups, self.groups, "groups", "offset_groups")
         if self.modulated:
             self.mask_offset_generator = self._offset_convolution(1, factory)
 

@@ -101,6 +101,7 @@ def deform_kernel_conv2d(
     }
     if offset_groups != 1:
         offsets = {"kernel_offset": kernel_offset, "data_offset": data_offset}
+        check(input, weight, bias, None, None, groups=groups, **sizes)
         settings: dict[str, Any] = {"groups": groups, "clip": clip, **sizes}
         return _by_offset_groups(input, weight, bias, offsets, offset_groups, settings)
     check(input, weight, bias, kernel_offset, data_offset, groups=groups, **sizes)
@@ -130,7 +131,6 @@ def _by_offset_groups(
 ) -> Tensor:
     """The convolution of each group of channels that has offsets of its own, side by side."""
     groups = arguments["groups"]
-    check_floating(input=input)
     check_groups(offset_groups, input.shape[1], "input channels", "offset_groups")
     if groups != 1 and groups % offset_groups:
         raise ValueError(

@@ -99,9 +99,8 @@ def tap_grid(kernel_size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     )
     shape = [-1] + [1] * (like.dim() - 2)
     groups = like.shape[1] // rows.numel()
-    return rows.reshape(-1).repeat(groups).view(shape), columns.reshape(-1).repeat(groups).view(
-        shape
-    )
+    rows, columns = (taps.reshape(-1).repeat(groups).view(shape) for taps in (rows, columns))
+    return rows, columns
 
 
 def tap_locations(
