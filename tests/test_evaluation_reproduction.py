@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -97,6 +98,7 @@ def test_two_rows_are_trained_and_tabulated(finished):
         assert result["parameters"] == sum(v.numel() for v in learnt.values())
         assert ("offset_generator" in " ".join(learnt)) == (name == "MNV2_dk_l3")
     assert printed.endswith((output / "tables.md").read_text() + "\n")
+    assert plt.imread(output / "gains.png").std() > 0.05  # something is drawn
     lines = list(csv.DictReader(io.StringIO((output / "tables.csv").read_text())))
     assert [(line["row"], line["runs"]) for line in lines] == [(name, "1") for name in ROWS]
     assert lines[1]["AP_paper"] == "32.9" and lines[1]["APl"] == ""

@@ -12,7 +12,8 @@ those of a seed from the same random weights and on the same pictures in the sam
 tables have the gains over the rigid network, with intervals of 95 %% confidence.
 
 Every run has a folder OUTPUT/ROW/seed_N. The same command again goes on where it was stopped;
-finished runs are not repeated. OUTPUT/tables.md and tables.csv follow what is finished.
+finished runs are not repeated. OUTPUT/tables.md and tables.csv follow what is finished, and but for
+COCO a plot of the gains, gains.png.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from ..evaluation.reproduction import (
     plan,
     select_rows,
 )
-from ..evaluation.reproduction_tables import write_tables
+from ..evaluation.reproduction_tables import plot_gains, write_tables
 
 SEEDS = {"coco": [42], "shapes": [0, 1, 2], "pretrained": [0, 1, 2]}
 
@@ -67,12 +68,18 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def report(rows: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
+    print(write_tables(rows, args.output, args.scale))
+    if args.scale != "coco":
+        plot_gains(rows, args.output)
+
+
 def main() -> None:
     args = parse_arguments()
     try:
         rows = select_rows(args.table, args.rows)
         if args.collect_only:
-            print(write_tables(rows, args.output, args.scale))
+            report(rows, args)
             return
         settings = Settings(args.scale, args.num_gpus, args.weights, args.opts)
         runs = plan(rows, settings, args.output, args.seeds, test_dev=args.test_dev)
@@ -93,7 +100,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
             failures += 1
         write_tables(rows, args.output, args.scale)
-    print(write_tables(rows, args.output, args.scale))
+    report(rows, args)
     if failures:
         sys.exit(f"error: {failures} of {len(runs)} runs failed; the same command tries them again")
 

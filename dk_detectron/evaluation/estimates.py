@@ -23,6 +23,13 @@ class Estimate(NamedTuple):
             return f"{self.mean:+.1f}"
         return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
+    @property
+    def arms(self) -> list[list[float]]:
+        """Lengths of an error bar's arms, as matplotlib takes them."""
+        if self.low is None or self.high is None:
+            return [[0.0], [0.0]]
+        return [[self.mean - self.low], [self.high - self.mean]]
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of values, and where it lies with CONFIDENCE."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data.deformed import MATCHING, TASKS
 from ..weights import replacing
-from .estimates import Estimate, estimate
+from .estimates import estimate
 from .evidence import WIDER, Run
 from .evidence_plan import DCN, LOCAL, RIGID, experiments
 from .evidence_report import CHANGED, Results, render
@@ -37,13 +37,6 @@ def _legend(figure, axes) -> None:
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
 
 
-def _arms(found: Estimate) -> list[list[float]]:
-    """Lengths of an error bar's arms, as matplotlib takes them."""
-    if found.low is None or found.high is None:
-        return [[0.0], [0.0]]
-    return [[found.mean - found.low], [found.high - found.mean]]
-
-
 def _plot_kinds(axes, results: Results, runs: list[Run], test: str) -> None:
     """A row for each kind: the seeds, and their mean with its interval."""
     for row, run in enumerate(runs):
@@ -52,7 +45,7 @@ def _plot_kinds(axes, results: Results, runs: list[Run], test: str) -> None:
             continue
         found, colour = estimate(values), COLOURS.get(run.kind, "tab:green")
         axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.3, ms=4, mec="none")
-        axes.errorbar(found.mean, row, xerr=_arms(found), fmt="D", color=colour, ms=5, capsize=3)
+        axes.errorbar(found.mean, row, xerr=found.arms, fmt="D", color=colour, ms=5, capsize=3)
     axes.set_yticks(range(len(runs)), [run.kind for run in runs])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
@@ -83,7 +76,7 @@ def plot_tests(results: Results, path: Path) -> None:
                 found = results.difference(runs[kind], base, test)
                 if found is not None:
                     axes.errorbar(
-                        found.mean, row + 0.18 * (place - 1.5), xerr=_arms(found), fmt="o", ms=4,
+                        found.mean, row + 0.18 * (place - 1.5), xerr=found.arms, fmt="o", ms=4,
                         color=COLOURS.get(kind, "tab:green"), capsize=2,
                         label=kind if row == 0 else None,
                     )  # fmt: skip
@@ -106,7 +99,7 @@ def plot_changes(results: Results, path: Path) -> None:
             if values := list(results.errors(run).values()):
                 found = estimate(values)
                 axes.errorbar(
-                    place, found.mean, yerr=_arms(found), fmt="D", color=COLOURS[LOCAL], capsize=3
+                    place, found.mean, yerr=found.arms, fmt="D", color=COLOURS[LOCAL], capsize=3
                 )
         axes.set_xticks(range(len(runs)), [tell(run) for run in runs])
         axes.set(title=name)
@@ -124,7 +117,7 @@ def _plot_schedule(axes, results: Results) -> None:
             if values := list(results.errors(run).values()):
                 found, first = estimate(values), run.steps == runs[0].steps
                 axes.errorbar(
-                    run.steps * 1.06 ** (place - 1), found.mean, yerr=_arms(found), fmt="D",
+                    run.steps * 1.06 ** (place - 1), found.mean, yerr=found.arms, fmt="D",
                     color=COLOURS[kind], capsize=3, ms=4, label=kind if first else None,
                 )  # fmt: skip
     steps = sorted({run.steps for run in runs})

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 from tabulate import tabulate
 
+from ..weights import replacing
 from .estimates import Estimate, Series, paired_difference
 from .reproduction import METRICS, RESULT_FILE, TABLES, family, select_rows, write_file
 
@@ -136,3 +137,31 @@ def write_tables(rows: dict[str, dict[str, str]], output: Path, scale: str) -> s
     markdown = render(lines, scale)
     write_file(output / "tables.md", markdown)
     return markdown
+
+
+def plot_gains(rows: dict[str, dict[str, str]], output: Path) -> None:
+    """``gains.png``: AP of every run, and the gains over the rigid network with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = 9, 0.8 + 0.4 * len(rows)
+    figure, (runs, gains) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    for place, name in enumerate(rows):
+        ours, theirs = (_series(_read_results(output, row), "AP") for row in (name, family(name)))
+        runs.plot(list(ours.values()), [place] * len(ours), "o", color="tab:blue", alpha=0.4)
+        if ours:
+            runs.plot(fmean(ours.values()), place, "D", color="tab:blue")
+        if name != family(name) and (gain := paired_difference(ours, theirs)):
+            gains.errorbar(gain.mean, place, xerr=gain.arms, fmt="D", color="tab:blue", capsize=3)
+    runs.set_yticks(range(len(rows)), list(rows))
+    runs.invert_yaxis()
+    runs.set_xlabel("AP of each seed, and their mean")
+    gains.set_xlabel("AP over rigid, mean of pairs, 95 % interval")
+    gains.axvline(0, color="0.5", lw=1)
+    for axes in runs, gains:
+        axes.grid(axis="x", alpha=0.3)
+    with replacing(output / "gains.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+    plt.close(figure)
