@@ -10,7 +10,7 @@ import torch
 from conftest import Case, assert_close, every_offset, every_path, run
 from torch import nn
 
-from dk_detectron.ops import deform_kernel_conv2d, sample_kernel
+from dk_detectron.ops import deform_kernel_conv2d, library, sample_kernel
 
 ROOT = Path(__file__).parents[1]
 compiled = torch.ops.dk_detectron.deform_kernel_conv2d
@@ -302,3 +302,34 @@ def test_no_call_kills_the_interpreter():
     """
     result = python("-c", HOSTILE_CALLS)
     assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
+
+
+# ---- an extension that does not load -------------------------------------------------------------
+
+
+class Installed:
+    """A distribution, of which ``explain`` asks where its package is."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def locate_file(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["without", "with"])
+@pytest.mark.parametrize("place", ["here", "elsewhere"])
+def test_what_is_wrong_with_an_extension(place, compiled, tmp_path, monkeypatch):
+    """A clone hides an installation only if that is elsewhere, and has operators."""
+    package = tmp_path / place / "dk_detectron"
+    package.mkdir(parents=True)
+    if compiled:
+        (package / "_C.abi3.so").touch()
+    monkeypatch.setattr(library, "PACKAGE", (tmp_path / "here" / "dk_detectron").resolve())
+    monkeypatch.setattr(library, "distributions", lambda name: [Installed(package.parent)])
+    told = library.explain(ImportError("no such symbol"))
+    if compiled and place == "elsewhere":
+        assert f"hides the installed {package.resolve()}: start Python in another folder" in told
+    else:
+        assert told.startswith("dk_detectron._C, the compiled operators, is missing, or does not")
+        assert "no such symbol. Build it" in told
