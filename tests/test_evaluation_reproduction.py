@@ -239,6 +239,10 @@ def test_tables_by_hand(tmp_path):
         write_result(tmp_path, "MNV2", seed, rigid)
         write_result(tmp_path, "MNV2_dk_l3", seed, ours)
     write_result(tmp_path, "MNV2_dcn", 0, 36)
+    old = tmp_path / "MNV2_dcn" / "seed_0" / "result.json"  # of version 0.1
+    old.write_text(
+        json.dumps({k: v for k, v in json.loads(old.read_text()).items() if k != "AP50"})
+    )
     rows = select_rows([3, 4], ["MNV2_dk_l3", "MNV2_dcn", "R_50_DW"])
     r50, dk, dcn = collect(rows, tmp_path)
     assert dk["runs"] == 3 and dk["AP"] == 35 and dk["AP_std"] == pytest.approx(7**0.5)
@@ -260,7 +264,7 @@ def test_tables_by_hand(tmp_path):
         "35.0 ± 2.6", "36.0", "-1.0", "–", "42.5", "–", "5.2", "0.250", "–",
     ]  # fmt: skip
     shapes = render([r50, dk, dcn], "shapes")
-    assert cells(shapes, "MNV2_dcn")[:6] == ["MNV2_dcn", "1", "36.0", "+6.0", "+3.1", "56.0"]
+    assert cells(shapes, "MNV2_dcn")[:6] == ["MNV2_dcn", "1", "36.0", "+6.0", "+3.1", "–"]
     fields = shapes[shapes.index("Receptive fields") :]
     assert cells(fields, "MNV2_dk_l3") == ["MNV2_dk_l3", "3", "17.5 ± 1.3", "+2.0 (-0.5 to +4.5)"]
     assert cells(shapes, "MNV2_dk_l3")[2:5] == ["35.0 ± 2.6", "+4.0 (-1.0 to +9.0)", "+1.6"]

@@ -20,8 +20,8 @@ def _read_results(output: Path, name: str) -> list[dict]:
 
 
 def _series(results: list[dict], key: str) -> Series:
-    """A figure by seed, of the results that have it."""
-    return {result["seed"]: result[key] for result in results if result[key] is not None}
+    """A figure by seed, of the results that have it: those of earlier versions have fewer."""
+    return {result["seed"]: result[key] for result in results if result.get(key) is not None}
 
 
 def _mean(series: Series) -> float | None:
