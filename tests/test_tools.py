@@ -48,7 +48,12 @@ def test_every_contender_is_measured(benchmark_ops, dtype, change):
     ]
     for row in rows:
         assert row["accurate"], row
-        assert row["milliseconds"] > 0 and row["over_rigid"] > 0 and row["over_copy"] > 0
+        for state in "cold", "warm":
+            times = row[state]
+            least, most = times["range"]
+            assert 0 < least <= times["milliseconds"] <= most
+            assert times["over_rigid"] > 0 and times["over_copy"] > 0
+            assert times["over_rigid"] == 1 or row["contender"] != "rigid"
     assert all(r["repeatable"] for r in rows if r["contender"] == "ours")
     if "groups" in change:  # so few columns that both hold all of them
         return
@@ -76,6 +81,25 @@ def test_memory_of_dense_convolutions_does_not_grow_with_the_image(benchmark_ops
         assert forward < 1.05 * (tile * (16 + 2) + weight)
         assert backward < 1.05 * (tile * (2 * 16 + 9 + 1) + 4 * weight)
     assert 4 * 128 * 128 * 64 * 16 > 10 * extra[1][0]  # all columns at once
+
+
+def test_cold_calls_follow_others_and_warm_ones_their_own(benchmark_ops, monkeypatch):
+    order = []
+
+    def contender(name):
+        def call(w, t):
+            order.append(name)
+            return benchmark_ops.rigid(w, t)
+
+        return call
+
+    for name in "rigid", "ours":
+        monkeypatch.setitem(benchmark_ops.CONTENDERS, name, contender(name))
+    monkeypatch.setattr(benchmark_ops, "accurate", lambda *_: True)
+    workload = benchmark_ops.Workload("tiny", 1, 8, 6, 7)
+    benchmark_ops.measure(workload, ["rigid", "ours"], "cpu", torch.float32, rounds=2)
+    a_round = [name for name in ("rigid", "ours") for _ in range(1 + benchmark_ops.WARM_CALLS)]
+    assert order[-2 * len(a_round) :] == a_round * 2
 
 
 def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys):
@@ -106,10 +130,11 @@ def test_tables_json_and_plot(benchmark_ops, monkeypatch, capsys, tmp_path):
     arguments = ["--quick", "--rounds", "1", "--json", report, "--plot", picture]
     monkeypatch.setattr(sys, "argv", ["benchmark_ops.py", *map(str, arguments)])
     benchmark_ops.main()
-    assert "times faster than" in capsys.readouterr().out
-    assert {r["contender"] for r in json.loads(report.read_text())["rows"]} == {
-        "rigid", "ours", "composed",
-    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "times faster than" in printed and printed.count("cold, ms") == 2
+    rows = json.loads(report.read_text())["rows"]
+    assert {r["contender"] for r in rows} == {"rigid", "ours", "composed"}
+    assert all(r[state]["milliseconds"] > 0 for r in rows for state in ("cold", "warm"))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

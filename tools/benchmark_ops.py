@@ -7,6 +7,9 @@
 
 All contenders of a workload take turns in one process, and only ratios within one run are worth
 quoting. One that fails the accuracy gate, against float64, is shown but not ranked.
+
+Each is timed in two states: cold, after calls on other tensors, and warm, after a call on the same
+ones, which are in the cache then as far as they fit.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ GATE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Calls in one CUDA graph, over inputs that together exceed the second-level cache of any GPU.
 GRAPH_CALLS = 20
 COLD_BYTES = 240 * 2**20
+# Calls on a CPU that are timed together as warm.
+WARM_CALLS = 3
+STATES = "cold", "warm"
 # A contender that has taken this long sits out the remaining rounds of a workload.
 ENOUGH_SECONDS = 1.0
 
@@ -302,8 +308,37 @@ def rotation(w: Workload, device: str, dtype: torch.dtype) -> list[dict[str, Ten
     return [first] + [draw_inputs(w, device, dtype) for _ in range(count - 1)]
 
 
+class Timed:
+    """Seconds of one call on each set of inputs, round by round, in either state."""
+
+    def __init__(self, functions: list[Callable], device: str):
+        self.device = device
+        self.seconds: dict[str, list[float]] = {state: [] for state in STATES}
+        if device == "cuda":
+            self.cold, self.warm = [captured(functions)], [captured(functions[:1])]
+        else:
+            self.cold, self.warm = functions, functions * WARM_CALLS
+
+    def time_round(self) -> None:
+        """Both states: what is cold leaves the cache warm, on a GPU a graph of the warm calls."""
+        self.seconds["cold"].append(time_once(self.cold, self.device))
+        if self.device == "cuda":
+            time_once(self.warm, self.device)
+        self.seconds["warm"].append(time_once(self.warm, self.device))
+
+    def tired(self) -> bool:
+        return sum(sum(seconds) for seconds in self.seconds.values()) >= ENOUGH_SECONDS
+
+    def milliseconds(self, state: str) -> list[float]:
+        calls = GRAPH_CALLS if self.device == "cuda" else 1
+        return [seconds / calls * 1e3 for seconds in self.seconds[state]]
+
+    def median(self, state: str) -> float:
+        return statistics.median(self.milliseconds(state))
+
+
 def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, rounds: int) -> list:
-    """One row per contender and pass."""
+    """One row per contender and pass, with the times of either state."""
     sets = rotation(w, device, dtype)
     rows, timed = [], []
     for name in names:
@@ -318,31 +353,25 @@ def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, roun
             again, _ = traced(functions[0], device)
             row = {**asdict(w), "contender": name, "pass": direction, "accurate": bool(correct)}
             row["repeatable"] = all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
-            row |= {"extra_bytes": extra_bytes, "seconds": []}
+            row["extra_bytes"] = extra_bytes
             rows.append(row)
-            timed.append([captured(functions)] if device == "cuda" else functions)
-    copy = [tensors["input"].detach().clone for tensors in sets]
-    ruler = [captured(copy)] if device == "cuda" else copy
-    copies = []
+            timed.append(Timed(functions, device))
+    ruler = Timed([tensors["input"].detach().clone for tensors in sets], device)
     for _ in range(rounds):
-        copies.append(time_once(ruler, device))
-        for row, functions in zip(rows, timed, strict=True):
-            if sum(row["seconds"]) < ENOUGH_SECONDS:
-                row["seconds"].append(time_once(functions, device))
-    calls_per_graph = GRAPH_CALLS if device == "cuda" else 1
-    base = {
-        row["pass"]: statistics.median(row["seconds"])
-        for row in rows
-        if row["contender"] == "rigid"
-    }
-    for row in rows:
-        median = statistics.median(row["seconds"])
-        row["milliseconds"] = median / calls_per_graph * 1e3
-        extremes = min(row["seconds"]), max(row["seconds"])
-        row["range"] = [t / calls_per_graph * 1e3 for t in extremes]
-        row["over_rigid"] = median / base[row["pass"]]
-        row["over_copy"] = median / statistics.median(copies)
-        del row["seconds"]
+        ruler.time_round()
+        for contender in timed:
+            if not contender.tired():
+                contender.time_round()
+    rigid = {r["pass"]: t for r, t in zip(rows, timed, strict=True) if r["contender"] == "rigid"}
+    for row, contender in zip(rows, timed, strict=True):
+        for state in STATES:
+            times, median = contender.milliseconds(state), contender.median(state)
+            row[state] = {
+                "milliseconds": median,
+                "range": [min(times), max(times)],
+                "over_rigid": median / rigid[row["pass"]].median(state),
+                "over_copy": median / ruler.median(state),
+            }
     return rows
 
 
@@ -380,31 +409,36 @@ def machine(device: str) -> dict:
     }
 
 
+def time_columns(times: dict) -> list:
+    span = "{:.3g}-{:.3g}".format(*times["range"])
+    return [times["milliseconds"], span, times["over_rigid"], times["over_copy"]]
+
+
 def print_tables(rows: list[dict], layers: list[dict]) -> None:
     for direction in "forward", "backward":
         table = [
             [
                 row["name"],
                 row["contender"] + ("" if row["accurate"] else " (inaccurate: not ranked)"),
-                row["milliseconds"],
-                "{:.3g}-{:.3g}".format(*row["range"]),
-                row["over_rigid"],
-                row["over_copy"],
+                *(column for state in STATES for column in time_columns(row[state])),
                 row["extra_bytes"] / 2**20,
                 "yes" if row["repeatable"] else "no",
             ]
             for row in rows
             if row["pass"] == direction
         ]
-        header = ["", "", "ms", "range", "x rigid", "x copy", "extra MiB", "repeats"]
+        header = ["", ""]
+        for state in STATES:
+            header += [f"{state}, ms", "range", "x rigid", "x copy"]
+        header += ["extra MiB", "repeats"]
         print(f"\n{direction}\n")
-        formats = "", "", ".3f", "", ".2f", ".2f", ".2f"
+        formats = "", "", *(".3f", "", ".2f", ".2f") * len(STATES), ".2f"
         print(tabulate(table, header, tablefmt="github", floatfmt=formats))
-    print("\nforward and backward, times faster than\n")
+    print("\nforward and backward, cold, times faster than\n")
     pairs: dict[tuple[str, str], float] = {}
     for row in rows:
         key = row["name"], row["contender"]
-        pairs[key] = pairs.get(key, 0) + row["milliseconds"]
+        pairs[key] = pairs.get(key, 0) + row["cold"]["milliseconds"]
     peers = [c for c in dict.fromkeys(row["contender"] for row in rows) if c != "ours"]
     names = dict.fromkeys(row["name"] for row in rows)
     table = [[n, *(pairs[n, c] / pairs[n, "ours"] for c in peers)] for n in names]
@@ -428,8 +462,12 @@ def plot(rows: list[dict], path: str) -> None:
             wanted = contender, direction
             mine = {r["name"]: r for r in rows if (r["contender"], r["pass"]) == wanted}
             at = [j + i / (len(contenders) + 1) for j in range(len(names))]
-            heights = [mine[name]["over_rigid"] for name in names]
-            axis.bar(at, heights, 1 / (len(contenders) + 1), label=contender, align="edge")
+            width = 1 / (len(contenders) + 1)
+            heights = {s: [mine[name][s]["over_rigid"] for name in names] for s in STATES}
+            axis.bar(at, heights["cold"], width, label=contender, align="edge")
+            warm = "warm" if contender == contenders[-1] else None
+            centers = [x + width / 2 for x in at]
+            axis.plot(centers, heights["warm"], "k.", markersize=3, label=warm)
         middle = len(contenders) / (len(contenders) + 1) / 2
         axis.set_xticks(
             [j + middle for j in range(len(names))],
@@ -440,7 +478,7 @@ def plot(rows: list[dict], path: str) -> None:
         )
         axis.set(title=direction, yscale="log", ylabel="time over rigid")
         axis.axhline(1, color="black", linewidth=0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     figure.savefig(path, dpi=120)
 
 
