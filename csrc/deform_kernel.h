@@ -5,8 +5,8 @@
 //   bias           [C_out]
 //   kernel_offset  [N, 2*K_h*K_w, H_out, W_out] channel 2t: rows, 2t+1: columns, in scope cells
 //   data_offset    [N, 2*K_h*K_w, H_out, W_out] the same layout, in input pixels
-//                  either may have K_h*K_w channels more: 2*K_h*K_w + t: what tap t is multiplied
-//                  by
+//                  the last of them may have K_h*K_w channels more: 2*K_h*K_w + t: what tap t is
+//                  multiplied by
 //   output         [N, C_out, H_out, W_out]
 #pragma once
 
@@ -158,18 +158,20 @@ inline ConvParams checked_params(const Tensor& input, const Tensor& weight,
   }
   const std::vector<int64_t> offset_sizes{p.batch, 2 * p.taps(), p.out_h, p.out_w};
   const std::vector<int64_t> modulated_sizes{p.batch, 3 * p.taps(), p.out_h, p.out_w};
-  auto check_offset = [&](const std::optional<Tensor>& offset, const char* name) {
+  auto check_offset = [&](const std::optional<Tensor>& offset, const char* name, bool factors) {
     if (!offset) return;
-    DK_CHECK(offset->sizes().equals(offset_sizes) || offset->sizes().equals(modulated_sizes), name,
-             ": expected ", IntArrayRef(offset_sizes), " or, modulated, ",
-             IntArrayRef(modulated_sizes), ", got ", offset->sizes());
+    DK_CHECK(offset->sizes().equals(offset_sizes) ||
+                 (factors && offset->sizes().equals(modulated_sizes)),
+             name, ": expected ", IntArrayRef(offset_sizes),
+             factors ? " or, modulated, " : ", not ", IntArrayRef(modulated_sizes), ", got ",
+             offset->sizes());
     DK_CHECK(offset->device() == input.device(), name, ": expected device ", input.device(),
              " like input, got ", offset->device());
     DK_CHECK(is_floating_point(*offset), name, ": expected a floating point type, got ",
              offset->scalar_type());
   };
-  check_offset(kernel_offset, "kernel_offset");
-  check_offset(data_offset, "data_offset");
+  check_offset(kernel_offset, "kernel_offset", !data_offset);
+  check_offset(data_offset, "data_offset", true);
   return p;
 }
 

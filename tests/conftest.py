@@ -150,9 +150,9 @@ class Case:
         fan_in = self.channels // self.arguments["groups"]
         taps = self.kernel[0] * self.kernel[1]
 
-        def offset() -> Tensor:
+        def offset(factors: bool = True) -> Tensor:
             moved = off_knot_offset((self.batch, 2 * taps, *self.output_size), **options)
-            if not self.modulated:
+            if not (self.modulated and factors):
                 return moved
             factors = off_knot_offset((self.batch, taps, *self.output_size), 1.5, **options)
             return torch.cat([moved, factors], 1)
@@ -161,7 +161,7 @@ class Case:
             "input": torch.randn(self.batch, self.channels, *self.size).to(**options),
             "weight": torch.randn(out_channels, fan_in, *self.scope).to(**options),
             "bias": torch.randn(out_channels).to(**options) if self.bias else None,
-            "kernel_offset": offset() if self.kernel_offset else None,
+            "kernel_offset": offset(not self.data_offset) if self.kernel_offset else None,
             "data_offset": offset() if self.data_offset else None,
         }
 

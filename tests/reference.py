@@ -11,7 +11,8 @@ every cell of the scope, most with coefficient zero. Slow, and meant for float64
     bias           [C_out]
     kernel_offset  [N, 2*K_h*K_w, H_out, W_out], channel 2t: row, 2t+1: column, in scope cells
     data_offset    [N, 2*K_h*K_w, H_out, W_out], the same layout, in input pixels
-                   either may have K_h*K_w channels more, by which the tap's summands are multiplied
+                   the last of them may have K_h*K_w channels more, by which the tap's summands are
+                   multiplied
     output         [N, C_out, H_out, W_out]
 """
 

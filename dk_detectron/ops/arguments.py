@@ -90,11 +90,13 @@ def check(
     taps = kernel_size[0] * kernel_size[1]
     plain, modulated = ([input.shape[0], channels * taps, *out_size] for channels in (2, 3))
     for name, offset in ("kernel_offset", kernel_offset), ("data_offset", data_offset):
-        if offset is not None and shape(offset) not in (plain, modulated):
-            raise ValueError(
-                f"{name}: expected [N, 2*K_h*K_w, H_out, W_out] = {plain}, or 3*K_h*K_w with "
-                f"factors, got {shape(offset)}"
-            )
+        factors = name == "data_offset" or data_offset is None
+        if offset is None or shape(offset) == plain or factors and shape(offset) == modulated:
+            continue
+        more = "or 3*K_h*K_w with factors" if factors else "with factors in data_offset, if any"
+        raise ValueError(
+            f"{name}: expected [N, 2*K_h*K_w, H_out, W_out] = {plain}, {more}, got {shape(offset)}"
+        )
     for name, tensor in (
         ("weight", weight),
         ("bias", bias),

@@ -66,8 +66,8 @@ def deform_kernel_conv2d(
         input: [N, C_in, H, W].
         weight: [C_out, C_in / groups, S_h, S_w], the scope.
         bias: [C_out].
-        kernel_offset: [N, 2*K, H_out, W_out], in scope cells; or 3*K: factors of the K taps behind
-            their offsets.
+        kernel_offset: [N, 2*K, H_out, W_out], in scope cells; or, without data_offset, 3*K: factors
+            of the K taps behind their offsets.
         data_offset: [N, 2*K, H_out, W_out], in input pixels; or 3*K, likewise.
         kernel_size: (K_h, K_w), or one number for both; likewise the next three.
         groups: any divisor of both channel numbers. Depthwise (groups = C_in = C_out) runs in one
