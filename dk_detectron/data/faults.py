@@ -120,12 +120,11 @@ def box_fault(box: object, size: tuple[int, int]) -> str | None:
 def place_fault(box: list[float], size: tuple[int, int]) -> str | None:
     """Why a box of four numbers, none of its sides negative, cannot be in such an image, if so."""
     x, y, width, height = box
-    if 0 <= x <= size[0] >= width and 0 <= y <= size[1] >= height:  # as most are
-        return None
     if 0 <= x <= size[0] >= width and 0 <= y <= size[1] >= height:
         return None  # as of most, without looking closer
     if max(abs(x), width) > FAR * size[0] or max(abs(y), height) > FAR * size[1]:
         return f"bbox that reaches beyond {FAR} times its image"
+    # Of a box inside, however small, the corner is inside; a box of no size may lie on the border.
     if x > size[0] or y > size[1] or x + width < 0 or y + height < 0:
         return "bbox outside its image"
     return None
