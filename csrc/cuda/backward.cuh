@@ -34,12 +34,12 @@ struct Share {
 
 // A thread's sums over pixels, [cells, row]: those of its warp, its own column.
 template <int V, typename T>
-__device__ __forceinline__ T* own_sums(T* weight_sum, int cells) {
-  return weight_sum + threadIdx.x / kWarpSize * cells * kRow<V> + threadIdx.x % kWarpSize * V;
+__device__ __forceinline__ T* sums_of(int thread, T* weight_sum, int cells) {
+  return weight_sum + thread / kWarpSize * cells * kRow<V> + thread % kWarpSize * V;
 }
 
 template <int V, typename T>
-__device__ __forceinline__ void clear_own_sums(T* sums, int cells) {
+__device__ __forceinline__ void clear_sums(T* sums, int cells) {
   for (int cell = 0; cell < cells; ++cell) store<V>(sums + cell * kRow<V>, Vector<T, V>{});
 }
 
@@ -50,22 +50,22 @@ __device__ __forceinline__ void add_to_sum(T* sum, T factor, const Vector<T, V>&
   store<V>(sum, s);
 }
 
-// Adds up the threads' sums of channels begin .. begin + lanes * V into the block's partial
+// Adds up the threads' sums of the channel tile that begins at `begin` into the block's partial
 // gradient.
 template <int V, typename scalar_t>
 __device__ __forceinline__ void store_weight_partial(const BackwardArgs<scalar_t>& a, int split,
-                                                     const opmath_t<scalar_t>* weight_sum,
-                                                     int cells, int begin) {
+                                                     opmath_t<scalar_t>* weight_sum, int cells,
+                                                     int begin) {
   using T = opmath_t<scalar_t>;
-  const int width = a.channels.lanes * V, channels = static_cast<int>(a.params.channels);
-  for (int j = threadIdx.x; j < cells * width; j += blockDim.x) {
-    const int cell = j / width, c = j % width;
-    if (begin + c >= channels) continue;
-    T sum = T(0);
-    for (int thread = 0; thread < static_cast<int>(blockDim.x); thread += a.channels.lanes) {
-      sum += weight_sum[(thread / kWarpSize * cells + cell) * kRow<V> + thread % kWarpSize * V + c];
+  const int threads = static_cast<int>(blockDim.x), lanes = a.channels.lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, c = begin + lane * V;
+  if (c >= a.params.channels) return;
+  for (int cell = threadIdx.x / lanes; cell < cells; cell += threads / lanes) {
+    Vector<T, V> sum{};
+    for (int thread = lane; thread < threads; thread += lanes) {
+      add_scaled(sum, T(1), load<V>(sums_of<V>(thread, weight_sum, cells) + cell * kRow<V>));
     }
-    a.weight_partial[(static_cast<int64_t>(split) * cells + cell) * channels + begin + c] = sum;
+    store<V>(a.weight_partial + (int64_t(split) * cells + cell) * a.params.channels + c, sum);
   }
 }
 
@@ -104,6 +104,16 @@ DK_INLINE Pixel fed_pixel(const ConvParams& p, const Sizes& size, const Pixel& q
   return {q.n, w < 0 ? -1 : h, w};
 }
 
+// The sums over a pixel's threads take the place of its coefficients, which all of them have read:
+// of two neighbouring pixels, four each.
+template <typename T>
+__device__ __forceinline__ void store_grad_coef(Vector<T, 4>* coef, T (&grad)[8], int lanes) {
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const T sum = fold_sum<8>(grad, lanes);
+  __syncwarp();
+  if (lane < 8) coef[lane / 4].v[lane % 4] = sum;
+}
+
 template <typename scalar_t, int V, int K, int S, bool kKernel>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
@@ -113,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
   const int taps = size.taps(), cells = size.cells(), channels = static_cast<int>(p.channels);
   const int lanes = a.channels.lanes, lane = static_cast<int>(threadIdx.x) % lanes;
   const Shared<scalar_t, V, kKernel, false> shared(memory, taps, cells, a.warps);
-  T* sums = own_sums<V>(shared.weight_sum, cells);
+  T* sums = sums_of<V>(threadIdx.x, shared.weight_sum, cells);
   const scalar_t* weight = shared.weight + lane * V;
   const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>);
   const int out_w = static_cast<int>(p.out_w), out_h = static_cast<int>(p.out_h);
@@ -123,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
   for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
        ++channel_tile) {
     const int begin = channel_tile * lanes * V, c = begin + lane * V;
-    shared.stage_weight(a.weight, cells, begin, lanes * V, channels);
-    clear_own_sums<V>(sums, cells);
+    shared.stage_weight(size, a.weight, begin, lanes * V, channels);
+    clear_sums<V>(sums, cells);
     for (int64_t tile_index = share.first; tile_index < share.last; ++tile_index) {
       const int64_t first = tile_index * kPixels;
       const PixelTile tile(first, p.batch, p.in_h, p.in_w);
@@ -145,44 +155,56 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
       }
       __syncthreads();
 
-      const scalar_t* grad_output = a.grad_output + tile.first_image * out_h * out_w * channels + c;
-      for (int i = threadIdx.x / lanes; i < kPixels; i += blockDim.x / lanes) {
-        const bool active = i < tile.count && c < channels;
-        Vector<T, V> x{}, grad_x{};
-        if (active) x = load<V>(a.input + (first + i) * channels + c);
+      const auto is_own = [&](int i) { return i < tile.count && c < channels; };
+      const Pixels<scalar_t> grad_output(
+          a.grad_output + tile.first_image * out_h * out_w * channels + c, channels);
+      const int groups = static_cast<int>(blockDim.x) / lanes;
+      for (int i0 = threadIdx.x / lanes * kHeldPixels; i0 < kPixels; i0 += groups * kHeldPixels) {
+        Vector<T, V> x[kHeldPixels] = {}, grad_x[kHeldPixels] = {};
         DK_UNROLL
+        for (int i = 0; i < kHeldPixels; ++i) {
+          if (is_own(i0 + i)) x[i] = load<V>(a.input + (first + i0 + i) * channels + c);
+        }
+        HeldCells<T, V, kKernel> cell;
+        Vector<T, V> sum[cell.count] = {};  // of those cells
         for (int t = 0; t < taps; ++t) {
-          const int j = t * kPixels + i;
-          const TapIndex at = shared.index[j];
-          T grad_coef[4] = {};  // Σ over channels of grad_output * x * the cell's weight
-          if (active && at.pixel >= 0) {
-            const auto g = load<V>(grad_output + static_cast<int64_t>(at.pixel) * channels);
-            const auto gx = product(g, x);
-            Vector<T, V> w{};
-            if constexpr (kKernel) {
-              const Vector<T, 4> coef = shared.kernel_coef[j];
-              DK_UNROLL
-              for (int k = 0; k < 4; ++k) {
-                const auto cell_weight = load<V>(weight + at.cell + cell_steps[k]);
-                add_scaled(w, coef.v[k], cell_weight);
-                grad_coef[k] = dot(gx, cell_weight);
-                add_to_sum<V>(sums + at.cell + cell_steps[k], coef.v[k], gx);
-              }
-            } else {
-              w = load<V>(weight + at.cell);
-              add_to_sum<V>(sums + at.cell, T(1), gx);
-            }
+          // Σ over channels of grad_output * x * the cell's weight, of two pixels
+          T grad_coef[8];
+          DK_UNROLL
+          for (int i = 0; i < kHeldPixels; ++i) {
+            const int j = t * kPixels + i0 + i, pair = i % 2 * 4;
             DK_UNROLL
-            for (int v = 0; v < V; ++v) grad_x.v[v] += g.v[v] * w.v[v];
-          }
-          if constexpr (kKernel) {
-            // All threads of the pixel have read its coefficients: their gradient takes the place.
-            const T sum = fold_sum<4>(grad_coef, lanes);
-            __syncwarp();
-            if (lane < 4) shared.kernel_coef[j].v[lane] = sum;
+            for (int k = 0; k < 4; ++k) grad_coef[pair + k] = T(0);
+            const TapIndex at = shared.index[j];
+            if (c < channels && at.pixel >= 0) {
+              if (at.cell != cell.at) cell.add_to(sums, cell_steps, sum);
+              cell.hold(at.cell, weight, cell_steps);
+              const auto g = load<V>(grad_output[at.pixel]);
+              const auto gx = product(g, x[i]);
+              Vector<T, V> w{};
+              if constexpr (kKernel) {
+                const Vector<T, 4> coef = shared.kernel_coef[j];
+                DK_UNROLL
+                for (int k = 0; k < 4; ++k) {
+                  add_scaled(w, coef.v[k], cell.v[k]);
+                  grad_coef[pair + k] = dot(gx, cell.v[k]);
+                  add_scaled(sum[k], coef.v[k], gx);
+                }
+              } else {
+                w = cell.v[0];
+                add_scaled(sum[0], T(1), gx);
+              }
+              DK_UNROLL
+              for (int v = 0; v < V; ++v) grad_x[i].v[v] += g.v[v] * w.v[v];
+            }
+            if (kKernel && i % 2) store_grad_coef(shared.kernel_coef + j - 1, grad_coef, lanes);
           }
         }
-        if (active) store<V>(a.grad_input + (first + i) * channels + c, grad_x);
+        cell.add_to(sums, cell_steps, sum);
+        DK_UNROLL
+        for (int i = 0; i < kHeldPixels; ++i) {
+          if (is_own(i0 + i)) store<V>(a.grad_input + (first + i0 + i) * channels + c, grad_x[i]);
+        }
       }
       __syncthreads();
 
@@ -218,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int taps = size.taps(), cells = size.cells(), channels = static_cast<int>(p.channels);
   const int lanes = a.channels.lanes, lane = static_cast<int>(threadIdx.x) % lanes;
   const Shared<scalar_t, V, kKernel, true> shared(memory, taps, cells, a.warps);
-  T* sums = own_sums<V>(shared.weight_sum, cells);
+  T* sums = sums_of<V>(threadIdx.x, shared.weight_sum, cells);
   const scalar_t* weight = shared.weight + lane * V;
   const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>),
       pixel_steps(p.in_h, p.in_w, channels);
@@ -229,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
        ++channel_tile) {
     const int begin = channel_tile * lanes * V, c = begin + lane * V;
-    shared.stage_weight(a.weight, cells, begin, lanes * V, channels);
-    clear_own_sums<V>(sums, cells);
+    shared.stage_weight(size, a.weight, begin, lanes * V, channels);
+    clear_sums<V>(sums, cells);
     for (int64_t tile_index = share.first; tile_index < share.last; ++tile_index) {
       const int64_t first = tile_index * kPixels;
       const PixelTile tile(first, p.batch, p.out_h, p.out_w);

@@ -19,8 +19,8 @@ DK_INLINE int64_t column_offset(const Args& a, int cells, int64_t i, int c) {
 // What a tap of a pixel reads: nothing (-1) or the pixel of image n, here without a data_offset.
 template <typename Sizes>
 DK_INLINE int rest_pixel(const ConvParams& p, const Sizes& size, int t, int h, int w) {
-  const int64_t y = rest_position(h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h);
-  const int64_t x = rest_position(w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w);
+  const int y = rest_position(h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h);
+  const int x = rest_position(w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w);
   const bool inside = y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
   return inside ? static_cast<int>(y * p.in_w + x) : -1;
 }

@@ -15,19 +15,21 @@ using cuda::BackwardArgs;
 using cuda::ChannelTiles;
 using cuda::current_stream;
 using cuda::ForwardArgs;
+using cuda::kHeldPixels;
 using cuda::kPixels;
-using cuda::kThreads;
 using cuda::kWarpSize;
 
-// Elements and images are counted in 64 bits; channels, and the pixels of the images that a tile
-// touches, in 32.
+// Elements and images are counted in 64 bits; the bytes of a pixel, the pixels of the images that a
+// tile touches, and positions in a padded image in 32.
 void check_sizes(const ConvParams& p) {
   const int64_t in = p.in_h * p.in_w, out = p.out_h * p.out_w, limit = int64_t(1) << 31;
   const int64_t images = kPixels / std::min(in, out) + 2;
-  DK_CHECK(std::max(in, out) * images < limit && p.channels < limit - 1024,
-           "input: on CUDA, expected fewer than 2^30 pixels per image and 2^31 channels, got ",
-           p.channels, " channels of ", p.in_h, "x", p.in_w, " and an output of ", p.out_h, "x",
-           p.out_w);
+  const int64_t padded = std::max(p.in_h + 2 * p.pad_h, p.in_w + 2 * p.pad_w);
+  DK_CHECK(std::max(in, out) * images < limit && padded < limit && p.channels <= limit / 16,
+           "input: on CUDA, expected fewer than 2^30 pixels per image, 2^31 in a padded row or "
+           "column and at most 2^27 channels, got ",
+           p.channels, " channels of ", p.in_h, "x", p.in_w, ", padding ", p.pad_h, "x", p.pad_w,
+           " and an output of ", p.out_h, "x", p.out_w);
 }
 
 // The number of lanes that leaves the fewest idle.
@@ -41,10 +43,9 @@ ChannelTiles channel_tiles(int64_t channels, int vector) {
   return best;
 }
 
-// 16-byte accesses need every pixel to begin at a multiple of 16 bytes.
-bool is_aligned(const Tensor& t, int64_t channels, int vector) {
-  return channels % vector == 0 &&
-         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (vector * t.element_size()) == 0;
+// Vectors need every pixel, and the scope, to begin at a multiple of 16 bytes.
+bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
 [[noreturn]] void refuse_scope(const ConvParams& p, size_t bytes, int64_t limit) {
@@ -114,8 +115,9 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
       }
       const cudaStream_t stream = current_stream(input);
       if (nchw) return cuda::launch_forward_nchw(a, stream);
-      a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(),
-                                          is_aligned(x, p.channels, 16 / sizeof(scalar_t)));
+      constexpr int wide = 16 / sizeof(scalar_t);
+      const bool aligned = p.channels % wide == 0 && is_aligned(x) && is_aligned(w);
+      a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(), aligned);
       cuda::launch_forward(a, stream);
     });
   }
@@ -138,7 +140,8 @@ int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
   size_t bytes = 0;
   int most = 0, blocks_per_processor = 0;
   for (int vector : {aligned ? wide : 1, 1}) {
-    for (int warps = kThreads / kWarpSize; warps > 0; warps /= 2) {
+    const ChannelTiles channels = channel_tiles(p.channels, vector);
+    for (int warps = kPixels / kHeldPixels * channels.lanes / kWarpSize; warps > 0; warps /= 2) {
       bytes = cuda::shared_layout<scalar_t>(vector, p.taps(), p.cells(), warps,
                                             a.kernel_offset.data, a.data_offset.data)
                   .bytes;
@@ -149,7 +152,7 @@ int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
       most = blocks * warps * vector;
       blocks_per_processor = blocks;
       a.warps = warps;
-      a.channels = channel_tiles(p.channels, vector);
+      a.channels = channels;
     }
   }
   if (!most) refuse_scope(p, bytes, per_block);
@@ -263,7 +266,8 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
         a.grad_input_sum = grad_input->mutable_data_ptr<T>();
       }
 
-      const bool aligned = is_aligned(x, p.channels, wide) && is_aligned(grad, p.channels, wide);
+      const bool aligned =
+          p.channels % wide == 0 && is_aligned(x) && is_aligned(grad) && is_aligned(w);
       const int blocks_per_processor = plan_backward_block(a, aligned);
       plan_backward_split(a, p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w),
                           blocks_per_processor);

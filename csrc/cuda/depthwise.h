@@ -16,9 +16,12 @@ constexpr int kThreads = 256;
 // Pixels whose coefficients a block holds at a time; a multiple of the pixels that it works on at
 // once.
 constexpr int kPixels = 32;
+// Neighbouring pixels that a thread takes at once. For a tap they mostly read the same cells.
+constexpr int kHeldPixels = 4;
 
 // How the channels are dealt out: a thread takes `vector` neighbouring ones, `lanes` threads of one
-// warp (8, 16 or 32) make a tile, and `tiles` tiles cover all.
+// warp (8, 16 or 32) make a tile, and `tiles` tiles cover all. kPixels / kHeldPixels * lanes
+// threads take all pixels of a tile at once.
 struct ChannelTiles {
   int vector, lanes, tiles;
 };

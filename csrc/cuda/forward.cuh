@@ -22,52 +22,60 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgs<sca
   const int begin = static_cast<int>(blockIdx.x % a.channels.tiles) * width;
   const int64_t first = static_cast<int64_t>(blockIdx.x / a.channels.tiles) * kPixels;
   const PixelTile tile(first, p.batch, p.out_h, p.out_w);
-  shared.stage_weight(a.weight, cells, begin, width, channels);
+  shared.stage_weight(size, a.weight, begin, width, channels);
   shared.fill_output_taps(p, size, tile, a.kernel_offset, a.data_offset);
   __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x) % a.channels.lanes, c = begin + lane * V;
   if (c >= channels) return;
-  const scalar_t* input = a.input + tile.first_image * p.in_h * p.in_w * channels + c;
+  const Pixels<scalar_t> input(a.input + tile.first_image * p.in_h * p.in_w * channels + c,
+                               channels);
   const scalar_t* weight = shared.weight + lane * V;
   const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>),
       pixel_steps(p.in_h, p.in_w, channels);
+  const int i0 = static_cast<int>(threadIdx.x) / a.channels.lanes * kHeldPixels;
   Vector<T, V> bias{};
   if (a.bias) {
     DK_UNROLL
     for (int v = 0; v < V; ++v) bias.v[v] = static_cast<T>(a.bias[c + v]);
   }
-  for (int i = threadIdx.x / a.channels.lanes; i < tile.count; i += blockDim.x / a.channels.lanes) {
-    Vector<T, V> sum = bias;
+  Vector<T, V> sum[kHeldPixels];
+  DK_UNROLL
+  for (int i = 0; i < kHeldPixels; ++i) sum[i] = bias;
+  HeldCells<T, V, kKernel> cell;
+  for (int t = 0; t < taps; ++t) {
     DK_UNROLL
-    for (int t = 0; t < taps; ++t) {
-      const TapIndex at = shared.index[t * kPixels + i];
+    for (int i = 0; i < kHeldPixels; ++i) {
+      const int j = t * kPixels + i0 + i;
+      const TapIndex at = shared.index[j];
+      cell.hold(at.cell, weight, cell_steps);
       Vector<T, V> x{};
       if (kData || at.pixel >= 0) {
-        const scalar_t* from = input + static_cast<int64_t>(at.pixel) * channels;
+        const scalar_t* from = input[at.pixel];
         if constexpr (kData) {
-          const Vector<T, 4> coef = shared.data_coef[t * kPixels + i];
+          const Vector<T, 4> coef = shared.data_coef[j];
           DK_UNROLL
-          for (int j = 0; j < 4; ++j) add_scaled(x, coef.v[j], load<V>(from + pixel_steps[j]));
+          for (int k = 0; k < 4; ++k) add_scaled(x, coef.v[k], load<V>(from + pixel_steps[k]));
         } else {
           x = load<V>(from);
         }
       }
       Vector<T, V> w{};
       if constexpr (kKernel) {
-        const Vector<T, 4> coef = shared.kernel_coef[t * kPixels + i];
+        const Vector<T, 4> coef = shared.kernel_coef[j];
         DK_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          add_scaled(w, coef.v[j], load<V>(weight + at.cell + cell_steps[j]));
-        }
+        for (int k = 0; k < 4; ++k) add_scaled(w, coef.v[k], cell.v[k]);
       } else {
-        w = load<V>(weight + at.cell);
+        w = cell.v[0];
       }
       // Also in the padding, where x is 0: the NaN of an offset shows in its output.
       DK_UNROLL
-      for (int v = 0; v < V; ++v) sum.v[v] += x.v[v] * w.v[v];
+      for (int v = 0; v < V; ++v) sum[i].v[v] += x.v[v] * w.v[v];
     }
-    store<V>(a.output + (first + i) * channels + c, sum);
+  }
+  DK_UNROLL
+  for (int i = 0; i < kHeldPixels; ++i) {
+    if (i0 + i < tile.count) store<V>(a.output + (first + i0 + i) * channels + c, sum[i]);
   }
 }
 
@@ -80,7 +88,8 @@ void launch_forward(const ForwardArgs<scalar_t>& a, cudaStream_t stream) {
     const size_t bytes =
         shared_layout<scalar_t>(a.channels.vector, p.taps(), p.cells(), 0, kKernel, kData).bytes;
     const auto run = [&](auto kernel_function) {
-      launch(kernel_function, tiles * a.channels.tiles, kThreads, bytes, stream, a);
+      launch(kernel_function, tiles * a.channels.tiles, kPixels / kHeldPixels * a.channels.lanes,
+             bytes, stream, a);
     };
     if (a.channels.vector == 1) return run(forward_kernel<scalar_t, 1, 0, 0, kKernel, kData>);
     dispatch_sizes<kKernel>(p, [&](auto k, auto s) {
@@ -125,10 +134,10 @@ __global__ void __launch_bounds__(kNchwThreads) forward_nchw_kernel(const Forwar
   DK_UNROLL
   for (int t = 0; t < taps; ++t) {
     const auto sample = sample_weight(p, size, a.kernel_offset, n, t, h, w);
-    const int64_t y = rest_position(h, p.stride_h, p.pad_h, t / K, p.dilation_h);
-    const int64_t x = rest_position(w, p.stride_w, p.pad_w, t % K, p.dilation_w);
+    const int y = rest_position(h, p.stride_h, p.pad_h, t / K, p.dilation_h);
+    const int x = rest_position(w, p.stride_w, p.pad_w, t % K, p.dilation_w);
     const bool inside = y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
-    from[t] = inside ? static_cast<int>(y * p.in_w + x) : -1;
+    from[t] = inside ? y * static_cast<int>(p.in_w) + x : -1;
     cell[t] = sample.h.cell * S + sample.w.cell;
     coef[t] = sample.coef();
   }

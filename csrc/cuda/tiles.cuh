@@ -91,6 +91,21 @@ struct Sizes {
 template <int V>
 constexpr int kRow = (kWarpSize + 1) * V;
 
+// channels_last pixels, from the given one on. Their size in bytes has 32 bits (check_sizes), so
+// that an address is one instruction.
+template <typename scalar_t>
+struct Pixels {
+  const scalar_t* first;
+  int bytes;
+
+  DK_INLINE Pixels(const scalar_t* first, int channels)
+      : first(first), bytes(channels * static_cast<int>(sizeof(scalar_t))) {}
+  DK_INLINE const scalar_t* operator[](int i) const {
+    return reinterpret_cast<const scalar_t*>(reinterpret_cast<const char*>(first) +
+                                             static_cast<int64_t>(i) * bytes);
+  }
+};
+
 // Distances from the first cell of a 2x2 block to the next one along each axis; 0 where the axis
 // has but one cell, whose second coefficient is 0.
 struct Steps {
@@ -98,6 +113,34 @@ struct Steps {
   DK_INLINE Steps(int64_t height, int64_t width, int64_t cell)
       : h(height > 1 ? width * cell : 0), w(width > 1 ? cell : 0) {}
   DK_INLINE int64_t operator[](int j) const { return (j / 2) * h + (j % 2) * w; }
+};
+
+// The 2x2 cells that a thread read last or, without kernel offsets, the one: in registers until
+// others are wanted. All threads of a pixel agree on that.
+template <typename T, int V, bool kKernel>
+struct HeldCells {
+  static constexpr int count = kKernel ? 4 : 1;
+  int at = -1;
+  Vector<T, V> v[count] = {};
+
+  template <typename scalar_t>
+  DK_INLINE void hold(int cell, const scalar_t* cells, const Steps& steps) {
+    if (cell == at) return;
+    at = cell;
+    DK_UNROLL
+    for (int k = 0; k < count; ++k) v[k] = load<V>(cells + at + steps[k]);
+  }
+  // Moves `sum` of the held cells into those of `sums`.
+  DK_INLINE void add_to(T* sums, const Steps& steps, Vector<T, V> (&sum)[count]) const {
+    if (at < 0) return;
+    DK_UNROLL
+    for (int k = 0; k < count; ++k) {
+      T* to = sums + at + steps[k];
+      add_scaled(sum[k], T(1), load<V>(to));
+      store<V>(to, sum[k]);
+      sum[k] = {};
+    }
+  }
 };
 
 // ---- pixels -------------------------------------------------------------------------------------
@@ -222,9 +265,10 @@ DK_INLINE TapSample<T> sample_weight(const ConvParams& p, const Sizes& size,
           kFactor ? read_factor(offset, size.taps(), n, t, h, w) : T(1)};
 }
 
-// Input row (column) that a tap of an output row (column) reads at rest.
-DK_INLINE int64_t rest_position(int out, int64_t stride, int64_t pad, int tap, int64_t dilation) {
-  return out * stride - pad + tap * dilation;
+// Input row (column) that a tap of an output row (column) reads at rest. Positions have 32 bits:
+// check_sizes.
+DK_INLINE int rest_position(int out, int64_t stride, int64_t pad, int tap, int64_t dilation) {
+  return out * static_cast<int>(stride) - static_cast<int>(pad) + tap * static_cast<int>(dilation);
 }
 
 // The same tap, in the image.
@@ -243,9 +287,10 @@ DK_INLINE TapSample<T> sample_data(const ConvParams& p, const Sizes& size,
 // Output row (column) that reads an input row (column) through a tap, or -1.
 DK_INLINE int fed_output(int in, int64_t pad, int tap, int64_t dilation, int64_t stride,
                          int64_t size) {
-  const int64_t position = in + pad - tap * dilation;
-  if (position < 0 || position % stride) return -1;
-  return position / stride < size ? static_cast<int>(position / stride) : -1;
+  const int position = in + static_cast<int>(pad) - tap * static_cast<int>(dilation);
+  const int step = static_cast<int>(stride);
+  if (position < 0 || position % step) return -1;
+  return position / step < size ? position / step : -1;
 }
 
 // Output pixel and tap number `pair` = p * taps + t.
@@ -291,14 +336,20 @@ struct Shared {
     index = reinterpret_cast<TapIndex*>(memory + s.index);
   }
 
-  // The scope of channels begin .. begin + width; 0 past the last channel.
-  __device__ __forceinline__ void stage_weight(const scalar_t* from, int cells, int begin,
-                                               int width, int channels) const {
-    for (int j = threadIdx.x; j < width * cells; j += blockDim.x) {
-      const int c = j / cells, cell = j % cells;
-      weight[cell * kRow<V> + c] = begin + c < channels
-                                       ? from[static_cast<int64_t>(begin + c) * cells + cell]
-                                       : static_cast<scalar_t>(0.0f);
+  // The scope of channels begin .. begin + width; nothing past the last channel. Vectors of
+  // channels come with a scope that is aligned for vectors of four cells.
+  template <int K, int S>
+  __device__ __forceinline__ void stage_weight(const Sizes<K, S>& size, const scalar_t* from,
+                                               int begin, int width, int channels) const {
+    constexpr int N = V > 1 && S > 0 && S * S % 4 == 0 ? 4 : 1;
+    const int cells = size.cells();
+    const int values = (width < channels - begin ? width : channels - begin) * cells;
+    from += static_cast<int64_t>(begin) * cells;
+    for (int j = threadIdx.x * N; j < values; j += blockDim.x * N) {
+      const auto stored = *reinterpret_cast<const Vector<scalar_t, N>*>(from + j);
+      scalar_t* to = weight + j % cells * kRow<V> + j / cells;
+      DK_UNROLL
+      for (int k = 0; k < N; ++k) to[k * kRow<V>] = stored.v[k];
     }
   }
 
@@ -309,21 +360,23 @@ struct Shared {
                                                    const Offset<const T>& kernel_offset,
                                                    const Offset<const T>& data_offset) const {
     const int height = static_cast<int>(p.in_h), width = static_cast<int>(p.in_w);
+    // A warp's threads keep their pixels: kPixels is its size.
+    const int i = static_cast<int>(threadIdx.x) % kPixels;
+    // Of a pixel that the tile does not have, what the last one reads: nobody looks at the result.
+    const Pixel q = tile[i < tile.count ? i : tile.count - 1];
+    const int64_t n = tile.first_image + q.n;
     for (int j = threadIdx.x; j < size.taps() * kPixels; j += blockDim.x) {
-      const int t = j / kPixels, i = j % kPixels;
-      if (i >= tile.count) continue;
-      const Pixel q = tile[i];
-      const int64_t n = tile.first_image + q.n;
+      const int t = j / kPixels;
       TapIndex at{t * kRow<V>, -1};
       if constexpr (kData) {
         const auto sample = sample_data(p, size, data_offset, n, t, q.h, q.w);
         at.pixel = (q.n * height + sample.h.cell) * width + sample.w.cell;
         data_coef[j] = sample.coef();
       } else {
-        const int64_t y = rest_position(q.h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h);
-        const int64_t x = rest_position(q.w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w);
+        const int y = rest_position(q.h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h);
+        const int x = rest_position(q.w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w);
         if (y >= 0 && y < height && x >= 0 && x < width) {
-          at.pixel = (q.n * height + static_cast<int>(y)) * width + static_cast<int>(x);
+          at.pixel = (q.n * height + y) * width + x;
         }
       }
       if constexpr (kKernel) {
@@ -343,9 +396,9 @@ struct Shared {
 // neighbour, so N sums take about N + log2(lanes / N) exchanges instead of N * log2(lanes).
 template <int N, typename T>
 __device__ __forceinline__ T fold_sum(T (&v)[N], int lanes) {
-  int distance = 1;
   DK_UNROLL
   for (int n = N / 2; n > 0; n /= 2) {
+    const int distance = N / 2 / n;
     const bool odd = threadIdx.x & distance;
     DK_UNROLL
     for (int i = 0; i < n; ++i) {
@@ -353,9 +406,11 @@ __device__ __forceinline__ T fold_sum(T (&v)[N], int lanes) {
       const T sent = odd ? v[2 * i] : v[2 * i + 1];
       v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, distance);
     }
-    distance *= 2;
   }
-  for (; distance < lanes; distance *= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], distance);
+  DK_UNROLL
+  for (int distance = N; distance < kWarpSize; distance *= 2) {
+    if (distance < lanes) v[0] += __shfl_xor_sync(0xffffffffu, v[0], distance);
+  }
   return v[0];
 }
 

@@ -5,12 +5,20 @@ PYTHONPATH=tests python -m ptx.costs    prints the table of docs/cuda.md (make c
 Of each launch a few blocks run, on the multiprocessors of an H100. PTX is not yet the hardware's
 code: ptxas allots registers (its report is in the table), schedules, and may merge or move
 instructions; caches and latencies do not show.
+
+The model: a multiprocessor starts four instructions of a warp a clock, and moves 128 bytes a clock
+between its threads and shared memory or first-level cache; the memory of the GPU moves what a
+kernel must read and write at least, once, at its full bandwidth. That is the byte floor, and what
+takes longest is the bound.
 """
 
+import importlib
+import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from conftest import Case
@@ -19,16 +27,30 @@ from tabulate import tabulate
 from .build import ROOT, kernel_sources, ptxas_report
 from .counts import Cost
 from .device import Device, Launch, plain_name
+from .parser import Instruction
 
 PROCESSORS, WARPS, REGISTERS, SHARED_BYTES, RESERVED = 132, 64, 65536, 228 * 1024, 1024
+BYTES_PER_CLOCK = 3.35e12 / 1.755e9  # of the whole GPU's memory (SXM5)
+SCHEDULERS, SECTORS_PER_CLOCK = 4, 4  # of a multiprocessor
 
 
 @dataclass
 class Row:
+    """Of a launch; the clocks are what its blocks take of all multiprocessors."""
+
     stage: str
     dtype: torch.dtype
     launch: Launch
     costs: dict[str, Cost]  # by space
+    floor: float  # clocks for the bytes
+    issue: float  # clocks to start the instructions
+    exchange: tuple[float, float]  # clocks of shared memory and first-level cache, from, to
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Over the byte floor, from, to."""
+        least, most = (max(self.issue, clocks, self.floor) / self.floor for clocks in self.exchange)
+        return least, most
 
 
 def occupancy(registers: int, block: int, shared_bytes: int) -> float:
@@ -39,14 +61,18 @@ def occupancy(registers: int, block: int, shared_bytes: int) -> float:
     return min(blocks * warps, WARPS) / WARPS
 
 
+@cache
+def benchmark_ops():
+    """The tool of that name."""
+    sys.path.append(str(ROOT / "tools"))
+    return importlib.import_module("benchmark_ops")
+
+
 def stages() -> list[tuple[str, Case]]:
     """Two images of 800 x 1216 in ResNet-50-DW, as in tools/benchmark_ops.py."""
-    sys.path.append(str(ROOT / "tools"))
-    import benchmark_ops
-
     return [
         (w.name, Case(batch=w.n, channels=w.c, size=(w.h, w.w), bias=False))
-        for w in benchmark_ops.stages(2, 800, 1216)
+        for w in benchmark_ops().stages(2, 800, 1216)
     ]
 
 
@@ -55,6 +81,50 @@ def main_blocks(launch: Launch) -> range:
     if launch.name.startswith(("sum_weight", "turn_inward")):
         return range(0)
     return range(launch.grid // 2, launch.grid // 2 + 2)
+
+
+def issued(instruction: Instruction) -> int:
+    """Of the hardware's instructions, for one of PTX: roughly, since only ptxas knows."""
+    parts = instruction.parts
+    wide = parts[-1][1:] == "64" and parts[-1][0] in "sub"
+    if parts[0] in ("div", "rem"):
+        return 50 if wide else 20
+    if parts[0] == "mov":  # halves of a register are read where they are, put together by one
+        return "{" in instruction.operands[1]
+    if parts[0] == "cvt" and parts[-1][0] == "u":
+        return 0
+    if parts[0] in ("mul", "mad") and "wide" not in parts:
+        return 4 if wide else 1
+    return 2 if wide and parts[0] not in ("ld", "st", "mul", "mad", "cvt") else 1
+
+
+def least_bytes(case: Case, dtype: torch.dtype, backward: bool) -> int:
+    """What a stage's kernel must read and write: activations and kernel offsets."""
+    activations = case.batch * case.channels * math.prod(case.size) * dtype.itemsize
+    offsets = case.batch * 2 * math.prod(case.kernel) * math.prod(case.output_size) * 4
+    return 3 * activations + 2 * offsets if backward else 2 * activations + offsets
+
+
+def modelled(device: Device, stage: str, case: Case, dtype: torch.dtype, launch: Launch) -> Row:
+    """From the blocks that have run, for all."""
+    share = launch.grid / len(main_blocks(launch)) / PROCESSORS
+    code = device.entry(launch.name).code
+    warps = launch.counts.warps
+    costs = by_space(device, launch)
+    shuffles = sum(warps[i] for i in list(warps) if code[i].parts[0] == "shfl")
+    moved = costs["global"].pieces / SECTORS_PER_CLOCK + shuffles
+    return Row(
+        stage,
+        dtype,
+        launch,
+        costs,
+        floor=least_bytes(case, dtype, launch.name.startswith("backward")) / BYTES_PER_CLOCK,
+        issue=share * sum(n * issued(code[i]) for i, n in warps.items()) / SCHEDULERS,
+        exchange=(
+            share * (costs["shared"].merged + moved),
+            share * (costs["shared"].pieces + moved),
+        ),
+    )
 
 
 def by_space(device: Device, launch: Launch) -> dict[str, Cost]:
@@ -70,10 +140,13 @@ def rows(device: Device) -> Iterator[Row]:
         for dtype in (torch.float32, torch.bfloat16):
             tensors = case.tensors(dtype)
             tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+            shape = list(tensors["kernel_offset"].shape)
+            offset = benchmark_ops().draw_offsets("trained", shape, case.kernel[0], case.scope[0])
+            tensors["kernel_offset"] = offset.to(dtype)
             _, launches = device.call(tensors, case, only=main_blocks, counting=True, races=False)
             for launch in launches:
                 if main_blocks(launch):
-                    yield Row(stage, dtype, launch, by_space(device, launch))
+                    yield modelled(device, stage, case, dtype, launch)
 
 
 def table() -> str:
@@ -82,6 +155,7 @@ def table() -> str:
     reports = [ptxas_report(path) for path in sources]
     ptxas = {plain_name(name): use for report in reports for name, use in report.items()}
     header = ["stage", "", "kernel", "registers", "spilled", "occupancy", "sectors", "wavefronts"]
+    header += ["issue", "exchange", "bound"]
     lines = []
     for row in rows(Device(sources)):
         launch, use = row.launch, ptxas[row.launch.name]
@@ -96,6 +170,9 @@ def table() -> str:
                 f"{100 * occupancy(use['registers'], launch.block, launch.shared_bytes):.3g} %",
                 f"{sectors.pieces / sectors.fewest:.2f}",
                 f"{waves.merged / waves.fewest:.2f}-{waves.pieces / waves.fewest:.2f}",
+                f"{row.issue / row.floor:.2f}",
+                "{:.2f}-{:.2f}".format(*(clocks / row.floor for clocks in row.exchange)),
+                "{:.2f}-{:.2f}".format(*row.bounds),
             ]
         )
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
