@@ -164,8 +164,9 @@ def test_no_entry_is_forgotten(ptx, monkeypatch):
 # ---- faults in the real kernels -----------------------------------------------------------------
 
 NOTHING = Instruction("mov.pred", ("%nothing", "0"))
-# On one processor, a block of the backward kernels has all three tiles of channels.
-SEVERAL_TILES = {"channels": 68, "size": (6, 7)}
+# On one processor, a block of the backward kernels has all three tiles of channels: it has eight
+# blocks, and there are nine tiles of pixels.
+SEVERAL_TILES = {"channels": 68, "size": (12, 11)}
 
 
 @contextmanager
@@ -209,7 +210,7 @@ def test_every_barrier_is_missed(name, options, ptx, monkeypatch):
 )
 def test_a_lost_product_is_seen(name, ptx, monkeypatch):
     """Of every 50th product that is added to a sum."""
-    plan = Plan(Case(**SEVERAL_TILES), processors=1)
+    plan = Plan(Case(**SEVERAL_TILES, modulated=True), processors=1)
     tensors = plan.tensors(torch.float32)
     expected = plugin.call("dk_detectron", double(tensors), plan.case)
     entry = ptx.entry(name)
