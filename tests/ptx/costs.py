@@ -1,6 +1,6 @@
 """What the kernels' PTX costs at the size of a network: counted and modelled, not measured.
 
-PYTHONPATH=tests python -m ptx.costs    prints the table of docs/cuda.md (make costs)
+PYTHONPATH=tests python -m ptx.costs    prints the tables of docs/cuda.md (make costs)
 
 Of each launch a few blocks run, on the multiprocessors of an H100. PTX is not yet the hardware's
 code: ptxas allots registers (its report is in the table), schedules, and may merge or move
@@ -179,4 +179,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    from .dense_costs import dense_table
+
+    print(table(), dense_table(), sep="\n\n")

@@ -142,7 +142,7 @@ class Device:
         if not blocks:
             return
         entry = self.entry(launch.name)
-        memory = self._memory(params)
+        memory = self._memory(params, complete=only is None)
         if races:
             narrow = any(i.parts[0] == "st" and i.opcode.endswith("16") for i in entry.code)
             memory.shadow = Shadow(len(memory.data), 2 if narrow else 4)
@@ -150,8 +150,11 @@ class Device:
         counts = launch.counts if counting else None
         run(entry, *shape, params, memory, counts=counts, only=blocks)
 
-    def _memory(self, params: list[bytes]) -> Memory:
-        """The arena; only tensors that the arguments point into may be touched."""
+    def _memory(self, params: list[bytes], complete: bool) -> Memory:
+        """The arena; only tensors that the arguments point into may be touched.
+
+        Where only some blocks run, the others' results count as written.
+        """
         begins, sizes = (ctypes.c_void_p * _MOST_TENSORS)(), (ctypes.c_size_t * _MOST_TENSORS)()
         count = self.arena.arena_tensors(begins, sizes, _MOST_TENSORS)
         base, used = self.arena.arena_base(), self.arena.arena_used()
@@ -163,6 +166,6 @@ class Device:
                 own = slice(begin - base, begin - base + size)
                 # Never written: eight bytes of poison. No number of a test looks like that.
                 poison = np.append(data[own] == _POISON, np.ones(-size % 8, np.bool_))
-                unwritten = np.repeat(poison.reshape(-1, 8).all(1), 8)[:size]
+                unwritten = complete & np.repeat(poison.reshape(-1, 8).all(1), 8)[:size]
                 state[own] = np.where(unwritten, UNWRITTEN, WRITTEN)
         return Memory("global", data, state, base)
