@@ -163,6 +163,13 @@ class TestEveryOrder:
         shifted = torch.empty(tensors["input"].numel() + 1)[1:].view(2, 6, 7, 8).permute(0, 3, 1, 2)
         check(case, input=shifted.copy_(tensors["input"]))
 
+    @every_offset
+    def test_misaligned_weight(self, which):
+        case = Case(channels=8, **OFFSETS[which])
+        weight = case.tensors(torch.float32)["weight"]
+        shifted = torch.empty(weight.numel() + 1)[1:].view_as(weight)
+        check(case, layout=torch.channels_last, weight=shifted.copy_(weight))
+
 
 @pytest.mark.parametrize("order", plugin.ORDERS)
 @pytest.mark.parametrize("which", ["data", "both"])
@@ -176,6 +183,14 @@ def test_scatter_by_atomics(dtype, groups, which, order):
         assert_close(
             call("dk_emulated", tensors, case), call("dk_detectron", double(tensors), case)
         )
+
+
+def test_a_padded_image_has_positions_of_32_bits():
+    case = Case(padding=(1 << 30, 1), stride=((1 << 31) - 1, 1))
+    with pytest.raises(
+        RuntimeError, match="2\\^31 in a padded row or column.* padding 1073741824x1"
+    ):
+        call("dk_emulated", case.tensors(torch.float32), case)
 
 
 def test_missing_kernel_image_names_the_cure(monkeypatch):
