@@ -66,12 +66,20 @@ DK_INLINE typename Numbers<T>::integer floor_cell(T x, int size) {
   return x < Numbers<T>::convert(cell) ? cell - 1 : cell;
 }
 
-// A location in the scope of a kernel (eq. 7). `clip` reads [0, size - 1] only: a location outside
-// reads the cell at the edge, and has the derivative towards the cell next to it, for `inward` to
-// decide on. At x = size - 1 the derivative is that of the last cell pair, which eq. 13 as printed
-// loses: without it, training from zero offsets is stuck when scope and kernel are equal.
+// Where a location reads the scope of a kernel (eq. 7): itself, the lower cell, and the slope.
 template <typename T>
-DK_INLINE AxisSample<T> sample_scope(T x, int size, bool clip) {
+struct ScopeLocation {
+  T x;
+  typename Numbers<T>::integer lower;
+  T slope;
+};
+
+// `clip` reads [0, size - 1] only: a location outside reads the cell at the edge, and has the
+// derivative towards the cell next to it, for `inward` to decide on. At x = size - 1 the derivative
+// is that of the last cell pair, which eq. 13 as printed loses: without it, training from zero
+// offsets is stuck when scope and kernel are equal.
+template <typename T>
+DK_INLINE ScopeLocation<T> find_in_scope(T x, int size, bool clip) {
   const T zero{}, one = zero + 1, last = zero + typename Numbers<T>::element(size - 1);
   T slope = one;
   if (clip) {
@@ -82,7 +90,13 @@ DK_INLINE AxisSample<T> sample_scope(T x, int size, bool clip) {
   }
   auto lower = floor_cell(x, size);
   if (size > 1) lower = x == last ? lower - 1 : lower;
-  return sample_cells(x, lower, size, slope);
+  return {x, lower, slope};
+}
+
+template <typename T>
+DK_INLINE AxisSample<T> sample_scope(T x, int size, bool clip) {
+  const auto at = find_in_scope(x, size, clip);
+  return sample_cells(at.x, at.lower, size, at.slope);
 }
 
 // The gradient of a clipped location x, given `grad`, that of the edge which it reads if it is

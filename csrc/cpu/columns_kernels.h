@@ -372,11 +372,11 @@ DK_INLINE void columns_backward_of(const ColumnsBackward<scalar_t>& a, int64_t b
     }
     for (int t = 0; t < count; ++t) {
       if constexpr (kKernel)
-        store_kernel_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.scope.tiles[t],
-                                     kernel_dots.tiles[t]);
+        add_kernel_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.scope.tiles[t],
+                                   kernel_dots.tiles[t], /*last=*/true);
       if constexpr (kData)
-        store_data_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.image.tiles[t],
-                                   data_dots.tiles[t]);
+        add_data_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.image.tiles[t],
+                                 data_dots.tiles[t]);
     }
   }
 }

@@ -53,17 +53,27 @@ int64_t channel_blocks(const ConvParams& p) {
   return (p.channels + kChannelBlock - 1) / kChannelBlock;
 }
 
-// [C, 1, S_h, S_w] -> [blocks of C, S_h*S_w, kChannelBlock] in the arithmetic type.
+// Calls body(i, j) for each value of `count` blocks of channels: i counts in [C, 1, S_h, S_w],
+// j in [blocks, S_h*S_w, kChannelBlock] from block `first` on.
+template <typename Body>
+void for_blocks(const ConvParams& p, int64_t first, int64_t count, const Body& body) {
+  const int64_t begin = first * kChannelBlock;
+  const int64_t end = std::min(p.channels, begin + count * kChannelBlock);
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t at = (c - begin) / kChannelBlock * p.cells() * kChannelBlock + c % kChannelBlock;
+    for (int64_t cell = 0; cell < p.cells(); ++cell)
+      body(c * p.cells() + cell, at + cell * kChannelBlock);
+  }
+}
+
+// The scope in the kernels' layout and the arithmetic type.
 template <typename T>
 Tensor to_blocks(const ConvParams& p, const Tensor& weight) {
   const Tensor from = stable::contiguous(to_type(weight, scalar_type_of<T>));
   const Tensor to = stable::new_empty(from, {channel_blocks(p), p.cells(), kChannelBlock});
   const T* x = from.const_data_ptr<T>();
   T* y = to.mutable_data_ptr<T>();
-  for (int64_t c = 0; c < p.channels; ++c) {
-    T* first = y + c / kChannelBlock * p.cells() * kChannelBlock + c % kChannelBlock;
-    for (int64_t cell = 0; cell < p.cells(); ++cell) first[cell * kChannelBlock] = *x++;
-  }
+  for_blocks(p, 0, channel_blocks(p), [&](int64_t i, int64_t j) { y[j] = x[i]; });
   return to;
 }
 
@@ -194,41 +204,53 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
   return stable::contiguous(output, output_format(input));
 }
 
-// The weight gradient is summed in a fixed number of blocks of rows, each in order, then over the
-// blocks in order: the result does not depend on the number of threads. A few percent of the
-// input's size for the partial sums buys enough blocks to keep the threads busy.
-int64_t count_weight_blocks(const ConvParams& p, int64_t rows) {
-  const int64_t input_size = p.batch * p.channels * p.in_h * p.in_w;
-  const int64_t affordable = input_size / std::max<int64_t>(1, 20 * p.cells() * p.channels);
-  return std::min(rows, std::clamp<int64_t>(affordable, 4, 64));
+// The weight gradient is summed in a fixed number of parts of the rows, each in order, then over
+// the parts in order: the result does not depend on the number of threads. A twentieth of the
+// input's size for the partial sums buys enough parts to keep the threads busy. Where it does not
+// buy four, the channels are done in passes, each with the partial sums of its blocks alone.
+struct Passes {
+  int64_t parts, blocks;  // at once
+};
+
+Passes plan_passes(const ConvParams& p, int64_t rows) {
+  const int64_t affordable = p.batch * p.channels * p.in_h * p.in_w / 20;
+  const int64_t block = p.cells() * kChannelBlock, blocks = channel_blocks(p);
+  const int64_t parts = std::min(rows, std::clamp<int64_t>(affordable / (blocks * block), 4, 64));
+  return {parts, std::clamp<int64_t>(affordable / (parts * block), 1, blocks)};
 }
 
-// Runs body(begin, end, partial gradient, which starts at zero) over blocks of rows, and returns
-// the sum of the partial gradients, which are like the scope.
-template <typename T, typename Body>
-Tensor sum_weight_blocks(const ConvParams& p, const Tensor& scope, int64_t rows, const Body& body) {
-  const int64_t blocks = count_weight_blocks(p, rows), size = scope.numel();
-  const Tensor partials = stable::new_empty(scope, {blocks, size});
-  T* data = partials.mutable_data_ptr<T>();
-  stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      T* partial = data + i * size;
-      std::fill(partial, partial + size, T(0));
-      body(i * rows / blocks, (i + 1) * rows / blocks, partial);
-    }
-  });
-  return stable::view(stable::sum(partials, IntArrayRef({0})), scope.sizes());
-}
-
-// The counterpart of to_blocks.
-template <typename T>
-Tensor from_blocks(const ConvParams& p, const Tensor& blocks, const Tensor& weight) {
-  const Tensor to = stable::new_empty(blocks, weight.sizes());
-  const T* x = blocks.const_data_ptr<T>();
+// The weight gradient: calls body(arguments of a pass, begin, end, partial gradient, which starts
+// at zero) over parts of the rows.
+template <typename scalar_t, typename Body>
+Tensor sum_weight_gradient(DepthwiseBackward<scalar_t> a, const Tensor& weight, int64_t rows,
+                           const Body& body) {
+  using T = opmath_t<scalar_t>;
+  const ConvParams& p = a.params;
+  const Tensor from = stable::contiguous(to_type(weight, scalar_type_of<T>));
+  const Tensor to = stable::new_empty(from, weight.sizes());
+  const auto [parts, at_once] = plan_passes(p, rows);
+  const int64_t size = at_once * p.cells() * kChannelBlock;
+  const Tensor scope = stable::new_empty(from, {size}),
+               sums = stable::new_empty(from, {parts, size});
+  const T* x = from.const_data_ptr<T>();
+  T *w = scope.mutable_data_ptr<T>(), *partials = sums.mutable_data_ptr<T>();
   T* y = to.mutable_data_ptr<T>();
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const T* first = x + c / kChannelBlock * p.cells() * kChannelBlock + c % kChannelBlock;
-    for (int64_t cell = 0; cell < p.cells(); ++cell) *y++ = first[cell * kChannelBlock];
+  a.weight = w;
+  for (int64_t first = 0; first < channel_blocks(p); first += at_once) {
+    a.first_channel = first * kChannelBlock;
+    a.last_channel = std::min(p.channels, a.first_channel + at_once * kChannelBlock);
+    for_blocks(p, first, at_once, [&](int64_t i, int64_t j) { w[j] = x[i]; });
+    stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        T* partial = partials + i * size;
+        std::fill(partial, partial + size, T(0));
+        body(a, i * rows / parts, (i + 1) * rows / parts, partial);
+      }
+    });
+    for (int64_t i = 1; i < parts; ++i) {
+      for (int64_t j = 0; j < size; ++j) partials[j] += partials[i * size + j];
+    }
+    for_blocks(p, first, at_once, [&](int64_t i, int64_t j) { y[i] = partials[j]; });
   }
   return to_type(to, weight.scalar_type());
 }
@@ -271,44 +293,43 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
       gradients[1] = dense::backward(p, backend, weight, grad, output_mask);
       return;
     }
-    const Tensor scope = to_blocks<T>(p, weight);
-    const DepthwiseBackward<scalar_t> a{p,
-                                        x.const_data_ptr<scalar_t>(),
-                                        scope.const_data_ptr<T>(),
-                                        offset_view<T>(p, kernel),
-                                        offset_view<T>(p, data),
-                                        grad.const_data_ptr<scalar_t>(),
-                                        gradient_view<T>(p, gradients[2]),
-                                        gradient_view<T>(p, gradients[3])};
-    std::optional<Tensor> weight_blocks;
+    DepthwiseBackward<scalar_t> a{p,
+                                  x.const_data_ptr<scalar_t>(),
+                                  /*weight=*/nullptr,
+                                  offset_view<T>(p, kernel),
+                                  offset_view<T>(p, data),
+                                  grad.const_data_ptr<scalar_t>(),
+                                  gradient_view<T>(p, gradients[2]),
+                                  gradient_view<T>(p, gradients[3])};
     if (!data) {
       gradients[0] = stable::empty_like(x);
       scalar_t* grad_input = gradients[0]->mutable_data_ptr<scalar_t>();
-      weight_blocks = sum_weight_blocks<T>(
-          p, scope, p.batch * p.in_h, [&](int64_t begin, int64_t end, T* grad_weight) {
-            DK_CALL(backward, a, grad_input, grad_weight, begin, end)
+      gradients[1] = sum_weight_gradient(
+          a, weight, p.batch * p.in_h, [&](const auto& a, int64_t begin, int64_t end, T* partial) {
+            DK_CALL(backward, a, grad_input, partial, begin, end)
           });
-    } else {
-      if (output_mask[1] || output_mask[2] || output_mask[3]) {
-        weight_blocks = sum_weight_blocks<T>(
-            p, scope, p.batch * p.out_h, [&](int64_t begin, int64_t end, T* grad_weight) {
-              DK_CALL(backward_data_offset, a, grad_weight, begin, end)
-            });
-      }
-      if (output_mask[0]) {
-        Tensor zeros = empty(x, x.sizes(), scalar_type_of<T>, format);
-        gradients[0] = stable::zero_(zeros);
-        T* grad_input = gradients[0]->mutable_data_ptr<T>();
-        // Channels are independent: splitting them changes no sum.
-        const int64_t blocks = channel_blocks(p);
-        stable::parallel_for(0, p.batch * blocks, 1, [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            DK_CALL(backward_data, a, grad_input, i / blocks, i % blocks)
-          }
-        });
-      }
+      return;
     }
-    if (weight_blocks) gradients[1] = from_blocks<T>(p, *weight_blocks, weight);
+    if (output_mask[1] || output_mask[2] || output_mask[3]) {
+      gradients[1] = sum_weight_gradient(
+          a, weight, p.batch * p.out_h, [&](const auto& a, int64_t begin, int64_t end, T* partial) {
+            DK_CALL(backward_data_offset, a, partial, begin, end)
+          });
+    }
+    if (output_mask[0]) {
+      const Tensor scope = to_blocks<T>(p, weight);
+      a.weight = scope.const_data_ptr<T>();
+      Tensor zeros = empty(x, x.sizes(), scalar_type_of<T>, format);
+      gradients[0] = stable::zero_(zeros);
+      T* grad_input = gradients[0]->mutable_data_ptr<T>();
+      // Channels are independent: splitting them changes no sum.
+      const int64_t blocks = channel_blocks(p);
+      stable::parallel_for(0, p.batch * blocks, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          DK_CALL(backward_data, a, grad_input, i / blocks, i % blocks)
+        }
+      });
+    }
   });
   if (gradients[0]) {
     gradients[0] =

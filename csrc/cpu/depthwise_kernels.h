@@ -9,53 +9,187 @@
 namespace dk {
 namespace DK_ISA {
 
+// ---- the scope ---------------------------------------------------------------------------------
+
+// Where a tap reads its patch.
+template <typename V>
+struct PatchLocation {
+  V h, w;
+};
+
+// A patch of the scope for some channels or, without kernel offsets, a cell: what is sampled, or
+// the sums of its gradient.
+template <typename V, bool kKernel>
+struct Patch {
+  V value, by_w, by_h, by_both;
+
+  template <typename T>
+  DK_INLINE explicit Patch(const T* p)
+      : value(load<V>(p)),
+        by_w(load_once<V>(p + kChannelBlock)),
+        by_h(load_once<V>(p + 2 * kChannelBlock)),
+        by_both(load_once<V>(p + 3 * kChannelBlock)) {}
+  template <typename T>
+  DK_INLINE void store_to(T* p) const {
+    store(p, value);
+    store(p + kChannelBlock, by_w);
+    store(p + 2 * kChannelBlock, by_h);
+    store(p + 3 * kChannelBlock, by_both);
+  }
+  DK_INLINE V slope_h(const PatchLocation<V>& at) const { return by_h + at.w * by_both; }
+  DK_INLINE V slope_w(const PatchLocation<V>& at) const { return by_w + at.h * by_both; }
+  DK_INLINE V sample(const PatchLocation<V>& at) const {
+    return value + at.w * by_w + at.h * slope_h(at);
+  }
+  // The transpose of sample.
+  DK_INLINE void add(const PatchLocation<V>& at, const V& grad) {
+    value += grad;
+    by_w += at.w * grad;
+    by_h += at.h * grad;
+    by_both += at.h * at.w * grad;
+  }
+};
+
+template <typename V>
+struct Patch<V, false> {
+  V value;
+
+  template <typename T>
+  DK_INLINE explicit Patch(const T* p) : value(load<V>(p)) {}
+  template <typename T>
+  DK_INLINE void store_to(T* p) const {
+    store(p, value);
+  }
+  DK_INLINE V sample(const PatchLocation<V>&) const { return value; }
+  DK_INLINE void add(const PatchLocation<V>&, const V& grad) { value += grad; }
+};
+
+// What the pixels of a tile read of the scope through tap t.
+template <typename T, bool kKernel>
+struct ScopeTap {
+  const PatchTile<T>& tile;  // if kKernel
+  int t;
+
+  DK_INLINE int64_t patch(int i) const { return kKernel ? tile.patch[i] : t * kChannelBlock; }
+  template <typename V>
+  DK_INLINE PatchLocation<V> location(int i) const {
+    if constexpr (kKernel)
+      return {broadcast<V>(tile.h[i]), broadcast<V>(tile.w[i])};
+    else
+      return {V{}, V{}};
+  }
+};
+
+// A block of the scope and the sums of its gradient, as taps read and add to them.
+template <typename T, bool kKernel>
+struct ScopeGradient {
+  const ConvParams& p;
+  Scratch<T> patches, grad_patches;
+  const T* weight = nullptr;
+  T* grad_weight = nullptr;
+
+  explicit ScopeGradient(const ConvParams& p)
+      : p(p), patches(kKernel ? patch_values(p) : 1), grad_patches(kKernel ? patch_values(p) : 1) {}
+  DK_INLINE void start(const T* cells, T* grad_cells) {
+    weight = cells;
+    grad_weight = grad_cells;
+    if constexpr (!kKernel) return;
+    weight = make_patches(p, cells, patches.tiles);
+    grad_weight = grad_patches.tiles;
+    std::memset(grad_weight, 0, sizeof(T) * patch_values(p));
+  }
+  DK_INLINE void finish(T* grad_cells) {
+    if constexpr (kKernel) add_patches(p, grad_patches.tiles, grad_cells);
+  }
+};
+
 // ---- forward -----------------------------------------------------------------------------------
-template <typename scalar_t, bool kKernel, bool kData>
-struct ForwardPixel {
+
+// Some neighbouring pixels: they mostly read the same patch, which is loaded once for them.
+// kFactors: of kernel_offset.
+template <typename scalar_t, bool kKernel, bool kData, bool kFactors>
+struct ForwardPixels {
   using T = opmath_t<scalar_t>;
-  int taps;
-  const ScopeTile<T>* scope;  // per tap, if kKernel
+  const ConvParams& p;
+  const PatchTile<T>* scope;  // per tap, if kKernel
   const ImageTile<T>* image;  // per tap, if kData
   const PixelTile* pixels;    // per tap, if not kData
-  const T* weight;
-  const T* bias;          // null: none
-  const scalar_t* input;  // of the image
-  scalar_t* output;       // of the pixel
-  int i;                  // the pixel in its tile
+  const T* weight;            // patches or, if not kKernel, cells
+  const T* bias;              // null: none
+  const scalar_t* input;      // of the image
+  scalar_t* output;           // of the first column of the tile
+  int i, count;               // the first pixel in its tile, and pixels from there on
+
+  static constexpr int P = kData ? 1 : 2;
+
+  // The last pixel of a tile may be alone: it is its own neighbour then.
+  DK_INLINE int pixel(int k) const { return k < count ? i + k : i; }
 
   template <typename V, int U>
   DK_INLINE void run(int64_t c) const {
     constexpr int L = lanes<V, T>;
-    V acc[U];
-    for (int u = 0; u < U; ++u) acc[u] = bias ? load<V>(bias + c + u * L) : V{};
-    for (int t = 0; t < taps; ++t) {
-      if constexpr (!kData) {
-        if (pixels[t].offset[i] < 0) {
-          add_padding(t, acc, U);
-          continue;
-        }
-      }
-      const auto sample_weight = scope_sampler<V, kKernel>(scope, t, i);
-      const auto sample_value = value_sampler<V>(t);
-      const T* w = weight + c;
-      const scalar_t* x = input + c;
-      for (int u = 0; u < U; ++u) acc[u] += sample_weight(w + u * L) * sample_value(x + u * L);
+    V acc[P][U];
+    for (int k = 0; k < P; ++k) {
+      for (int u = 0; u < U; ++u) acc[k][u] = bias ? load<V>(bias + c + u * L) : V{};
     }
-    for (int u = 0; u < U; ++u) store(output + c + u * L, acc[u]);
+    for (int t = 0; t < p.taps(); ++t) {
+      if (together(t)) {
+        add<V, U, P>(t, 0, c, acc);
+        continue;
+      }
+      for (int k = 0; k < P; ++k) {
+        if (padded(t, pixel(k)))
+          add_padding<V, U>(t, pixel(k), acc[k]);
+        else
+          add<V, U, 1>(t, k, c, acc + k);
+      }
+    }
+    for (int k = 0; k < P; ++k) {
+      for (int u = 0; u < U; ++u) store(output + pixel(k) * p.channels + c + u * L, acc[k][u]);
+    }
+  }
+
+  DK_INLINE ScopeTap<T, kKernel> scope_tap(int t) const { return {scope[kKernel ? t : 0], t}; }
+
+  DK_INLINE bool padded(int t, int i) const { return !kData && pixels[t].offset[i] < 0; }
+
+  DK_INLINE bool together(int t) const {
+    bool same = true;
+    for (int k = 0; k < P; ++k) {
+      same &= !padded(t, pixel(k)) && scope_tap(t).patch(pixel(k)) == scope_tap(t).patch(i);
+    }
+    return same;
+  }
+
+  // Tap t of n pixels from the first on, which read the same patch.
+  template <typename V, int U, int n>
+  DK_INLINE void add(int t, int first, int64_t c, V (*acc)[U]) const {
+    constexpr int L = lanes<V, T>;
+    const ScopeTap<T, kKernel> tap = scope_tap(t);
+    const T* w = weight + tap.patch(pixel(first)) + c;
+    for (int u = 0; u < U; ++u) {
+      const Patch<V, kKernel> patch(w + u * L);
+      for (int k = 0; k < n; ++k) {
+        const int at = pixel(first + k);
+        V x = value_sampler<V>(t, at)(input + c + u * L);
+        if constexpr (kFactors) x *= broadcast<V>(scope[t].factor[at]);
+        acc[k][u] += x * patch.sample(tap.template location<V>(at));
+      }
+    }
   }
 
   // A tap in the padding adds 0, but a NaN of its offset still shows in the output.
-  template <typename V>
-  DK_INLINE void add_padding(int t, V* acc, int count) const {
+  template <typename V, int U>
+  DK_INLINE void add_padding(int t, int i, V* acc) const {
     if constexpr (kKernel) {
-      const T coef = scope[t].coef[0][i];
-      if (coef == coef) return;
-      for (int u = 0; u < count; ++u) acc[u] += coef;
+      const T sum = scope[t].h[i] + scope[t].w[i] + scope[t].factor[i];
+      if (sum == sum) return;
+      for (int u = 0; u < U; ++u) acc[u] += sum;
     }
   }
 
   template <typename V>
-  DK_INLINE auto value_sampler(int t) const {
+  DK_INLINE auto value_sampler(int t, int i) const {
     if constexpr (kData)
       return Cells<V, T, int64_t>(image[t], i);
     else
@@ -63,46 +197,48 @@ struct ForwardPixel {
   }
 };
 
-template <bool kKernel, bool kData, typename scalar_t>
+template <bool kKernel, bool kData, bool kFactors, typename scalar_t>
 DK_INLINE void forward_rows(const DepthwiseForward<scalar_t>& a, int64_t begin, int64_t end) {
   using T = opmath_t<scalar_t>;
+  using Pixels = ForwardPixels<scalar_t, kKernel, kData, kFactors>;
   const ConvParams& p = a.params;
   const int taps = p.taps();
-  Scratch<ScopeTile<T>> scope(kKernel ? taps : 1);
+  Scratch<PatchTile<T>> scope(kKernel ? taps : 1);
   Scratch<ImageTile<T>> image(kData ? taps : 1);
   Scratch<PixelTile> pixels(kData ? 1 : taps);
+  Scratch<T> patches(kKernel ? patch_values(p) : 1);
   int64_t column[kTile];
-  for (int64_t line = begin; line < end; ++line) {
-    const int64_t n = line / p.out_h, row = line % p.out_h;
-    const scalar_t* input = a.input + n * p.in_h * p.in_w * p.channels;
-    for (int64_t x = 0; x < p.out_w; x += kTile) {
-      const int count = static_cast<int>(p.out_w - x < kTile ? p.out_w - x : kTile);
-      output_columns(x, count, column);
-      for (int t = 0; t < taps; ++t) {
-        if constexpr (kKernel)
-          fill_scope_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
-        if constexpr (kData)
-          fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
-        else
-          fill_pixel_tile(p, t, row, column, pixels.tiles[t]);
-      }
-      for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
-        for (int i = 0; i < count; ++i) {
-          const ForwardPixel<scalar_t, kKernel, kData> pixel{
-              taps,
-              scope.tiles,
-              image.tiles,
-              pixels.tiles,
-              a.weight + c * p.cells(),
-              a.bias ? a.bias + c : nullptr,
-              input + c,
-              a.output + (line * p.out_w + x + i) * p.channels + c,
-              i};
-          for_channels<T, kGroup>(0, block_width(p, c), pixel);
-          // The last tap's row is the one that the rows above have not read.
-          if constexpr (!kData)
-            prefetch<false>(input + pixels.tiles[taps - 1].offset[i] + kTile * p.channels + c);
-          prefetch<true>(pixel.output + kTile * p.channels);
+  for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
+    const int64_t width = block_width(p, c);
+    const T* weight = a.weight + c * p.cells();
+    if constexpr (kKernel) weight = make_patches(p, weight, patches.tiles);
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t n = line / p.out_h, row = line % p.out_h;
+      const scalar_t* input = a.input + n * p.in_h * p.in_w * p.channels + c;
+      for (int64_t x = 0; x < p.out_w; x += kTile) {
+        const int count = static_cast<int>(p.out_w - x < kTile ? p.out_w - x : kTile);
+        output_columns(x, count, column);
+        for (int t = 0; t < taps; ++t) {
+          if constexpr (kKernel)
+            fill_patch_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
+          if constexpr (kData)
+            fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
+          else
+            fill_pixel_tile(p, t, row, column, pixels.tiles[t]);
+        }
+        for (int i = 0; i < count; i += Pixels::P) {
+          const Pixels some{p,           scope.tiles,
+                            image.tiles, pixels.tiles,
+                            weight,      a.bias ? a.bias + c : nullptr,
+                            input,       a.output + (line * p.out_w + x) * p.channels + c,
+                            i,           count - i};
+          for_channels<T, kGroup / Pixels::P>(0, width, some);
+          for (int k = 0; k < Pixels::P; ++k) {
+            // The last tap's row is the one that the rows above have not read.
+            if constexpr (!kData)
+              prefetch<false>(input + pixels.tiles[taps - 1].offset[i + k] + kTile * p.channels);
+            prefetch<true>(some.output + (kTile + i + k) * p.channels);
+          }
         }
       }
     }
@@ -112,7 +248,11 @@ DK_INLINE void forward_rows(const DepthwiseForward<scalar_t>& a, int64_t begin, 
 template <typename scalar_t>
 void forward(const DepthwiseForward<scalar_t>& a, int64_t begin, int64_t end) {
   dispatch_offsets(a, [&](auto kernel, auto data) {
-    forward_rows<decltype(kernel)::value, decltype(data)::value>(a, begin, end);
+    constexpr bool kKernel = decltype(kernel)::value, kData = decltype(data)::value;
+    if (kKernel && !kData && a.kernel_offset.modulated)
+      forward_rows<kKernel, kData, kKernel && !kData>(a, begin, end);
+    else
+      forward_rows<kKernel, kData, false>(a, begin, end);
   });
 }
 
@@ -120,123 +260,163 @@ void forward(const DepthwiseForward<scalar_t>& a, int64_t begin, int64_t end) {
 //
 // By input pixels: pixel q and tap t meet in the one output p = (q + pad - k_t * dilation) /
 // stride, if that is on the stride grid. Every (p, t) is visited once, so x and grad_output are
-// read once, grad_input and grad_kernel_offset are written once, and nothing is scattered.
+// read once, and nothing is scattered. A tap is done for the whole tile, whose pixels read few
+// patches through it: all of the patches and of their gradient are too much for the first-level
+// cache.
 
-// One tap of one input pixel.
-template <typename scalar_t, bool kKernel>
+// One tap of the pixels of a tile.
+template <typename scalar_t, bool kKernel, bool kFactors>
 struct BackwardTap {
   using T = opmath_t<scalar_t>;
-  const ScopeTile<T>& scope;  // if kKernel
-  int i;                      // the pixel in its tile
-  const T* weight;            // if not kKernel, of the tap
-  const scalar_t* input;
-  const scalar_t* grad_output;
-  T* grad_input;
-  T* grad_weight;  // like weight
+  const ConvParams& p;
+  int64_t width;  // of the block of channels
+  ScopeTap<T, kKernel> scope;
+  const PixelTile& outputs;     // which they feed
+  const T* weight;              // patches or, if not kKernel, cells
+  const scalar_t* input;        // of the tile
+  const scalar_t* grad_output;  // of the image
+  T* grad_input;                // [kTile, kChannelBlock]
+  T* grad_weight;               // like weight
+  DotTile<T>& dots;             // if kKernel
 
-  template <typename V>
-  DK_INLINE auto cells() const {
-    if constexpr (kKernel)
-      return Cells<V, T, int>(scope, i);
-    else
-      return 0;
+  DK_INLINE void run(int count) const {
+    int fed[kTile], n = 0;
+    for (int i = 0; i < count; ++i) {
+      if (outputs.offset[i] >= 0) fed[n++] = i;
+    }
+    for (int k = 0; k < n;) {
+      if (k + 1 < n && scope.patch(fed[k]) == scope.patch(fed[k + 1])) {
+        pixels<2>(fed + k);
+        k += 2;
+      } else {
+        pixels<1>(fed + k);
+        k += 1;
+      }
+    }
   }
 
-  template <typename V, typename Scope>
-  DK_INLINE void run(int64_t c, const Scope& cells, V (&dots)[1][4]) const {
-    const V g = load<V>(grad_output + c);
-    const V gx = g * load<V>(input + c);
-    if constexpr (kKernel) {
-      V sample{};
-      for (int j = 0; j < 4; ++j) {
-        V w = cells.value(weight + c, j);
-        keep_in_register(w);
-        sample += cells.coef[j] * w;
-        dots[0][j] += gx * w;
-        add_to<V>(grad_weight + cells.cell[j] + c, cells.coef[j] * gx);
+  // P pixels that read the same patch.
+  template <int P>
+  DK_INLINE void pixels(const int* i) const {
+    typedef Vector<T> V;
+    const int64_t vectors = width - width % lanes<V, T>;
+    channels<V, P>(i, 0, vectors);
+    if (vectors < width) channels<T, P>(i, vectors, width);
+  }
+
+  template <typename V, int P>
+  DK_INLINE void channels(const int* i, int64_t begin, int64_t end) const {
+    // Single channels always: in two copies, the compiler would round the same sums differently.
+    constexpr bool factors = kKernel && (kFactors || lanes<V, T> == 1);
+    const int64_t at = scope.patch(i[0]);
+    V by_location[4] = {}, by_factor[4] = {};
+    for (int64_t c = begin; c < end; c += lanes<V, T>) {
+      const Patch<V, kKernel> patch(weight + at + c);
+      Patch<V, kKernel> sums(grad_weight + at + c);
+      for (int k = 0; k < P; ++k) {
+        const PatchLocation<V> location = scope.template location<V>(i[k]);
+        const V sample = patch.sample(location);
+        V g = load<V>(grad_output + outputs.offset[i[k]] + c);
+        const V x = load<V>(input + i[k] * p.channels + c);
+        if constexpr (factors) {
+          by_factor[k] += g * x * sample;
+          g *= broadcast<V>(scope.tile.factor[i[k]]);
+        }
+        const V gx = g * x;
+        sums.add(location, gx);
+        add_to(grad_input + i[k] * kChannelBlock + c, g * sample);
+        if constexpr (kKernel) {
+          by_location[2 * k] += gx * patch.slope_h(location);
+          by_location[2 * k + 1] += gx * patch.slope_w(location);
+        }
       }
-      add_to<V>(grad_input + c, g * sample);
-    } else {
-      add_to<V>(grad_weight + c, gx);
-      add_to<V>(grad_input + c, g * load<V>(weight + c));
+      sums.store_to(grad_weight + at + c);
+    }
+    if constexpr (kKernel) {
+      T sums[4], factor_sums[4];
+      sum_each<T>(by_location, sums);
+      sum_each<T>(by_factor, factor_sums);
+      for (int k = 0; k < P; ++k) {
+        for (int j = 0; j < 2; ++j) dots.dot[i[k]][j] += sums[2 * k + j];
+        dots.dot[i[k]][2] += factor_sums[k];
+      }
     }
   }
 };
 
-template <bool kKernel, typename scalar_t>
+template <bool kKernel, bool kFactors, typename scalar_t>
 DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* grad_input,
                              opmath_t<scalar_t>* grad_weight, int64_t begin, int64_t end) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   const int taps = p.taps();
-  Scratch<ScopeTile<T>> scope(kKernel ? taps : 1);
-  Scratch<DotTile<T>> dots(kKernel ? taps : 1);
-  Scratch<PixelTile> pixels(taps);
-  Scratch<int64_t[kTile]> column(taps);
-  Scratch<int64_t> row(taps);
-  alignas(64) T grad_pixel[kChannelBlock];
-  for (int64_t line = begin; line < end; ++line) {
-    const int64_t n = line / p.in_h, y = line % p.in_h;
-    const scalar_t* grad_output = a.grad_output + n * p.out_h * p.out_w * p.channels;
-    for (int64_t x = 0; x < p.in_w; x += kTile) {
-      const int count = static_cast<int>(p.in_w - x < kTile ? p.in_w - x : kTile);
-      for (int t = 0; t < taps; ++t) {
-        row.tiles[t] = fed_output(y, p.pad_h, t / p.kernel_w, p.dilation_h, p.stride_h, p.out_h);
-        for (int i = 0; i < kTile; ++i) {
-          const int64_t col =
-              i < count && row.tiles[t] >= 0
-                  ? fed_output(x + i, p.pad_w, t % p.kernel_w, p.dilation_w, p.stride_w, p.out_w)
-                  : -1;
-          column.tiles[t][i] = col;
-          pixels.tiles[t].offset[i] = col < 0 ? -1 : (row.tiles[t] * p.out_w + col) * p.channels;
-        }
-        if (kKernel && row.tiles[t] >= 0) {
-          fill_scope_tile(p, a.kernel_offset, n, t, row.tiles[t], column.tiles[t], scope.tiles[t]);
-        }
-      }
-      if constexpr (kKernel) clear(dots.tiles, taps);
-      for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
-        const int64_t width = block_width(p, c);
-        for (int i = 0; i < count; ++i) {
-          const int64_t pixel = (line * p.in_w + x + i) * p.channels + c;
-          std::memset(grad_pixel, 0, sizeof(T) * width);
-          for (int t = 0; t < taps; ++t) {
-            if (pixels.tiles[t].offset[i] < 0) continue;
-            const int64_t block = c * p.cells() + (kKernel ? 0 : t * kChannelBlock);
-            const BackwardTap<scalar_t, kKernel> tap{scope.tiles[kKernel ? t : 0],
-                                                     i,
-                                                     a.weight + block,
-                                                     a.input + pixel,
-                                                     grad_output + pixels.tiles[t].offset[i] + c,
-                                                     grad_pixel,
-                                                     grad_weight + block};
-            sum_channels<T, 1>(width, tap, {kKernel ? &dots.tiles[t] : nullptr}, i);
-          }
-          convert(grad_pixel, grad_input + pixel, width);
-          // The first tap's row is the one that the rows above have not read.
-          prefetch<false>(grad_output + pixels.tiles[0].offset[i] + kTile * p.channels + c);
-          prefetch<false>(a.input + pixel + kTile * p.channels);
-          prefetch<true>(grad_input + pixel + kTile * p.channels);
-        }
-      }
-      if constexpr (kKernel) {
+  Scratch<T> grad_tile(kTile * kChannelBlock);
+  ScopeGradient<T, kKernel> gradient(p);
+  PatchTile<T> scope;
+  PixelTile outputs;
+  DotTile<T> dots;
+  int64_t column[kTile];
+  for (int64_t c = a.first_channel; c < a.last_channel; c += kChannelBlock) {
+    const int64_t width = block_width(p, c), cells = (c - a.first_channel) * p.cells();
+    gradient.start(a.weight + cells, grad_weight + cells);
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t n = line / p.in_h, y = line % p.in_h;
+      const scalar_t* grad_output = a.grad_output + n * p.out_h * p.out_w * p.channels + c;
+      // The first tap's row is the one that the rows above have not read.
+      const int64_t new_row = fed_output(y, p.pad_h, 0, p.dilation_h, p.stride_h, p.out_h);
+      for (int64_t x = 0; x < p.in_w; x += kTile) {
+        const int count = static_cast<int>(p.in_w - x < kTile ? p.in_w - x : kTile);
+        const int64_t first = (line * p.in_w + x) * p.channels + c;
+        const scalar_t* next = grad_output + (new_row * p.out_w + x + kTile) * p.channels;
+        std::memset(grad_tile.tiles, 0, sizeof(T) * kTile * kChannelBlock);
         for (int t = 0; t < taps; ++t) {
-          if (row.tiles[t] < 0) continue;
-          store_kernel_offset_gradient(a, n, t, row.tiles[t], column.tiles[t], scope.tiles[t],
-                                       dots.tiles[t]);
+          const int64_t row =
+              fed_output(y, p.pad_h, t / p.kernel_w, p.dilation_h, p.stride_h, p.out_h);
+          if (row < 0) continue;
+          for (int i = 0; i < kTile; ++i) {
+            column[i] = i < count ? fed_output(x + i, p.pad_w, t % p.kernel_w, p.dilation_w,
+                                               p.stride_w, p.out_w)
+                                  : -1;
+            outputs.offset[i] = column[i] < 0 ? -1 : (row * p.out_w + column[i]) * p.channels;
+          }
+          if constexpr (kKernel) {
+            fill_patch_tile(p, a.kernel_offset, n, t, row, column, scope);
+            clear(&dots, 1);
+          }
+          const BackwardTap<scalar_t, kKernel, kFactors> tap{
+              p,           width,           {scope, t},
+              outputs,     gradient.weight, a.input + first,
+              grad_output, grad_tile.tiles, gradient.grad_weight,
+              dots};
+          tap.run(count);
+          if constexpr (kKernel) {
+            add_kernel_offset_gradient(a, n, t, row, column, scope, dots, c + width == p.channels);
+          }
+          // Of the next tile.
+          for (int i = t; i < count; i += taps) {
+            prefetch<false>(next + i * p.channels);
+            prefetch<false>(a.input + first + (kTile + i) * p.channels);
+            prefetch<true>(grad_input + first + (kTile + i) * p.channels);
+          }
+        }
+        for (int i = 0; i < count; ++i) {
+          convert(grad_tile.tiles + i * kChannelBlock, grad_input + first + i * p.channels, width);
         }
       }
     }
+    gradient.finish(grad_weight + cells);
   }
 }
 
 template <typename scalar_t>
 void backward(const DepthwiseBackward<scalar_t>& a, scalar_t* grad_input,
               opmath_t<scalar_t>* grad_weight, int64_t begin, int64_t end) {
-  if (a.kernel_offset.data)
-    backward_rows<true>(a, grad_input, grad_weight, begin, end);
+  if (a.kernel_offset.modulated)
+    backward_rows<true, true>(a, grad_input, grad_weight, begin, end);
+  else if (a.kernel_offset.data)
+    backward_rows<true, false>(a, grad_input, grad_weight, begin, end);
   else
-    backward_rows<false>(a, grad_input, grad_weight, begin, end);
+    backward_rows<false, false>(a, grad_input, grad_weight, begin, end);
 }
 
 // ---- backward, deformed data grid --------------------------------------------------------------
@@ -246,42 +426,35 @@ void backward(const DepthwiseBackward<scalar_t>& a, scalar_t* grad_input,
 template <typename scalar_t, bool kKernel>
 struct BackwardDataOffsetTap {
   using T = opmath_t<scalar_t>;
-  const ScopeTile<T>& scope;  // if kKernel
+  ScopeTap<T, kKernel> scope;
   const ImageTile<T>& image;
   int i;                  // the pixel in its tile
-  const T* weight;        // if not kKernel, of the tap
+  const T* weight;        // patches or, if not kKernel, cells
   const scalar_t* input;  // of the image
   const scalar_t* grad_output;
   T* grad_weight;  // like weight
 
   template <typename V>
   DK_INLINE auto cells() const {
-    if constexpr (kKernel)
-      return std::make_pair(Cells<V, T, int64_t>(image, i), Cells<V, T, int>(scope, i));
-    else
-      return std::make_pair(Cells<V, T, int64_t>(image, i), 0);
+    return std::make_pair(Cells<V, T, int64_t>(image, i), scope.template location<V>(i));
   }
 
   template <typename V, typename Pair>
   DK_INLINE void run(int64_t c, const Pair& cells, V (&dots)[2][4]) const {
-    const auto& data = cells.first;
+    const auto& [data, location] = cells;
+    const int64_t at = scope.patch(i) + c;
+    const Patch<V, kKernel> patch(weight + at);
+    Patch<V, kKernel> sums(grad_weight + at);
     const V g = load<V>(grad_output + c);
     const V gx = g * data(input + c);
-    V sample{};
-    if constexpr (kKernel) {
-      for (int j = 0; j < 4; ++j) {
-        V w = cells.second.value(weight + c, j);
-        keep_in_register(w);
-        sample += cells.second.coef[j] * w;
-        dots[1][j] += gx * w;
-        add_to<V>(grad_weight + cells.second.cell[j] + c, cells.second.coef[j] * gx);
-      }
-    } else {
-      sample = load<V>(weight + c);
-      add_to<V>(grad_weight + c, gx);
-    }
-    const V gw = g * sample;
+    const V gw = g * patch.sample(location);
+    sums.add(location, gx);
+    sums.store_to(grad_weight + at);
     for (int j = 0; j < 4; ++j) dots[0][j] += gw * data.value(input + c, j);
+    if constexpr (kKernel) {
+      dots[1][0] += gx * patch.slope_h(location);
+      dots[1][1] += gx * patch.slope_w(location);
+    }
   }
 };
 
@@ -292,47 +465,51 @@ DK_INLINE void backward_data_offset_rows(const DepthwiseBackward<scalar_t>& a,
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   const int taps = p.taps();
-  Scratch<ScopeTile<T>> scope(kKernel ? taps : 1);
+  Scratch<PatchTile<T>> scope(kKernel ? taps : 1);
   Scratch<ImageTile<T>> image(taps);
   Scratch<DotTile<T>> kernel_dots(kKernel ? taps : 1), data_dots(taps);
+  ScopeGradient<T, kKernel> gradient(p);
   int64_t column[kTile];
-  for (int64_t line = begin; line < end; ++line) {
-    const int64_t n = line / p.out_h, row = line % p.out_h;
-    const scalar_t* input = a.input + n * p.in_h * p.in_w * p.channels;
-    for (int64_t x = 0; x < p.out_w; x += kTile) {
-      const int count = static_cast<int>(p.out_w - x < kTile ? p.out_w - x : kTile);
-      output_columns(x, count, column);
-      for (int t = 0; t < taps; ++t) {
-        fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
-        if constexpr (kKernel)
-          fill_scope_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
-      }
-      clear(data_dots.tiles, taps);
-      if constexpr (kKernel) clear(kernel_dots.tiles, taps);
-      for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
-        const int64_t width = block_width(p, c);
+  for (int64_t c = a.first_channel; c < a.last_channel; c += kChannelBlock) {
+    const int64_t width = block_width(p, c), cells = (c - a.first_channel) * p.cells();
+    const bool last = c + width == p.channels;
+    gradient.start(a.weight + cells, grad_weight + cells);
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t n = line / p.out_h, row = line % p.out_h;
+      const scalar_t* input = a.input + n * p.in_h * p.in_w * p.channels + c;
+      for (int64_t x = 0; x < p.out_w; x += kTile) {
+        const int count = static_cast<int>(p.out_w - x < kTile ? p.out_w - x : kTile);
+        output_columns(x, count, column);
+        for (int t = 0; t < taps; ++t) {
+          fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
+          if constexpr (kKernel)
+            fill_patch_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
+        }
+        clear(data_dots.tiles, taps);
+        if constexpr (kKernel) clear(kernel_dots.tiles, taps);
         for (int i = 0; i < count; ++i) {
           for (int t = 0; t < taps; ++t) {
-            const int64_t block = c * p.cells() + (kKernel ? 0 : t * kChannelBlock);
             const BackwardDataOffsetTap<scalar_t, kKernel> tap{
-                scope.tiles[kKernel ? t : 0],
+                {scope.tiles[kKernel ? t : 0], t},
                 image.tiles[t],
                 i,
-                a.weight + block,
-                input + c,
+                gradient.weight,
+                input,
                 a.grad_output + (line * p.out_w + x + i) * p.channels + c,
-                grad_weight + block};
+                gradient.grad_weight};
             sum_channels<T, 2>(width, tap,
                                {&data_dots.tiles[t], kKernel ? &kernel_dots.tiles[t] : nullptr}, i);
           }
         }
-      }
-      for (int t = 0; t < taps; ++t) {
-        store_data_offset_gradient(a, n, t, row, column, image.tiles[t], data_dots.tiles[t]);
-        if constexpr (kKernel)
-          store_kernel_offset_gradient(a, n, t, row, column, scope.tiles[t], kernel_dots.tiles[t]);
+        for (int t = 0; t < taps; ++t) {
+          add_data_offset_gradient(a, n, t, row, column, image.tiles[t], data_dots.tiles[t]);
+          if constexpr (kKernel)
+            add_kernel_offset_gradient(a, n, t, row, column, scope.tiles[t], kernel_dots.tiles[t],
+                                       last);
+        }
       }
     }
+    gradient.finish(grad_weight + cells);
   }
 }
 
@@ -350,9 +527,9 @@ template <typename scalar_t, bool kKernel>
 struct BackwardDataPixel {
   using T = opmath_t<scalar_t>;
   int taps;
-  const ScopeTile<T>* scope;  // per tap, if kKernel
+  const PatchTile<T>* scope;  // per tap, if kKernel
   const ImageTile<T>* image;  // per tap
-  const T* weight;
+  const T* weight;            // patches or, if not kKernel, cells
   const scalar_t* grad_output;
   T* grad_input;  // of the image
   int i;          // the pixel in its tile
@@ -363,10 +540,12 @@ struct BackwardDataPixel {
     V g[U];
     for (int u = 0; u < U; ++u) g[u] = load<V>(grad_output + c + u * L);
     for (int t = 0; t < taps; ++t) {
-      const auto sample_weight = scope_sampler<V, kKernel>(scope, t, i);
+      const ScopeTap<T, kKernel> tap{scope[kKernel ? t : 0], t};
+      const auto location = tap.template location<V>(i);
       const Cells<V, T, int64_t> data(image[t], i);
       for (int u = 0; u < U; ++u) {
-        const V grad = g[u] * sample_weight(weight + c + u * L);
+        const Patch<V, kKernel> patch(weight + tap.patch(i) + c + u * L);
+        const V grad = g[u] * patch.sample(location);
         for (int j = 0; j < 4; ++j) {
           if (image[t].coef[j][i] == T(0)) continue;  // outside the image: its cell is not its own
           add_to<V>(grad_input + data.cell[j] + c + u * L, data.coef[j] * grad);
@@ -382,10 +561,13 @@ DK_INLINE void backward_data_block(const DepthwiseBackward<scalar_t>& a,
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   const int taps = p.taps();
-  Scratch<ScopeTile<T>> scope(kKernel ? taps : 1);
+  Scratch<PatchTile<T>> scope(kKernel ? taps : 1);
   Scratch<ImageTile<T>> image(taps);
+  Scratch<T> patches(kKernel ? patch_values(p) : 1);
   int64_t column[kTile];
   const int64_t c = block * kChannelBlock;
+  const T* weight = a.weight + c * p.cells();
+  if constexpr (kKernel) weight = make_patches(p, weight, patches.tiles);
   for (int64_t row = 0; row < p.out_h; ++row) {
     for (int64_t x = 0; x < p.out_w; x += kTile) {
       const int count = static_cast<int>(p.out_w - x < kTile ? p.out_w - x : kTile);
@@ -393,14 +575,14 @@ DK_INLINE void backward_data_block(const DepthwiseBackward<scalar_t>& a,
       for (int t = 0; t < taps; ++t) {
         fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
         if constexpr (kKernel)
-          fill_scope_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
+          fill_patch_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
       }
       for (int i = 0; i < count; ++i) {
         const BackwardDataPixel<scalar_t, kKernel> pixel{
             taps,
             scope.tiles,
             image.tiles,
-            a.weight + c * p.cells(),
+            weight,
             a.grad_output + ((n * p.out_h + row) * p.out_w + x + i) * p.channels + c,
             grad_input + n * p.in_h * p.in_w * p.channels + c,
             i};

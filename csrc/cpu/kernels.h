@@ -31,7 +31,9 @@ struct DepthwiseBackward {
   const T* weight;
   Offset<const T> kernel_offset, data_offset;
   const scalar_t* grad_output;
-  Offset<T> grad_kernel_offset, grad_data_offset;
+  Offset<T> grad_kernel_offset, grad_data_offset;  // to be added to
+  // The blocks of channels of this pass; weight starts with the first. Passes go in order.
+  int64_t first_channel, last_channel;
 };
 
 // A tile of the columns of a convolution that is not depthwise (csrc/dense.h): `count` output
@@ -58,12 +60,12 @@ struct ColumnsBackward : Columns<scalar_t> {
   /* Output rows [begin, end) of all N * H_out. */                                                 \
   template <typename scalar_t>                                                                     \
   void forward(const DepthwiseForward<scalar_t>& a, int64_t begin, int64_t end);                   \
-  /* No data_offset. All gradients of input rows [begin, end) of all N * H; grad_weight (like      \
-     weight) is added to. */                                                                       \
+  /* No data_offset. All gradients of a pass, input rows [begin, end) of all N * H; grad_weight    \
+     (like weight) is added to. */                                                                 \
   template <typename scalar_t>                                                                     \
   void backward(const DepthwiseBackward<scalar_t>& a, scalar_t* grad_input,                        \
                 opmath_t<scalar_t>* grad_weight, int64_t begin, int64_t end);                      \
-  /* With data_offset. The gradients of the offsets and the weight, output rows [begin, end). */   \
+  /* With data_offset. The same of the offsets and the weight, output rows [begin, end). */        \
   template <typename scalar_t>                                                                     \
   void backward_data_offset(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_weight, \
                             int64_t begin, int64_t end);                                           \

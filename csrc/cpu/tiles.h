@@ -52,12 +52,26 @@ DK_INLINE V broadcast(T x) {
   return x - V{};
 }
 
+// *p += v, a vector.
+template <typename V, typename T>
+DK_INLINE void add_to(T* p, const V& v) {
+  store(p, load<V>(p) + v);
+}
+
 // GCC reads a value that is used twice from memory twice, where loads are what limits the loop.
 template <typename V>
 DK_INLINE void keep_in_register(V& v) {
 #if DK_VECTOR_BYTES > 16
-  if constexpr (sizeof(V) == DK_VECTOR_BYTES) asm("" : "+v"(v));
+  if constexpr (sizeof(V) <= DK_VECTOR_BYTES) asm("" : "+v"(v));
 #endif
+}
+
+// Of single channels, also keeps GCC from vectorising their loop, which takes it minutes.
+template <typename V, typename T>
+DK_INLINE V load_once(const T* p) {
+  V v = load<V>(p);
+  keep_in_register(v);
+  return v;
 }
 
 template <typename V>
@@ -219,7 +233,8 @@ using ImageTile = TapTile<T, int64_t>;
 // Per-call scratch: mostly one Tile per tap.
 template <typename Tile>
 struct Scratch {
-  explicit Scratch(int64_t count) : tiles(static_cast<Tile*>(std::malloc(sizeof(Tile) * count))) {
+  explicit Scratch(int64_t count)
+      : tiles(static_cast<Tile*>(std::aligned_alloc(64, (sizeof(Tile) * count + 63) / 64 * 64))) {
     if (!tiles) std::abort();
   }
   ~Scratch() { std::free(tiles); }
@@ -300,6 +315,117 @@ DK_INLINE void output_columns(int64_t begin, int count, int64_t* column) {
   for (int i = 0; i < kTile; ++i) column[i] = i < count ? begin + i : -1;
 }
 
+// ---- patches of the scope ----------------------------------------------------------------------
+//
+// Four neighbouring cells as what a bilinear sample needs with the fewest multiplications: the
+// value at the first and its slopes by w, by h and by both. [patches, 4, kChannelBlock] for a block
+// of channels. All patches that a location may fall into: without clipping also those around the
+// edge, where the cells outside are 0.
+
+// Patches along an axis, and the lower cell of the first.
+DK_INLINE int count_patches(int size, bool clip) {
+  return !clip ? size + 1 : size > 1 ? size - 1 : 1;
+}
+DK_INLINE int first_patch(bool clip) { return clip ? 0 : -1; }
+
+constexpr int64_t kPatch = 4 * kChannelBlock;
+
+DK_INLINE int64_t patch_values(const ConvParams& p) {
+  return kPatch * count_patches(p.scope_h, p.clip) * count_patches(p.scope_w, p.clip);
+}
+
+// Calls body(patch, cells) with the element offsets of each patch and of its four cells, -1 for
+// those outside.
+template <typename Body>
+DK_INLINE void for_patches(const ConvParams& p, const Body& body) {
+  const int columns = count_patches(p.scope_w, p.clip), first = first_patch(p.clip);
+  for (int64_t patch = 0; patch < patch_values(p); patch += kPatch) {
+    const int index = static_cast<int>(patch / kPatch);
+    int64_t cells[4];
+    for (int j = 0; j < 4; ++j) {
+      const int h = index / columns + first + j / 2, w = index % columns + first + j % 2;
+      const bool inside = h >= 0 && h < p.scope_h && w >= 0 && w < p.scope_w;
+      cells[j] = inside ? (h * p.scope_w + w) * kChannelBlock : -1;
+    }
+    body(patch, cells);
+  }
+}
+
+// From the cells of a block of channels.
+template <typename T>
+DK_INLINE const T* make_patches(const ConvParams& p, const T* weight, T* patches) {
+  typedef Vector<T> V;
+  for_patches(p, [&](int64_t patch, const int64_t (&cells)[4]) {
+    for (int64_t c = 0; c < kChannelBlock; c += lanes<V, T>) {
+      V w[4];
+      for (int j = 0; j < 4; ++j) w[j] = cells[j] < 0 ? V{} : load<V>(weight + cells[j] + c);
+      T* to = patches + patch + c;
+      store(to, w[0]);
+      store(to + kChannelBlock, w[1] - w[0]);
+      store(to + 2 * kChannelBlock, w[2] - w[0]);
+      store(to + 3 * kChannelBlock, w[3] - w[2] - (w[1] - w[0]));
+    }
+  });
+  return patches;
+}
+
+// The transpose: adds the gradient of the patches to that of the cells.
+template <typename T>
+DK_INLINE void add_patches(const ConvParams& p, const T* patches, T* weight) {
+  typedef Vector<T> V;
+  for_patches(p, [&](int64_t patch, const int64_t (&cells)[4]) {
+    for (int64_t c = 0; c < kChannelBlock; c += lanes<V, T>) {
+      V s[4];
+      for (int j = 0; j < 4; ++j) s[j] = load<V>(patches + patch + j * kChannelBlock + c);
+      const V cell[4] = {s[0] - s[1] - (s[2] - s[3]), s[1] - s[3], s[2] - s[3], s[3]};
+      for (int j = 0; j < 4; ++j) {
+        if (cells[j] >= 0) add_to(weight + cells[j] + c, cell[j]);
+      }
+    }
+  });
+}
+
+// Where one tap of each pixel of a tile reads the scope: the element offset of its patch and the
+// location in that, the slope of either axis, and what the tap is multiplied by.
+template <typename T>
+struct PatchTile {
+  int patch[kTile];
+  T h[kTile], w[kTile], slope_h[kTile], slope_w[kTile], factor[kTile];
+};
+
+// One axis of a patch: its index, the location in it, the slope. Too far outside, the value is that
+// at the outer end of the first patch, 0.
+template <typename V>
+DK_INLINE ScopeLocation<V> find_patch(V x, int size, bool clip) {
+  ScopeLocation<V> at = find_in_scope(x, size, clip);
+  const int first = first_patch(clip);
+  const auto inside = (at.lower >= first) & (at.lower < size);
+  at.x = inside ? at.x - Numbers<V>::convert(at.lower) : V{};
+  at.lower = inside ? at.lower - first : decltype(at.lower){};
+  at.slope = inside ? at.slope : V{};
+  return at;
+}
+
+template <typename T>
+DK_INLINE void fill_patch_tile(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
+                               int64_t row, const int64_t* column, PatchTile<T>& tile) {
+  typedef Vector<T> V;
+  T h[kTile], w[kTile];
+  locate_in_scope(p, offset, n, t, row, column, h, w);
+  gather_factor(p, offset, n, t, row, column, tile.factor);
+  const int columns = count_patches(p.scope_w, p.clip);
+  for (int i = 0; i < kTile; i += lanes<V, T>) {
+    const auto at_h = find_patch(load<V>(h + i), p.scope_h, p.clip);
+    const auto at_w = find_patch(load<V>(w + i), p.scope_w, p.clip);
+    const auto patch = (at_h.lower * columns + at_w.lower) * static_cast<int>(kPatch);
+    store(tile.patch + i, __builtin_convertvector(patch, Like<int, T>));
+    store(tile.h + i, at_h.x);
+    store(tile.w + i, at_w.x);
+    store(tile.slope_h + i, at_h.slope);
+    store(tile.slope_w + i, at_w.slope);
+  }
+}
+
 // ---- channels of a block -----------------------------------------------------------------------
 //
 // Pointers are to the first channel of the block, c counts from there.
@@ -359,12 +485,13 @@ struct Cell {
   }
 };
 
-// Has a block of channels in the cache by the time that its tile is next: the tiles' jumps defeat
-// the processor's own guesses. A prefetch past the end of a tensor does nothing.
+// Has a block of channels in the second-level cache (what is 2 here) by the time that its tile is
+// next: the tiles' jumps defeat the processor's own guesses, and the first level is full with this
+// tile. A prefetch past the end of a tensor does nothing.
 template <bool kWrite, typename scalar_t>
 DK_INLINE void prefetch(const scalar_t* block) {
   for (size_t byte = 0; byte < kChannelBlock * sizeof(scalar_t); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(block) + byte, kWrite);
+    __builtin_prefetch(reinterpret_cast<const char*>(block) + byte, kWrite, 2);
 }
 
 // How tap t of pixel i of a tile reads the scope: sampled or, without kernel offsets, its own cell.
@@ -374,12 +501,6 @@ DK_INLINE auto scope_sampler(const ScopeTile<T>* scope, int t, int i) {
     return Cells<V, T, int>(scope[t], i);
   else
     return Cell<V>{t * kChannelBlock};
-}
-
-// *p += v, a vector.
-template <typename V, typename T>
-DK_INLINE void add_to(T* p, const V& v) {
-  store(p, load<V>(p) + v);
 }
 
 // The rigid data grid: which input pixel a tap of each output pixel reads (or, backward, which
@@ -402,6 +523,7 @@ DK_INLINE void fill_pixel_tile(const ConvParams& p, int t, int64_t row, const in
 DK_INLINE int64_t fed_output(int64_t in, int64_t pad, int64_t tap, int64_t dilation, int64_t stride,
                              int64_t size) {
   const int64_t position = in + pad - tap * dilation;
+  if (stride == 1) return position >= 0 && position < size ? position : -1;  // divisions are slow
   if (position < 0 || position % stride) return -1;
   return position / stride < size ? position / stride : -1;
 }
@@ -423,7 +545,8 @@ DK_INLINE void dispatch_offsets(const Args& a, const F& f) {
 // ---- gradients of offsets ----------------------------------------------------------------------
 
 // For one tap of each pixel of a tile and each of its four cells: Σ over channels of the cell's
-// value times what it is multiplied with.
+// value times what it is multiplied with. Of a patch instead: of its derivatives by h and w and, if
+// there are factors, of its value times what it is multiplied with apart from the factor.
 template <typename T>
 struct DotTile {
   T dot[kTile][4];
@@ -447,6 +570,26 @@ DK_INLINE void offset_gradient(const TapTile<T, index_t>& tile, const DotTile<T>
   }
 }
 
+template <typename T>
+DK_INLINE void offset_gradient(const PatchTile<T>& tile, const DotTile<T>& dots, T* h, T* w) {
+  for (int i = 0; i < kTile; ++i) {
+    h[i] = tile.slope_h[i] * dots.dot[i][0];
+    w[i] = tile.slope_w[i] * dots.dot[i][1];
+  }
+}
+
+// Adds to h and w the sums over the blocks of channels before.
+template <typename T>
+DK_INLINE void add_before(const Offset<T>& grad, int64_t n, int t, int64_t row,
+                          const int64_t* column, T* h, T* w) {
+  T before_h[kTile], before_w[kTile];
+  gather_offset(Offset<const T>{grad.data, grad.strides}, n, t, row, column, before_h, before_w);
+  for (int i = 0; i < kTile; ++i) {
+    h[i] += before_h[i];
+    w[i] += before_w[i];
+  }
+}
+
 // The counterpart of gather_offset.
 template <typename T>
 DK_INLINE void scatter_offset(const Offset<T>& offset, int64_t n, int t, int64_t row,
@@ -466,44 +609,67 @@ DK_INLINE Offset<const T> without_factors(Offset<const T> offset) {
   return offset;
 }
 
-// The gradient of the factor of tap t; `tile` is that of the taps without it.
+// Gradients of the factors; `tile` is that of the taps without them.
 template <typename T, typename index_t>
+DK_INLINE void factor_gradient(const TapTile<T, index_t>& tile, const DotTile<T>& dots, T* factor) {
+  for (int i = 0; i < kTile; ++i) {
+    factor[i] = 0;
+    for (int j = 0; j < 4; ++j) factor[i] += tile.coef[j][i] * dots.dot[i][j];
+  }
+}
+
+// The counterpart of gather_factor; adds.
+template <typename T>
 DK_INLINE void scatter_factor(const ConvParams& p, const Offset<T>& grad, int64_t n, int t,
-                              int64_t row, const int64_t* column, const TapTile<T, index_t>& tile,
-                              const DotTile<T>& dots) {
+                              int64_t row, const int64_t* column, const T* factor) {
   const OffsetStrides s = grad.strides;
   T* base = grad.data + n * s.n + (2 * p.taps() + t) * s.c + row * s.h;
   for (int i = 0; i < kTile; ++i) {
-    if (column[i] < 0) continue;
-    T sum = 0;
-    for (int j = 0; j < 4; ++j) sum += tile.coef[j][i] * dots.dot[i][j];
-    base[column[i] * s.w] = sum;
+    if (column[i] >= 0) base[column[i] * s.w] += factor[i];
   }
 }
 
 template <typename Args, typename T>
-DK_INLINE void store_data_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
-                                          const int64_t* column, const ImageTile<T>& tile,
-                                          const DotTile<T>& dots) {
+DK_INLINE void add_data_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
+                                        const int64_t* column, const ImageTile<T>& tile,
+                                        const DotTile<T>& dots) {
   const ConvParams& p = a.params;
   T h[kTile], w[kTile];
   offset_gradient(tile, dots, h, w);
+  add_before(a.grad_data_offset, n, t, row, column, h, w);
   scatter_offset(a.grad_data_offset, n, t, row, column, h, w);
   if (a.data_offset.modulated) {
     ImageTile<T> plain;
     fill_image_tile(p, without_factors(a.data_offset), n, t, row, column, plain);
-    scatter_factor(p, a.grad_data_offset, n, t, row, column, plain, dots);
+    factor_gradient(plain, dots, h);
+    scatter_factor(p, a.grad_data_offset, n, t, row, column, h);
   }
 }
 
 template <typename Args, typename T>
-DK_INLINE void store_kernel_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
-                                            const int64_t* column, const ScopeTile<T>& tile,
-                                            const DotTile<T>& dots) {
+DK_INLINE void factor_gradient(const Args& a, int64_t n, int t, int64_t row, const int64_t* column,
+                               const ScopeTile<T>&, const DotTile<T>& dots, T* factor) {
+  ScopeTile<T> plain;
+  fill_scope_tile(a.params, without_factors(a.kernel_offset), n, t, row, column, plain);
+  factor_gradient(plain, dots, factor);
+}
+
+template <typename Args, typename T>
+DK_INLINE void factor_gradient(const Args&, int64_t, int, int64_t, const int64_t*,
+                               const PatchTile<T>&, const DotTile<T>& dots, T* factor) {
+  for (int i = 0; i < kTile; ++i) factor[i] = dots.dot[i][2];
+}
+
+// `last`: the sums are then over all channels.
+template <typename Args, typename Tile, typename T>
+DK_INLINE void add_kernel_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
+                                          const int64_t* column, const Tile& tile,
+                                          const DotTile<T>& dots, bool last) {
   const ConvParams& p = a.params;
   T h[kTile], w[kTile];
   offset_gradient(tile, dots, h, w);
-  if (p.clip) {
+  add_before(a.grad_kernel_offset, n, t, row, column, h, w);
+  if (p.clip && last) {
     T y[kTile], x[kTile];
     locate_in_scope(p, a.kernel_offset, n, t, row, column, y, x);
     for (int i = 0; i < kTile; ++i) {
@@ -513,9 +679,8 @@ DK_INLINE void store_kernel_offset_gradient(const Args& a, int64_t n, int t, int
   }
   scatter_offset(a.grad_kernel_offset, n, t, row, column, h, w);
   if (a.kernel_offset.modulated) {
-    ScopeTile<T> plain;
-    fill_scope_tile(p, without_factors(a.kernel_offset), n, t, row, column, plain);
-    scatter_factor(p, a.grad_kernel_offset, n, t, row, column, plain, dots);
+    factor_gradient(a, n, t, row, column, tile, dots, h);
+    scatter_factor(p, a.grad_kernel_offset, n, t, row, column, h);
   }
 }
 
