@@ -215,8 +215,10 @@ struct Passes {
 Passes plan_passes(const ConvParams& p, int64_t rows) {
   const int64_t affordable = p.batch * p.channels * p.in_h * p.in_w / 20;
   const int64_t block = p.cells() * kChannelBlock, blocks = channel_blocks(p);
-  const int64_t parts = std::min(rows, std::clamp<int64_t>(affordable / (blocks * block), 4, 64));
-  return {parts, std::clamp<int64_t>(affordable / (parts * block), 1, blocks)};
+  // Besides the sums, there is the scope itself.
+  const int64_t wanted = std::clamp<int64_t>(affordable / (blocks * block) - 1, 4, 64);
+  const int64_t parts = std::min(rows, wanted);
+  return {parts, std::clamp<int64_t>(affordable / ((parts + 1) * block), 1, blocks)};
 }
 
 // The weight gradient: calls body(arguments of a pass, begin, end, partial gradient, which starts
