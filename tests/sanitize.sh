@@ -18,8 +18,9 @@ export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 runtime() { "${CXX:-g++}" -print-file-name="lib$1.so"; }
 
 # Of what one instruction set shares with the next, the tests of one will do.
-cpu_tests="cpu and not dense and not grouped and not multiplier and not composed and (by_hand or
-  oracle or test_channels or wide or edges or nan or mask or layouts or low_precision)"
+cpu_tests="bounds and not instruction or cpu and not dense and not grouped and not multiplier and
+  not composed and (by_hand or oracle or test_channels or wide or edges or nan or mask or layouts or
+  low_precision)"
 
 check() { # sanitizer, device
   local library start=$SECONDS
@@ -37,7 +38,8 @@ check() { # sanitizer, device
       ;;
     address-cpu)
       DK_TEST_EXTENSION=$library LD_PRELOAD=$address \
-        "$python" -m pytest -q -s -p no:cacheprovider tests/test_ops.py -k "$(echo $cpu_tests)"
+        "$python" -m pytest -q -s -p no:cacheprovider tests/test_ops.py tests/test_ops_bounds.py \
+        -k "$(echo $cpu_tests)"
       ;;
     thread-cuda)
       DK_EMULATED_LIBRARY=$library LD_PRELOAD=$thread "$python" tests/race_check.py dk_emulated

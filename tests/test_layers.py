@@ -112,7 +112,9 @@ def test_combined_layer_learns_both_offsets_separately():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (6, 10, 1, 1, (1, 0), 1, 1), (6, 10, 1, 1, (0, 1), 1, 1)]
+)
 def test_per_image_conv_is_one_convolution_per_image(shape, memory_format):
     cin, cout, kernel, stride, padding, dilation, groups = shape
     size = nn.Conv2d(*shape).weight.shape

@@ -133,8 +133,13 @@ def test_second_derivatives_by_torch_func(which):
 @every_offset
 @pytest.mark.parametrize(
     "mapped",
-    [("input", "kernel_offset", "data_offset"), ("weight", "bias"), ("kernel_offset", "weight")],
-    ids=["data", "weights", "some"],
+    [
+        ("input", "kernel_offset", "data_offset"),
+        ("weight", "bias"),
+        ("bias",),
+        ("kernel_offset", "weight"),
+    ],
+    ids=["data", "weights", "bias", "some"],
 )
 @pytest.mark.parametrize("dim", [0, 1])
 def test_vmap_is_a_loop(groups, which, mapped, dim):

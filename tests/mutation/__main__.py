@@ -25,6 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "mutation"
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
 PYTEST = f"{sys.executable} -m pytest -x -q -p no:cacheprovider"
+OPERATORS = " ".join(
+    f"tests/test_ops{name}.py" for name in ("", "_derivatives", "_integration", "_fuzz", "_bounds")
+)
+# A third of their time, and nearly all that they see.
+SLOW = "gradcheck or edges or second or jacobians or opcheck or test_compile or lower"
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,11 @@ TARGETS = {
     ),
     "cpu": Target(
         ("csrc/deform_kernel.*", "csrc/cpu/*.h", "csrc/cpu/deform*.cpp"),
-        f"{sys.executable} -m extension.build",
+        f"{sys.executable} -m extension.build quick",
         (
-            f"DK_TEST_EXTENSION=$LIBRARY {PYTEST} tests/test_ops.py -k 'cpu and compiled'",
-            f"DK_TEST_EXTENSION=$LIBRARY {PYTEST} tests/test_ops.py tests/test_ops_fuzz.py"
-            " tests/test_ops_derivatives.py tests/test_ops_integration.py -k 'not emulated'",
+            f"DK_TEST_EXTENSION=$LIBRARY {PYTEST} {OPERATORS}"
+            f" -k 'not emulated and not ({SLOW}) and not composed'",
+            f"DK_TEST_EXTENSION=$LIBRARY {PYTEST} {OPERATORS} -k 'not emulated and ({SLOW})'",
             f"PYTHON={sys.executable} tests/sanitize.sh address cpu",
         ),
     ),
@@ -65,9 +70,10 @@ TARGETS = {
         ("dk_detectron/ops/*.py",),
         "true",
         (
-            f"{PYTEST} tests/test_ops.py -k cpu",
-            f"{PYTEST} tests/test_ops_derivatives.py tests/test_ops_integration.py"
-            " tests/test_ops_fuzz.py tests/test_layers.py",
+            f"{PYTEST} tests/test_layers.py {OPERATORS} -k 'not emulated and not ({SLOW})'",
+            f"{PYTEST} {OPERATORS} -k 'not emulated and ({SLOW})'",
+            f"{PYTEST} tests/test_layers_compiled.py tests/test_layers_generators.py"
+            " tests/test_export.py -k 'one_graph or inductor or smaller_scope or standard_onnx'",
         ),
     ),
 }

@@ -1,0 +1,144 @@
+"""The operators at their bounds: no pixels, ends of groups, sizes that just do not fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import reference
+import torch
+from conftest import Case, assert_close, double, every_offset, every_path, run
+
+from dk_detectron.ops import deform_kernel_conv2d, dispatch, rest_kernel
+
+compiled = torch.ops.dk_detectron.deform_kernel_conv2d
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that nothing has written to."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_against_oracle(case: Case, dtype: torch.dtype) -> None:
+    tensors = case.tensors(dtype)
+    expected = run(reference.deform_kernel_conv2d, double(tensors), case.arguments)
+    summands = dtype if dtype == torch.float32 else None
+    assert_close(run(deform_kernel_conv2d, tensors, case.arguments), expected, summands)
+
+
+# ---- pixels and cells ----------------------------------------------------------------------------
+
+
+@every_path
+@every_offset
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_an_image_without_pixels(size, bias, which, groups, unwritten_is_nan):
+    """Every tap lies in the padding: nothing but the bias, which has the only gradient."""
+    case = Case(size=size, padding=(2, 2), scope=(3, 3), groups=groups, bias=bias, **which)
+    tensors = case.tensors(torch.float32)
+    found = run(deform_kernel_conv2d, tensors, case.arguments)
+    output = torch.zeros(2, 3, *case.output_size)
+    assert output.numel()
+    if bias:
+        output += tensors["bias"].view(-1, 1, 1)
+        assert found.pop("grad_bias").any()
+    assert torch.equal(found.pop("output"), output)
+    for gradient in found.values():
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+SCOPES = [(1, 1), (1, 2), (3, 1), (2, 2), (1, 5), (2, 4), (3, 3), (4, 4), (1, 17), (3, 11)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("fan_in", [1, 2, 5])
+@pytest.mark.parametrize("scope", SCOPES, ids=str)
+def test_cells_of_neighbouring_groups(scope, fan_in, dtype):
+    """Of any number of cells, those of a group's last channel end where the next group begins."""
+    sizes = {"channels": 3 * fan_in, "out_channels": 6, "groups": 3, "size": (3, 4)}
+    check_against_oracle(Case(scope=scope, **sizes), dtype)
+
+
+@every_path
+@every_offset
+@pytest.mark.parametrize("kernel", [(1, 5), (5, 1)], ids=str)
+def test_long_kernels(kernel, which, groups):
+    case = Case(groups=groups, kernel=kernel, scope=kernel, padding=(2, 2), **which)
+    check_against_oracle(case, torch.float64)
+
+
+@pytest.mark.parametrize("clip, others", [(True, 5), (False, 0)], ids=["clip", "open"])
+def test_taps_at_rest_outside_a_smaller_scope(clip, others):
+    cell = torch.full((1, 1, 1, 1), 5.0)
+    expected = torch.full((1, 1, 3, 3), float(others))
+    expected[..., 1, 1] = 5
+    assert torch.equal(rest_kernel(cell, (3, 3), clip), expected)
+    assert torch.equal(rest_kernel(cell, (3, 3)), torch.full((1, 1, 3, 3), 5.0))
+
+
+# ---- sizes that do not fit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [deform_kernel_conv2d, compiled], ids=["checked", "direct"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_the_kernel_may_be_as_large_as_the_padded_image(axis, stride, function):
+    """But not by a pixel larger."""
+    dilation = tuple(3 if a == axis else 1 for a in range(2))
+    for size, fits in (5, True), (4, False):
+        size = tuple(size if a == axis else 6 for a in range(2))
+        case = Case(size=size, dilation=dilation, stride=(stride, stride))
+        if fits:
+            assert function(**case.tensors(), **case.arguments).shape[2 + axis] == 1
+            continue
+        with pytest.raises((ValueError, RuntimeError), match="is smaller than the"):
+            function(**case.tensors(), **case.arguments)
+
+
+# ---- which kernels run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device, cure", [("cuda", True), ("xpu", False)])
+def test_what_helps_where_there_are_no_kernels(device, cure, monkeypatch):
+    monkeypatch.setattr(dispatch, "DEVICES", {"meta", "cpu"})
+    told = dispatch.why_composed(SimpleNamespace(device=torch.device(device)))
+    assert told.startswith(f"dk_detectron has been built without kernels for {device}")
+    assert ("FORCE_CUDA=1" in told) == cure
+
+
+SUMS_OF_CHANNELS = f"""
+import hashlib, sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import Case, run
+from dk_detectron.ops import deform_kernel_conv2d
+
+torch.manual_seed(0)
+case = Case(channels=64)
+found = run(deform_kernel_conv2d, case.tensors(torch.float32), case.arguments)
+print(hashlib.sha256(found["grad_kernel_offset"].numpy().tobytes()).hexdigest())
+"""
+
+
+def test_instruction_sets_are_those_asked_for():
+    """Vectors of another length add in another order, which shows in the last bits."""
+    levels = ["DEFAULT", "AVX2", "AVX512"]
+    native = torch.backends.cpu.get_cpu_capability()
+    if native not in levels[1:]:
+        pytest.skip(f"one instruction set: {native}")
+    found = []
+    for level in levels[: levels.index(native) + 1]:
+        result = subprocess.run(
+            [sys.executable, "-c", SUMS_OF_CHANNELS],
+            env=os.environ | {"ATEN_CPU_CAPABILITY": level.lower()},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(result.stdout)
+    assert len(set(found)) == len(found)
