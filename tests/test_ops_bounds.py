@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from conftest import Case, assert_close, double, every_offset, every_path, run
 
 from dk_detectron.ops import deform_kernel_conv2d, dispatch, rest_kernel
+from dk_detectron.ops.composed import composed_per_image_conv2d
 
 compiled = torch.ops.dk_detectron.deform_kernel_conv2d
 
@@ -80,6 +82,28 @@ def test_taps_at_rest_outside_a_smaller_scope(clip, others):
     expected[..., 1, 1] = 5
     assert torch.equal(rest_kernel(cell, (3, 3), clip), expected)
     assert torch.equal(rest_kernel(cell, (3, 3)), torch.full((1, 1, 3, 3), 5.0))
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 6, 6), (6, 8, 2), (6, 5, 1)], ids=["depthwise", "grouped", "dense"]
+)
+def test_composed_per_image_convolutions(shape):
+    """What torch.compile and ONNX get, one convolution per image: output and gradients."""
+    channels, out_channels, groups = shape
+    settings = (2, 1), (1, 3), (1, 2), groups  # stride, padding, dilation
+    tensors = {
+        "input": torch.randn(3, channels, 9, 11, dtype=torch.float64),
+        "kernels": torch.randn(3, out_channels, channels // groups, 3, 5, dtype=torch.float64),
+    }
+
+    def one_by_one(input, kernels):
+        pairs = zip(input.split(1), kernels, strict=True)
+        return torch.cat([F.conv2d(image, kernel, None, *settings) for image, kernel in pairs])
+
+    def composed(input, kernels):
+        return composed_per_image_conv2d(input, kernels, *settings)
+
+    assert_close(run(composed, tensors, {}), run(one_by_one, tensors, {}))
 
 
 # ---- sizes that do not fit -----------------------------------------------------------------------
