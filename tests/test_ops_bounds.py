@@ -84,13 +84,14 @@ def test_taps_at_rest_outside_a_smaller_scope(clip, others):
     assert torch.equal(rest_kernel(cell, (3, 3)), torch.full((1, 1, 3, 3), 5.0))
 
 
+@pytest.mark.parametrize("stride", [(2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize(
     "shape", [(6, 6, 6), (6, 8, 2), (6, 5, 1)], ids=["depthwise", "grouped", "dense"]
 )
-def test_composed_per_image_convolutions(shape):
+def test_composed_per_image_convolutions(shape, stride):
     """What torch.compile and ONNX get, one convolution per image: output and gradients."""
     channels, out_channels, groups = shape
-    settings = (2, 1), (1, 3), (1, 2), groups  # stride, padding, dilation
+    settings = stride, (1, 3), (1, 2), groups  # padding, dilation
     tensors = {
         "input": torch.randn(3, channels, 9, 11, dtype=torch.float64),
         "kernels": torch.randn(3, out_channels, channels // groups, 3, 5, dtype=torch.float64),
