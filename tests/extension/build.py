@@ -1,20 +1,35 @@
 """Compiles the operators for the CPU, into build/extension*/.
 
-PYTHONPATH=tests python -m extension.build [quick|address|thread]    builds and prints the
-library's path. quick: compiles in a third of the time, and computes more slowly.
+PYTHONPATH=tests python -m extension.build [quick|address|thread] [TREE]    builds and prints the
+library's path. quick: compiles in a third of the time, and computes more slowly. TREE: another copy
+of the project, from which the kernels for instruction sets that do not run here are taken.
 """
 
 import sys
 import sysconfig
 from pathlib import Path
 
+import torch
 from compiling import ROOT, SANITIZERS, Recipe
 
 HERE = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 
-def recipe(kind: str | None) -> Recipe:
+def sources(others: Path) -> list[Path]:
+    """Of all parts, those for lower instruction sets from another copy of the project."""
+    here = torch.backends.cpu.get_cpu_capability().lower()
+    lower = {"baseline", "avx2", "avx512"} - {here.replace("default", "baseline")}
+    kernels = sorted((CSRC / "cpu").glob("*.cpp"))
+    # These last: of what all of them define, the linker takes the first.
+    kernels.sort(key=lambda path: path.stem in lower)
+    return [
+        *sorted(CSRC.glob("*.cpp")),
+        *(others / path.relative_to(ROOT) if path.stem in lower else path for path in kernels),
+    ]
+
+
+def recipe(kind: str | None, others: Path = ROOT) -> Recipe:
     own = {
         None: [],
         "quick": ["-O0", "-g0"],
@@ -24,8 +39,7 @@ def recipe(kind: str | None) -> Recipe:
     return Recipe(
         name="_C",
         sources=[
-            *sorted(CSRC.glob("*.cpp")),
-            *sorted((CSRC / "cpu").glob("*.cpp")),
+            *sources(others),
             *([HERE / "threads.cpp"] if kind == "thread" else []),
         ],
         includes=[CSRC, HERE],
@@ -42,10 +56,10 @@ def recipe(kind: str | None) -> Recipe:
     )
 
 
-def build(kind: str | None = None) -> Path:
+def build(kind: str | None = None, others: str | Path = ROOT) -> Path:
     """Returns the shared library, built anew if any source changed since."""
     folder = ROOT / "build" / "-".join(filter(None, ["extension", kind]))
-    return recipe(kind).build(folder)
+    return recipe(kind, Path(others)).build(folder)
 
 
 if __name__ == "__main__":
