@@ -130,6 +130,12 @@ def test_what_tests_see_and_what_they_do_not(project):
     assert "equivalent: add.py:2: '1' -> '2' in: return a + b * 1\n      for this test" in said
     assert "SURVIVED: add.py:2: ' + ' -> ' - '" in said
 
+    # Nor is what is known to change no result.
+    report.unlink()
+    entries = mutation.judged("add", 9, 0, report)
+    said = mutation.summary("add", entries)
+    assert "3 faults, 1 of them change no result; the tests see 2 of 2" in said
+
 
 def test_tests_must_pass_before(project):
     (project / "check.py").write_text("raise SystemExit('broken')")

@@ -189,7 +189,9 @@ def judged(name: str, count: int, seed: int, report: Path) -> list[dict]:
             if len(found) == count:
                 break
             entry = verdicts.get(key(asdict(fault)))
-            if entry is None:
+            if reason_of_equivalence(fault):
+                entry = {"target": name, **asdict(fault), "verdict": "survived"}
+            elif entry is None:
                 judge = judge or Judge(target, tree)
                 entry = {"target": name, **asdict(fault), "verdict": judge(fault)}
                 with report.open("a") as file:
