@@ -136,7 +136,9 @@ struct CoefficientTable {
 
   CoefficientTable(int taps, int cells)
       : taps(taps),
-        stride(cells <= 4 ? lanes<Vector<T>, T> : padded_cells<T>(cells)),
+        // Whole vectors, and whole steps: two doubles are a vector, but four cells a step.
+        stride(padded_cells<T>(cells) > lanes<Vector<T>, T> ? padded_cells<T>(cells)
+                                                            : lanes<Vector<T>, T>),
         values(taps * stride) {
     std::memset(values.tiles, 0, sizeof(T) * taps * stride);
     // For want of kernel offsets, each tap has a cell of its own.
