@@ -257,7 +257,8 @@ def test_lower_instruction_sets(level):
         pytest.skip(f"not below {native}")
     result = python(
         "-m", "pytest", "-q", "-p", "no:cacheprovider",
-        "tests/test_ops.py", "-k", "cpu and (test_channels or test_low_precision_channels or test_oracle_of_dense)",
+        "tests/test_ops.py", "-k",
+        "cpu and (test_channels or test_low_precision_channels or test_oracle_of_dense)",
         ATEN_CPU_CAPABILITY=level.lower(),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
