@@ -487,8 +487,9 @@ DK_INLINE void backward_data_offset_rows(const DepthwiseBackward<scalar_t>& a,
         }
         clear(data_dots.tiles, taps);
         if constexpr (kKernel) clear(kernel_dots.tiles, taps);
-        for (int i = 0; i < count; ++i) {
-          for (int t = 0; t < taps; ++t) {
+        // A tap for the whole tile before the next, as above.
+        for (int t = 0; t < taps; ++t) {
+          for (int i = 0; i < count; ++i) {
             const BackwardDataOffsetTap<scalar_t, kKernel> tap{
                 {scope.tiles[kKernel ? t : 0], t},
                 image.tiles[t],
