@@ -578,15 +578,17 @@ DK_INLINE void offset_gradient(const PatchTile<T>& tile, const DotTile<T>& dots,
   }
 }
 
-// Adds to h and w the sums over the blocks of channels before.
+// Adds to h and w the sums over the blocks of channels before. Only of the pixels that are there:
+// another thread may be writing any other.
 template <typename T>
 DK_INLINE void add_before(const Offset<T>& grad, int64_t n, int t, int64_t row,
                           const int64_t* column, T* h, T* w) {
-  T before_h[kTile], before_w[kTile];
-  gather_offset(Offset<const T>{grad.data, grad.strides}, n, t, row, column, before_h, before_w);
+  const OffsetStrides s = grad.strides;
+  const T* base = grad.data + n * s.n + 2 * t * s.c + row * s.h;
   for (int i = 0; i < kTile; ++i) {
-    h[i] += before_h[i];
-    w[i] += before_w[i];
+    if (column[i] < 0) continue;
+    h[i] += base[column[i] * s.w];
+    w[i] += base[column[i] * s.w + s.c];
   }
 }
 
