@@ -265,7 +265,7 @@ void forward(const DepthwiseForward<scalar_t>& a, int64_t begin, int64_t end) {
 // cache.
 
 // One tap of the pixels of a tile.
-template <typename scalar_t, bool kKernel, bool kFactors>
+template <typename scalar_t, bool kKernel>
 struct BackwardTap {
   using T = opmath_t<scalar_t>;
   const ConvParams& p;
@@ -279,6 +279,8 @@ struct BackwardTap {
   T* grad_weight;               // like weight
   DotTile<T>& dots;             // if kKernel
 
+  // kFactors: of kernel_offset.
+  template <bool kFactors>
   DK_INLINE void run(int count) const {
     int fed[kTile], n = 0;
     for (int i = 0; i < count; ++i) {
@@ -286,28 +288,34 @@ struct BackwardTap {
     }
     for (int k = 0; k < n;) {
       if (k + 1 < n && scope.patch(fed[k]) == scope.patch(fed[k + 1])) {
-        pixels<2>(fed + k);
+        pixels<2, kFactors>(fed + k);
         k += 2;
       } else {
-        pixels<1>(fed + k);
+        pixels<1, kFactors>(fed + k);
         k += 1;
       }
     }
   }
 
   // P pixels that read the same patch.
-  template <int P>
+  template <int P, bool kFactors>
   DK_INLINE void pixels(const int* i) const {
     typedef Vector<T> V;
     const int64_t vectors = width - width % lanes<V, T>;
-    channels<V, P>(i, 0, vectors);
-    if (vectors < width) channels<T, P>(i, vectors, width);
+    channels<V, P, kFactors>(i, 0, vectors);
+    if (vectors < width) single_channels<P>(*this, i, vectors);
   }
 
-  template <typename V, int P>
+  // The last channels, with factors always and in one copy: in two, the compiler vectorises, and
+  // so rounds, the same sums differently. (By value, so that nothing else of the tap is in memory.)
+  template <int P>
+  __attribute__((noinline)) static void single_channels(BackwardTap tap, const int* i,
+                                                        int64_t begin) {
+    tap.template channels<T, P, kKernel>(i, begin, tap.width);
+  }
+
+  template <typename V, int P, bool kFactors>
   DK_INLINE void channels(const int* i, int64_t begin, int64_t end) const {
-    // Single channels always: in two copies, the compiler would round the same sums differently.
-    constexpr bool factors = kKernel && (kFactors || lanes<V, T> == 1);
     const int64_t at = scope.patch(i[0]);
     V by_location[4] = {}, by_factor[4] = {};
     for (int64_t c = begin; c < end; c += lanes<V, T>) {
@@ -318,7 +326,7 @@ struct BackwardTap {
         const V sample = patch.sample(location);
         V g = load<V>(grad_output + outputs.offset[i[k]] + c);
         const V x = load<V>(input + i[k] * p.channels + c);
-        if constexpr (factors) {
+        if constexpr (kFactors) {
           by_factor[k] += g * x * sample;
           g *= broadcast<V>(scope.tile.factor[i[k]]);
         }
@@ -383,12 +391,12 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
             fill_patch_tile(p, a.kernel_offset, n, t, row, column, scope);
             clear(&dots, 1);
           }
-          const BackwardTap<scalar_t, kKernel, kFactors> tap{
+          const BackwardTap<scalar_t, kKernel> tap{
               p,           width,           {scope, t},
               outputs,     gradient.weight, a.input + first,
               grad_output, grad_tile.tiles, gradient.grad_weight,
               dots};
-          tap.run(count);
+          tap.template run<kFactors>(count);
           if constexpr (kKernel) {
             add_kernel_offset_gradient(a, n, t, row, column, scope, dots, c + width == p.channels);
           }
