@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,34 @@ def test_cells_of_neighbouring_groups(scope, fan_in, dtype):
 def test_long_kernels(kernel, which, groups):
     case = Case(groups=groups, kernel=kernel, scope=kernel, padding=(2, 2), **which)
     check_against_oracle(case, torch.float64)
+
+
+LAYOUT_CASES = [
+    Case(),
+    Case(stride=(2, 3), padding=(0, 3)),
+    Case(dilation=(3, 2), padding=(2, 5), clip=False),
+    Case(kernel=(2, 5), scope=(3, 6), stride=(3, 1), dilation=(2, 1), modulated=True),
+    Case(kernel=(1, 1), scope=(2, 2), stride=(2, 2), padding=(0, 0), bias=False),
+    Case(kernel=(5, 3), scope=(5, 5), dilation=(4, 1), padding=(9, 0)),
+    Case(data_offset=True, modulated=True),
+]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
+def test_layouts_have_the_same_results(case, dtype):
+    """Bit for bit: in NCHW the CPU's kernels transpose tiles of what they read and write."""
+    case = replace(case, channels=147, size=(9, 37))
+    tensors = case.tensors(dtype)
+    results = []
+    for layout in torch.contiguous_format, torch.channels_last:
+        tensors["input"] = tensors["input"].contiguous(memory_format=layout)
+        results.append(run(deform_kernel_conv2d, tensors, case.arguments))
+        assert results[-1]["grad_input"].is_contiguous(memory_format=layout)
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
 
 
 @pytest.mark.parametrize("clip, others", [(True, 5), (False, 0)], ids=["clip", "open"])

@@ -38,7 +38,7 @@ struct Taps {
       if constexpr (kData)
         fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
       else
-        fill_pixel_tile(p, t, row, column, pixels.tiles[t]);
+        fill_pixel_tile(p, t, row, column, {p.in_h, p.in_w, p.channels}, pixels.tiles[t]);
     }
   }
   DK_INLINE bool in_padding(int t, int i) const { return !kData && pixels.tiles[t].offset[i] < 0; }
@@ -323,21 +323,21 @@ struct ColumnsBackwardTap {
   DK_INLINE void run(int64_t c, const Pair& cells, V (&dots)[2][4]) const {
     const auto& data = cells.first;
     const auto& scope = cells.second;
-    V grad{};
+    V x{}, pixels[4], grads[4];
+    if constexpr (kData)
+      x = data.sample(input + c, pixels);
+    else if constexpr (kKernel)
+      x = data(input + c);
+    V grad;
     if constexpr (kKernel) {
-      const V x = data(input + c);
-      for (int j = 0; j < 4; ++j) {
-        V g = scope.value(grad_columns + c, j);
-        keep_in_register(g);
-        grad += scope.coef[j] * g;
-        dots[1][j] += x * g;
-      }
+      grad = scope.sample(grad_columns + c, grads);
+      for (int j = 0; j < 4; ++j) dots[1][j] += x * grads[j];
     } else {
       grad = scope(grad_columns + c);
     }
     store(grad_tap + c, grad);
     if constexpr (kData) {
-      for (int j = 0; j < 4; ++j) dots[0][j] += grad * data.value(input + c, j);
+      for (int j = 0; j < 4; ++j) dots[0][j] += grad * pixels[j];
     }
   }
 };

@@ -170,12 +170,15 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
                                 int64_t groups, bool clip) {
   const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset, kernel_size,
                                       stride, padding, dilation, groups, clip);
-  const Tensor x = stable::contiguous(input, MemoryFormat::ChannelsLast);
+  const MemoryFormat format = output_format(input);
+  const bool nchw = p.depthwise() && format == MemoryFormat::Contiguous;
+  const Tensor x =
+      stable::contiguous(input, nchw && !data_offset ? format : MemoryFormat::ChannelsLast);
   Tensor output = empty(input, {p.batch, p.out_channels, p.out_h, p.out_w}, input.scalar_type(),
-                        MemoryFormat::ChannelsLast);
+                        nchw ? format : MemoryFormat::ChannelsLast);
   if (input.numel() == 0 || output.numel() == 0) {  // at most padding, which has no pixel to read
     fill_with_bias(output, bias);
-    return stable::contiguous(output, output_format(input));
+    return stable::contiguous(output, format);
   }
   DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d", [&] {
     using T = opmath_t<scalar_t>;
@@ -197,11 +200,12 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
                                        b ? b->const_data_ptr<T>() : nullptr,
                                        offset_view<T>(p, kernel),
                                        offset_view<T>(p, data),
-                                       output.mutable_data_ptr<scalar_t>()};
+                                       output.mutable_data_ptr<scalar_t>(),
+                                       nchw};
     stable::parallel_for(0, p.batch * p.out_h, 1,
                          [&](int64_t begin, int64_t end) { DK_CALL(forward, a, begin, end) });
   });
-  return stable::contiguous(output, output_format(input));
+  return stable::contiguous(output, format);
 }
 
 // The weight gradient is summed in a fixed number of parts of the rows, each in order, then over
@@ -269,7 +273,9 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
   if (input.numel() == 0 || grad_output.numel() == 0) {
     return needed_gradients(zero_gradients(input, weight, kernel_offset, data_offset), output_mask);
   }
-  const auto format = MemoryFormat::ChannelsLast;
+  const bool nchw =
+      p.depthwise() && !data_offset && output_format(input) == MemoryFormat::Contiguous;
+  const auto format = nchw ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
   const Tensor x = stable::contiguous(input, format);
   const Tensor grad = stable::contiguous(grad_output, format);
   Gradients gradients;
@@ -302,7 +308,10 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
                                   offset_view<T>(p, data),
                                   grad.const_data_ptr<scalar_t>(),
                                   gradient_view<T>(p, gradients[2]),
-                                  gradient_view<T>(p, gradients[3])};
+                                  gradient_view<T>(p, gradients[3]),
+                                  /*first_channel=*/0,
+                                  p.channels,
+                                  nchw};
     if (!data) {
       gradients[0] = stable::empty_like(x);
       scalar_t* grad_input = gradients[0]->mutable_data_ptr<scalar_t>();

@@ -103,6 +103,44 @@ struct ScopeGradient {
   }
 };
 
+// ---- what taps read ----------------------------------------------------------------------------
+
+// Images, of which a row of the other side needs `wanted` rows at most, later ones later rows. Of
+// NCHW, those of a block of channels are laid out anew, each once, and kept while they are needed.
+template <typename scalar_t>
+struct ImageRows {
+  const int64_t channels, height;
+  const bool nchw;
+  const Places places;
+  const Scratch<scalar_t> copies;
+  int64_t end = 0;  // of the rows that were copied
+
+  ImageRows(int64_t channels, int64_t height, int64_t width, bool nchw, int64_t wanted)
+      : channels(channels),
+        height(height),
+        nchw(nchw),
+        places{nchw ? wanted : height, width, nchw ? kChannelBlock : channels},
+        copies(nchw ? wanted * width * kChannelBlock : 1) {}
+
+  // What the places of image n count from, for `count` channels from c on and the rows from `top`
+  // to before `bottom`, some of which may be outside. `again`: another image or block than before.
+  DK_INLINE const scalar_t* read(const scalar_t* images, int64_t n, int64_t c, int64_t count,
+                                 int64_t top, int64_t bottom, bool again) {
+    const int64_t width = places.width, plane = height * width;
+    if (!nchw) return images + n * plane * channels + c;
+    if (again) end = 0;
+    if (end < top) end = top;
+    for (; end < bottom && end < height; ++end) {
+      for (int64_t x = 0; x < width; x += kTile) {
+        const int pixels = static_cast<int>(width - x < kTile ? width - x : kTile);
+        transpose(images + (n * channels + c) * plane + end * width + x, plane, count, pixels,
+                  copies.tiles + places.offset(end, x), places.step);
+      }
+    }
+    return copies.tiles;
+  }
+};
+
 // ---- forward -----------------------------------------------------------------------------------
 
 // Some neighbouring pixels: they mostly read the same patch, which is loaded once for them.
@@ -117,8 +155,9 @@ struct ForwardPixels {
   const T* weight;            // patches or, if not kKernel, cells
   const T* bias;              // null: none
   const scalar_t* input;      // of the image
-  scalar_t* output;           // of the first column of the tile
-  int i, count;               // the first pixel in its tile, and pixels from there on
+  scalar_t* output;           // of the tile, whose pixels lie `stride` elements apart
+  int64_t stride;
+  int i, count;  // the first pixel in its tile, and pixels from there on
 
   static constexpr int P = kData ? 1 : 2;
 
@@ -130,6 +169,7 @@ struct ForwardPixels {
     constexpr int L = lanes<V, T>;
     V acc[P][U];
     for (int k = 0; k < P; ++k) {
+#pragma GCC unroll 8
       for (int u = 0; u < U; ++u) acc[k][u] = bias ? load<V>(bias + c + u * L) : V{};
     }
     for (int t = 0; t < p.taps(); ++t) {
@@ -145,7 +185,8 @@ struct ForwardPixels {
       }
     }
     for (int k = 0; k < P; ++k) {
-      for (int u = 0; u < U; ++u) store(output + pixel(k) * p.channels + c + u * L, acc[k][u]);
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) store(output + pixel(k) * stride + c + u * L, acc[k][u]);
     }
   }
 
@@ -167,6 +208,7 @@ struct ForwardPixels {
     constexpr int L = lanes<V, T>;
     const ScopeTap<T, kKernel> tap = scope_tap(t);
     const T* w = weight + tap.patch(pixel(first)) + c;
+#pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
       const Patch<V, kKernel> patch(w + u * L);
       for (int k = 0; k < n; ++k) {
@@ -184,6 +226,7 @@ struct ForwardPixels {
     if constexpr (kKernel) {
       const T sum = scope[t].h[i] + scope[t].w[i] + scope[t].factor[i];
       if (sum == sum) return;
+#pragma GCC unroll 8
       for (int u = 0; u < U; ++u) acc[u] += sum;
     }
   }
@@ -207,6 +250,10 @@ DK_INLINE void forward_rows(const DepthwiseForward<scalar_t>& a, int64_t begin, 
   Scratch<ImageTile<T>> image(kData ? taps : 1);
   Scratch<PixelTile> pixels(kData ? 1 : taps);
   Scratch<T> patches(kKernel ? patch_values(p) : 1);
+  Scratch<scalar_t> planes(kTile * kChannelBlock);  // if nchw
+  const int64_t stride = a.nchw ? kChannelBlock : p.channels;
+  const int64_t wanted = (p.kernel_h - 1) * p.dilation_h + 1;
+  ImageRows<scalar_t> rows(p.channels, p.in_h, p.in_w, a.nchw && !kData, wanted);
   int64_t column[kTile];
   for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
     const int64_t width = block_width(p, c);
@@ -214,9 +261,12 @@ DK_INLINE void forward_rows(const DepthwiseForward<scalar_t>& a, int64_t begin, 
     if constexpr (kKernel) weight = make_patches(p, weight, patches.tiles);
     for (int64_t line = begin; line < end; ++line) {
       const int64_t n = line / p.out_h, row = line % p.out_h;
-      const scalar_t* input = a.input + n * p.in_h * p.in_w * p.channels + c;
+      const int64_t top = row * p.stride_h - p.pad_h;
+      const bool again = line == begin || row == 0;
+      const scalar_t* input = rows.read(a.input, n, c, width, top, top + wanted, again);
       for (int64_t x = 0; x < p.out_w; x += kTile) {
         const int count = static_cast<int>(p.out_w - x < kTile ? p.out_w - x : kTile);
+        scalar_t* output = a.nchw ? planes.tiles : a.output + (line * p.out_w + x) * p.channels + c;
         output_columns(x, count, column);
         for (int t = 0; t < taps; ++t) {
           if constexpr (kKernel)
@@ -224,21 +274,26 @@ DK_INLINE void forward_rows(const DepthwiseForward<scalar_t>& a, int64_t begin, 
           if constexpr (kData)
             fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
           else
-            fill_pixel_tile(p, t, row, column, pixels.tiles[t]);
+            fill_pixel_tile(p, t, row, column, rows.places, pixels.tiles[t]);
         }
         for (int i = 0; i < count; i += Pixels::P) {
           const Pixels some{p,           scope.tiles,
                             image.tiles, pixels.tiles,
                             weight,      a.bias ? a.bias + c : nullptr,
-                            input,       a.output + (line * p.out_w + x) * p.channels + c,
-                            i,           count - i};
+                            input,       output,
+                            stride,      i,
+                            count - i};
           for_channels<T, kGroup / Pixels::P>(0, width, some);
-          for (int k = 0; k < Pixels::P; ++k) {
+          for (int k = 0; k < Pixels::P && !a.nchw; ++k) {
             // The last tap's row is the one that the rows above have not read.
             if constexpr (!kData)
               prefetch<false>(input + pixels.tiles[taps - 1].offset[i + k] + kTile * p.channels);
-            prefetch<true>(some.output + (kTile + i + k) * p.channels);
+            prefetch<true>(output + (kTile + i + k) * p.channels);
           }
+        }
+        if (a.nchw) {
+          scalar_t* image = a.output + ((n * p.channels + c) * p.out_h + row) * p.out_w + x;
+          transpose(planes.tiles, stride, count, width, image, p.out_h * p.out_w);
         }
       }
     }
@@ -271,9 +326,10 @@ struct BackwardTap {
   const ConvParams& p;
   int64_t width;  // of the block of channels
   ScopeTap<T, kKernel> scope;
-  const PixelTile& outputs;     // which they feed
-  const T* weight;              // patches or, if not kKernel, cells
-  const scalar_t* input;        // of the tile
+  const PixelTile& outputs;  // which they feed
+  const T* weight;           // patches or, if not kKernel, cells
+  const scalar_t* input;     // of the tile, whose pixels lie `stride` elements apart
+  int64_t stride;
   const scalar_t* grad_output;  // of the image
   T* grad_input;                // [kTile, kChannelBlock]
   T* grad_weight;               // like weight
@@ -325,7 +381,7 @@ struct BackwardTap {
         const PatchLocation<V> location = scope.template location<V>(i[k]);
         const V sample = patch.sample(location);
         V g = load<V>(grad_output + outputs.offset[i[k]] + c);
-        const V x = load<V>(input + i[k] * p.channels + c);
+        const V x = load<V>(input + i[k] * stride + c);
         if constexpr (kFactors) {
           by_factor[k] += g * x * sample;
           g *= broadcast<V>(scope.tile.factor[i[k]]);
@@ -359,7 +415,11 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
   const ConvParams& p = a.params;
   const int taps = p.taps();
   Scratch<T> grad_tile(kTile * kChannelBlock);
+  Scratch<scalar_t> planes(kTile * kChannelBlock);  // if nchw
+  const int64_t stride = a.nchw ? kChannelBlock : p.channels;
   ScopeGradient<T, kKernel> gradient(p);
+  const int64_t wanted = (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1;
+  ImageRows<scalar_t> rows(p.channels, p.out_h, p.out_w, a.nchw, wanted);
   PatchTile<T> scope;
   PixelTile outputs;
   DotTile<T> dots;
@@ -369,12 +429,17 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
     gradient.start(a.weight + cells, grad_weight + cells);
     for (int64_t line = begin; line < end; ++line) {
       const int64_t n = line / p.in_h, y = line % p.in_h;
-      const scalar_t* grad_output = a.grad_output + n * p.out_h * p.out_w * p.channels + c;
+      const int64_t bottom = (y + p.pad_h) / p.stride_h + 1, top = bottom - wanted;
+      const bool again = line == begin || y == 0;
+      const scalar_t* grad_output = rows.read(a.grad_output, n, c, width, top, bottom, again);
       // The first tap's row is the one that the rows above have not read.
       const int64_t new_row = fed_output(y, p.pad_h, 0, p.dilation_h, p.stride_h, p.out_h);
       for (int64_t x = 0; x < p.in_w; x += kTile) {
         const int count = static_cast<int>(p.in_w - x < kTile ? p.in_w - x : kTile);
-        const int64_t first = (line * p.in_w + x) * p.channels + c;
+        const int64_t first = a.nchw ? ((n * p.channels + c) * p.in_h + y) * p.in_w + x
+                                     : (line * p.in_w + x) * p.channels + c;
+        const scalar_t* input = a.nchw ? planes.tiles : a.input + first;
+        if (a.nchw) transpose(a.input + first, p.in_h * p.in_w, width, count, planes.tiles, stride);
         const scalar_t* next = grad_output + (new_row * p.out_w + x + kTile) * p.channels;
         std::memset(grad_tile.tiles, 0, sizeof(T) * kTile * kChannelBlock);
         for (int t = 0; t < taps; ++t) {
@@ -385,29 +450,31 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
             column[i] = i < count ? fed_output(x + i, p.pad_w, t % p.kernel_w, p.dilation_w,
                                                p.stride_w, p.out_w)
                                   : -1;
-            outputs.offset[i] = column[i] < 0 ? -1 : (row * p.out_w + column[i]) * p.channels;
+            outputs.offset[i] = column[i] < 0 ? -1 : rows.places.offset(row, column[i]);
           }
           if constexpr (kKernel) {
             fill_patch_tile(p, a.kernel_offset, n, t, row, column, scope);
             clear(&dots, 1);
           }
           const BackwardTap<scalar_t, kKernel> tap{
-              p,           width,           {scope, t},
-              outputs,     gradient.weight, a.input + first,
-              grad_output, grad_tile.tiles, gradient.grad_weight,
+              p,     width,  {scope, t},  outputs,         gradient.weight,
+              input, stride, grad_output, grad_tile.tiles, gradient.grad_weight,
               dots};
           tap.template run<kFactors>(count);
           if constexpr (kKernel) {
             add_kernel_offset_gradient(a, n, t, row, column, scope, dots, c + width == p.channels);
           }
           // Of the next tile.
-          for (int i = t; i < count; i += taps) {
+          for (int i = t; i < count && !a.nchw; i += taps) {
             prefetch<false>(next + i * p.channels);
             prefetch<false>(a.input + first + (kTile + i) * p.channels);
             prefetch<true>(grad_input + first + (kTile + i) * p.channels);
           }
         }
-        for (int i = 0; i < count; ++i) {
+        if (a.nchw)
+          transpose(grad_tile.tiles, kChannelBlock, count, width, grad_input + first,
+                    p.in_h * p.in_w);
+        for (int i = 0; i < count && !a.nchw; ++i) {
           convert(grad_tile.tiles + i * kChannelBlock, grad_input + first + i * p.channels, width);
         }
       }
@@ -454,11 +521,12 @@ struct BackwardDataOffsetTap {
     const Patch<V, kKernel> patch(weight + at);
     Patch<V, kKernel> sums(grad_weight + at);
     const V g = load<V>(grad_output + c);
-    const V gx = g * data(input + c);
+    V pixels[4];
+    const V gx = g * data.sample(input + c, pixels);
     const V gw = g * patch.sample(location);
     sums.add(location, gx);
     sums.store_to(grad_weight + at);
-    for (int j = 0; j < 4; ++j) dots[0][j] += gw * data.value(input + c, j);
+    for (int j = 0; j < 4; ++j) dots[0][j] += gw * pixels[j];
     if constexpr (kKernel) {
       dots[1][0] += gx * patch.slope_h(location);
       dots[1][1] += gx * patch.slope_w(location);
@@ -547,18 +615,23 @@ struct BackwardDataPixel {
   DK_INLINE void run(int64_t c) const {
     constexpr int L = lanes<V, T>;
     V g[U];
+#pragma GCC unroll 8
     for (int u = 0; u < U; ++u) g[u] = load<V>(grad_output + c + u * L);
     for (int t = 0; t < taps; ++t) {
       const ScopeTap<T, kKernel> tap{scope[kKernel ? t : 0], t};
       const auto location = tap.template location<V>(i);
       const Cells<V, T, int64_t> data(image[t], i);
+      V grad[U];
+#pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
         const Patch<V, kKernel> patch(weight + tap.patch(i) + c + u * L);
-        const V grad = g[u] * patch.sample(location);
-        for (int j = 0; j < 4; ++j) {
-          if (image[t].coef[j][i] == T(0)) continue;  // outside the image: its cell is not its own
-          add_to<V>(grad_input + data.cell[j] + c + u * L, data.coef[j] * grad);
-        }
+        grad[u] = g[u] * patch.sample(location);
+      }
+      for (int j = 0; j < 4; ++j) {
+        if (image[t].coef[j][i] == T(0)) continue;  // outside the image: its cell is not its own
+        T* to = grad_input + data.cell[j] + c;
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) add_to<V>(to + u * L, data.coef[j] * grad[u]);
       }
     }
   }

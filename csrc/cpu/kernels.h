@@ -10,8 +10,8 @@ namespace dk {
 // Channels in a block of the scope.
 constexpr int64_t kChannelBlock = 128;
 
-// Activations are channels_last: [N, H, W, C]. The scope is in the arithmetic type and in blocks of
-// channels: [ceil(C / kChannelBlock), S_h*S_w, kChannelBlock].
+// Activations are channels_last, [N, H, W, C], unless nchw says that some are not. The scope is in
+// the arithmetic type and in blocks of channels: [ceil(C / kChannelBlock), S_h*S_w, kChannelBlock].
 template <typename scalar_t>
 struct DepthwiseForward {
   using T = opmath_t<scalar_t>;
@@ -21,6 +21,7 @@ struct DepthwiseForward {
   const T* bias;  // null: none
   Offset<const T> kernel_offset, data_offset;
   scalar_t* output;
+  bool nchw;  // the output and, without data_offset, the input
 };
 
 template <typename scalar_t>
@@ -34,6 +35,7 @@ struct DepthwiseBackward {
   Offset<T> grad_kernel_offset, grad_data_offset;  // to be added to
   // The blocks of channels of this pass; weight starts with the first. Passes go in order.
   int64_t first_channel, last_channel;
+  bool nchw;  // the input, its gradient and the output's; not with data_offset
 };
 
 // A tile of the columns of a convolution that is not depthwise (csrc/dense.h): `count` output

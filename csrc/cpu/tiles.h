@@ -154,6 +154,51 @@ DK_INLINE void convert(const T* from, scalar_t* to, int64_t count) {
   __builtin_shuffle(a, b, typename VectorOf<Integer, sizeof(V)>::type{__VA_ARGS__})
 #endif
 
+// In blocks of n elements: every second one of a and the one of b before its like change places.
+template <int n, typename T, typename V, int... l>
+DK_INLINE void exchange(V& a, V& b, std::integer_sequence<int, l...>) {
+  using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  constexpr int L = sizeof...(l);
+  const V first = DK_SHUFFLE(a, b, (l & n ? L + l - n : l)...);
+  b = DK_SHUFFLE(a, b, (l & n ? L + l : l + n)...);
+  a = first;
+}
+
+// As many vectors as each has elements, which become the columns.
+template <typename T, int n = 1, typename V, int L>
+DK_INLINE void transpose_square(V (&v)[L]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (!(i & n)) exchange<n, T>(v[i], v[i + n], std::make_integer_sequence<int, L>());
+  }
+  if constexpr (2 * n < L) transpose_square<T, 2 * n>(v);
+}
+
+// to[j, i] = from[i, j]; rows of either lie a number of elements apart.
+template <typename From, typename To>
+DK_INLINE void transpose(const From* from, int64_t from_step, int64_t rows, int64_t columns, To* to,
+                         int64_t to_step) {
+  using T = opmath_t<To>;
+  constexpr int L = lanes<Vector<T>, T>;
+  for (int64_t i = 0; i < rows; i += L) {
+    for (int64_t j = 0; j < columns; j += L) {
+      if (i + L <= rows && j + L <= columns) {
+        Vector<T> v[L];
+#pragma GCC unroll 16
+        for (int k = 0; k < L; ++k) v[k] = load<Vector<T>>(from + (i + k) * from_step + j);
+        transpose_square<T>(v);
+#pragma GCC unroll 16
+        for (int k = 0; k < L; ++k) store(to + (j + k) * to_step + i, v[k]);
+        continue;
+      }
+      for (int64_t y = i; y < i + L && y < rows; ++y) {
+        for (int64_t x = j; x < j + L && x < columns; ++x)
+          to[x * to_step + y] = static_cast<To>(from[y * from_step + x]);
+      }
+    }
+  }
+}
+
 // The sums of four vectors, or of four single numbers.
 template <typename T, typename V>
 DK_INLINE void sum_each(const V (&v)[4], T* sums) {
@@ -472,6 +517,17 @@ struct Cells {
     for (int j = 1; j < 4; ++j) v += coef[j] * value(values, j);
     return v;
   }
+  // The same, where the four values are also wanted.
+  template <typename scalar_t>
+  DK_INLINE V sample(const scalar_t* values, V (&v)[4]) const {
+    for (int j = 0; j < 4; ++j) {
+      v[j] = value(values, j);
+      keep_in_register(v[j]);
+    }
+    V sum = coef[0] * v[0];
+    for (int j = 1; j < 4; ++j) sum += coef[j] * v[j];
+    return sum;
+  }
 };
 
 // The rigid counterpart of Cells: one cell, as it is.
@@ -509,13 +565,22 @@ struct PixelTile {
   int64_t offset[kTile];
 };
 
+// Where an image's pixels lie: `step` elements apart, in rows of `width`, of which `kept` have a
+// place of their own.
+struct Places {
+  int64_t kept, width, step;
+  DK_INLINE int64_t offset(int64_t row, int64_t column) const {
+    return (row % kept * width + column) * step;
+  }
+};
+
 DK_INLINE void fill_pixel_tile(const ConvParams& p, int t, int64_t row, const int64_t* column,
-                               PixelTile& tile) {
+                               const Places& places, PixelTile& tile) {
   const int64_t y = row * p.stride_h - p.pad_h + t / p.kernel_w * p.dilation_h;
   for (int i = 0; i < kTile; ++i) {
     const int64_t x = column[i] * p.stride_w - p.pad_w + t % p.kernel_w * p.dilation_w;
     const bool inside = y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
-    tile.offset[i] = inside ? (y * p.in_w + x) * p.channels : -1;
+    tile.offset[i] = inside ? places.offset(y, x) : -1;
   }
 }
 

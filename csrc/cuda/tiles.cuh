@@ -179,7 +179,7 @@ struct AxisPair {
 };
 
 template <typename T>
-DK_INLINE AxisPair<T> side_by_side(const AxisSample<T>& s, int size) {
+DK_INLINE AxisPair<T> side_by_side(const AxisSample<T>& s) {
   AxisPair<T> pair{s.cell[0], {s.coef[0], s.coef[1]}, {s.grad[0], s.grad[1]}};
   if (s.cell[1] == s.cell[0] + 1) return pair;
   if (s.cell[0] > 0) {  // the last cell is the first of the two
@@ -260,8 +260,8 @@ DK_INLINE TapSample<T> sample_weight(const ConvParams& p, const Sizes& size,
                                      const Offset<const T>& offset, int64_t n, int t, int h,
                                      int w) {
   const Location<T> at = locate_in_scope(size, offset, n, t, h, w);
-  return {side_by_side(sample_scope(at.h, size.scope_h, p.clip), size.scope_h),
-          side_by_side(sample_scope(at.w, size.scope_w, p.clip), size.scope_w),
+  return {side_by_side(sample_scope(at.h, size.scope_h, p.clip)),
+          side_by_side(sample_scope(at.w, size.scope_w, p.clip)),
           kFactor ? read_factor(offset, size.taps(), n, t, h, w) : T(1)};
 }
 
@@ -279,8 +279,8 @@ DK_INLINE TapSample<T> sample_data(const ConvParams& p, const Sizes& size,
   const T y = T(rest_position(h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h));
   const T x = T(rest_position(w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w));
   const int height = static_cast<int>(p.in_h), width = static_cast<int>(p.in_w);
-  return {side_by_side(sample_image(y + o[0], height), height),
-          side_by_side(sample_image(x + o[offset.strides.c], width), width),
+  return {side_by_side(sample_image(y + o[0], height)),
+          side_by_side(sample_image(x + o[offset.strides.c], width)),
           read_factor(offset, size.taps(), n, t, h, w)};
 }
 
