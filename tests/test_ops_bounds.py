@@ -83,6 +83,7 @@ LAYOUT_CASES = [
     Case(kernel=(2, 5), scope=(3, 6), stride=(3, 1), dilation=(2, 1), modulated=True),
     Case(kernel=(1, 1), scope=(2, 2), stride=(2, 2), padding=(0, 0), bias=False),
     Case(kernel=(5, 3), scope=(5, 5), dilation=(4, 1), padding=(9, 0)),
+    Case(dilation=(40, 1), padding=(40, 1)),
     Case(data_offset=True, modulated=True),
 ]
 
