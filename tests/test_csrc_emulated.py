@@ -193,6 +193,18 @@ def test_a_padded_image_has_positions_of_32_bits():
         call("dk_emulated", case.tensors(torch.float32), case)
 
 
+def test_large_images_have_room():
+    """A few of them touch a tile of 32 pixels, however many pixels they have."""
+    case = Case(batch=1, channels=1, size=(1500, 1500), stride=(260, 260))
+    tensors = case.tensors(torch.float32)
+    emulated, expected = (
+        getattr(torch.ops, name).deform_kernel_conv2d(**tensors, **case.arguments)
+        for name in ("dk_emulated", "dk_detectron")
+    )
+    assert emulated.shape == (1, 1, 6, 6)
+    assert_close(emulated, expected)
+
+
 def test_missing_kernel_image_names_the_cure(monkeypatch):
     monkeypatch.setenv("DK_EMULATED_LAUNCH_ERROR", "209")
     case = Case()
