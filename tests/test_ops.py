@@ -820,6 +820,32 @@ def test_nan_shows_in_its_output_location_only(name, padding, axis, groups, func
         assert_close(actual[offset][elsewhere], expected[offset][elsewhere])
 
 
+@pytest.fixture(params=[False, True], ids=["any-order", "deterministic"])
+def deterministic(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@every_path
+@pytest.mark.parametrize("which", [DATA, BOTH], ids=["data", "both"])
+def test_an_infinite_gradient_reaches_what_was_read_only(which, groups, deterministic, device):
+    """Not the pixels beside, which have a coefficient of 0."""
+    case = Case(groups=groups, **which)
+    tensors = case.tensors(device=device)
+    tensors["data_offset"].zero_()
+    tensors["data_offset"][0, :2, 3, 3] = torch.tensor([-9.0, 2.0])  # the first tap: outside
+    image = tensors["input"].requires_grad_()
+    output = deform_kernel_conv2d(**tensors, **case.arguments)
+    grad_output = torch.zeros_like(output)
+    grad_output[0, :, 3, 3] = INFINITY
+    (gradient,) = torch.autograd.grad(output, image, grad_output)
+    read = torch.zeros_like(image, dtype=torch.bool)
+    read[0, :, 2:5, 2:5] = True
+    read[0, :, 2, 2] = False
+    assert torch.equal(gradient.isfinite(), ~read)
+
+
 # ---- which gradients -----------------------------------------------------------------------------
 
 
