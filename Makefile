@@ -39,7 +39,7 @@ demo: setup ## Train on DATASET (shapes or trees) and draw the results, into OUT
 	$(BIN)/python tools/report.py $(OUTPUT)
 
 test: setup ## Run the tests
-	$(BIN)/python -m pytest $(PARALLEL) $(OPTS)
+	$(BIN)/python -m pytest $(PARALLEL) --durations 30 $(OPTS)
 
 fuzz: setup ## Try thousands of strange files and arguments (a part of `make test`)
 	$(BIN)/python -m pytest tests/test_data_fuzz.py tests/test_weights_fuzz.py \
