@@ -39,8 +39,9 @@ def add_dk_config(cfg: CfgNode) -> None:
     cfg.MODEL.DEFORM_KERNEL.VIS_PERIOD = 0
     # Experts of a conditional convolution: 8 in the paper's MobileNet-V2, 2 in its ResNet-50-DW.
     cfg.MODEL.DEFORM_KERNEL.NUM_EXPERTS = 8
-    # What predicts offsets for every location: "full", the paper's convolution from all channels,
-    # or "separable", a depthwise and a 1x1 convolution, of a sixth of its cost.
+    # What predicts offsets for every location: "full", the paper's convolution from all channels;
+    # "separable", a depthwise and a 1x1 convolution, of a sixth of its cost; or "shared", of the
+    # input of each stage a separable one, and of that a 1x1 convolution for each 3x3 layer.
     cfg.MODEL.DEFORM_KERNEL.OFFSET_GENERATOR = "full"
     # Whether each tap of these layers also has a factor that follows the input, as in DCNv2, of 1
     # at the start. The paper has none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from .layers import KINDS, AdaptiveConv2d
+from .layers import GENERATOR, KINDS, AdaptiveConv2d, LocalConv2d
 from .layers.costs import count_multiply_adds, count_parameters
 
 # A dense convolution of no more input channels sees the picture itself: a stem.
@@ -88,7 +88,8 @@ def deformify(
             choice; or a predicate of name and convolution, which decides alone.
         inputs: of the model, a batch of one, with which to count its multiply-adds.
         options: what the layers take beyond ``nn.Conv2d``'s arguments, such as ``scope_size``,
-            ``num_experts`` or ``offset_generator``.
+            ``num_experts`` or ``offset_generator`` (but "shared": the network would have to hand on
+            what its layers share).
 
     Raises:
         ValueError: an unknown kind, a pattern that no convolution's name has, nothing to change, or
@@ -115,6 +116,7 @@ def deformify(
     report = Report(_kind_name(kind), list(layers), kept, (before[0], before[0]))
     if not layers:
         raise ValueError(f"where: expected convolutions to change, got none:\n{report}")
+    _check_generators(layers.values())
     for name, layer in layers.items():
         _become(convolutions[name], layer)
     report.parameters = before[0], count_parameters(model)
@@ -148,15 +150,20 @@ def undeformify(model: nn.Module) -> list[str]:
         )
     for name, conv in rigid.items():
         _become(layers[name], conv)
+    for module in model.modules():
+        if hasattr(module, "shared_offset_generator"):  # of a stage of this project's backbones
+            module.shared_offset_generator = None  # type: ignore[assignment]
     return list(rigid)
 
 
 def _convolutions(model: nn.Module) -> dict[str, Any]:
     """The convolutions, by name, that are not parts of adaptive ones."""
-    adaptive = [m for m in model.modules() if isinstance(m, AdaptiveConv2d)]
-    parts = {part for layer in adaptive for g in layer.generators for part in g.modules()}
     kinds = nn.modules.conv._ConvNd
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in parts}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not GENERATOR.search(f"{name}.")
+    }
 
 
 def _obstacle(conv: nn.Module, owners: Counter[int]) -> str:
@@ -223,6 +230,15 @@ def _adapted(conv: Any, constructor: Callable[..., AdaptiveConv2d]) -> AdaptiveC
     for parameter in (layer.weight, *(p for g in layer.generators for p in g.parameters())):
         parameter.requires_grad_(conv.weight.requires_grad)
     return layer
+
+
+def _check_generators(layers: Iterable[AdaptiveConv2d]) -> None:
+    """Raises ``ValueError`` on layers that need what only this project's backbones hand on."""
+    if any(isinstance(m, LocalConv2d) and m.offset_generator == "shared" for m in layers):
+        raise ValueError(
+            "offset_generator: expected 'full' or 'separable' in a network that is not built by "
+            "mobilenet_v2 or resnet_dw, whose blocks hand on what layers share, got 'shared'"
+        )
 
 
 def _rigid(layer: AdaptiveConv2d) -> nn.Conv2d:

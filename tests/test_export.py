@@ -59,6 +59,7 @@ BACKBONES = {
     "MNV2": lambda: mobilenet_v2(conv1x1="global", conv3x3="local", out_features=["res2", "res3"]),
     "R_50_DW": lambda: resnet_dw(
         width=4, stem_channels=8, res2_channels=16, conv1x1="conditional", conv3x3="local",
+        offset_generator="shared",
         data_offset=[False, True, False, False], out_features=["res2", "res3"],
     ),
 }  # fmt: skip

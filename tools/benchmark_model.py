@@ -39,8 +39,8 @@ OBJECTS = 8
 class TorchvisionDeformConv2d(DeformConv2d):
     """The same layer over torchvision's operator."""
 
-    def _convolve(self, x):
-        offset = self.data_offset_generator(x)
+    def _convolve(self, x, seen):
+        offset = self.data_offset_generator(seen)
         sizes = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return deform_conv2d(x, offset, self.weight, self.bias, **sizes)
 

@@ -68,8 +68,12 @@ REPLACEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def generators(model: nn.Module) -> list[nn.Module]:
-    """The modules that predict offsets."""
-    return [module for name, module in model.named_modules() if name.endswith(GENERATOR)]
+    """The modules that predict offsets; not those that predict what generators share."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(GENERATOR) and not name.endswith(f"shared_{GENERATOR}")
+    ]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ given one (:meth:`AdaptiveConv2d.set_rigid_weight`). ``docs/start.md`` has the e
 from collections.abc import Callable
 
 from .adaptive import GENERATOR, AdaptiveConv2d, CondConv2d, msra_fill
-from .generators import OFFSET_GENERATORS, LocalConv2d, SeparableConv2d
+from .generators import OFFSET_GENERATORS, SHARED_FEATURES, LocalConv2d, SeparableConv2d
 from .scope import (
     DeformConv2d,
     DeformKernelConv2d,
@@ -32,6 +32,7 @@ __all__ = [
     "GENERATOR",
     "KINDS",
     "OFFSET_GENERATORS",
+    "SHARED_FEATURES",
     "AdaptiveConv2d",
     "CondConv2d",
     "DeformConv2d",

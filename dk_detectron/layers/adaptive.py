@@ -19,7 +19,7 @@ from ..ops.arguments import Size, check_groups, pair
 PERTURBATION = 0.5
 
 # Names of generators' tensors, in a layer and in a network.
-GENERATOR = re.compile(r"(kernel_offset|data_offset|mask_offset|gate)_generator(?=\.)")
+GENERATOR = re.compile(r"((kernel|data|mask|shared)_offset|gate)_generator(?=\.)")
 Generator = Any  # nn.Conv2d or nn.Linear, which torch declares as though it had no bias
 
 
@@ -99,7 +99,8 @@ class AdaptiveConv2d(nn.Module):
     def _make_generators(self, factory: dict) -> None:
         raise NotImplementedError
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, seen: Tensor) -> Tensor:
+        """The convolution of ``x``; its generators see ``seen``, which need not be the same."""
         raise NotImplementedError
 
     @property
@@ -219,7 +220,9 @@ class AdaptiveConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H_out, W_out]."""
-        x = self._convolve(x)
+        return self._finished(self._convolve(x, x))
+
+    def _finished(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
@@ -275,8 +278,8 @@ class CondConv2d(AdaptiveConv2d):
         gates = self.gate_generator.bias.double().sigmoid()
         return (gates @ self.weight.double().flatten(1)).unflatten(0, self.rigid_shape)
 
-    def _convolve(self, x):
-        gates = self.gate_generator(x.mean((2, 3))).sigmoid()
+    def _convolve(self, x, seen):
+        gates = self.gate_generator(seen.mean((2, 3))).sigmoid()
         kernels = (gates.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(
             1, self.rigid_shape
         )

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from ..ops.arguments import check_groups
 from .adaptive import AdaptiveConv2d
 
-OFFSET_GENERATORS = ("full", "separable")
+OFFSET_GENERATORS = ("full", "separable", "shared")
+# Channels of what several layers make their offsets of.
+SHARED_FEATURES = 32
 
 
 class SeparableConv2d(nn.Conv2d):
@@ -49,7 +51,9 @@ class LocalConv2d(AdaptiveConv2d):
         offset_generator: "full", the paper's: a convolution like the target's, from all channels to
             2*K, of C_in * 2*K * K multiply-adds a location; or "separable": a depthwise one, then
             1x1, of C_in * (2*K + K), six times fewer for 3x3. Its depthwise part gets no gradient
-            before the first step, since what follows it starts at zero.
+            before the first step, since what follows it starts at zero. Or "shared": a 1x1
+            convolution of the ``features`` that :meth:`forward` then takes, and that several layers
+            may see, of SHARED_FEATURES * 2*K.
         modulated: whether each tap has a factor.
         offset_groups: each of so many parts of the input channels has offsets and factors of its
             own. Must divide ``groups``, or ``in_channels`` where ``groups`` is 1.
@@ -82,19 +86,39 @@ class LocalConv2d(AdaptiveConv2d):
         if self.modulated:
             self.mask_offset_generator = self._offset_convolution(1, factory)
 
+    def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, H_out, W_out].
+
+        Args:
+            features: [N, SHARED_FEATURES, H_out, W_out], what a "shared" generator sees.
+
+        Raises:
+            ValueError: ``features`` are missing, or given to a generator that sees ``x``.
+        """
+        if (features is None) == (self.offset_generator == "shared"):
+            wanted = "those that layers share" if features is None else "None"
+            got = "None" if features is None else f"a tensor of {list(features.shape)}"
+            raise ValueError(
+                f"features: expected {wanted}, as offset_generator is {self.offset_generator!r}, "
+                f"got {got}"
+            )
+        return self._finished(self._convolve(x, x if features is None else features))
+
     def _offset_convolution(self, numbers: int, factory: dict) -> nn.Conv2d:
         """Predicts so many numbers for each tap."""
+        channels = self.offset_groups * numbers * self.kernel_size[0] * self.kernel_size[1]
+        if self.offset_generator == "shared":
+            return nn.Conv2d(SHARED_FEATURES, channels, 1, **factory)
         arguments = {**self._conv_arguments, **factory}
         del arguments["groups"]  # never depthwise
-        channels = self.offset_groups * numbers * self.kernel_size[0] * self.kernel_size[1]
         kind = nn.Conv2d if self.offset_generator == "full" else SeparableConv2d
         return kind(self.in_channels, channels, self.kernel_size, **arguments)
 
-    def _with_factors(self, offset: Tensor, x: Tensor) -> Tensor:
+    def _with_factors(self, offset: Tensor, seen: Tensor) -> Tensor:
         """Offsets as the operator takes them, those of each group before its factors."""
         if not self.modulated:
             return offset
-        factors = 2 * self.mask_offset_generator(x).sigmoid().to(offset.dtype)
+        factors = 2 * self.mask_offset_generator(seen).sigmoid().to(offset.dtype)
         groups = (numbers.chunk(self.offset_groups, 1) for numbers in (offset, factors))
         return torch.cat([part for pair in zip(*groups, strict=True) for part in pair], 1)
 

@@ -125,12 +125,12 @@ class LocalDeformKernel2d(ScopeConv2d, LocalConv2d):
         self._check_factors()
         return super()._to_rigid()
 
-    def _convolve(self, x):
+    def _convolve(self, x, seen):
         return deform_kernel_conv2d(
             x,
             self.weight,
             self.bias,
-            kernel_offset=self._with_factors(self.kernel_offset_generator(x), x),
+            kernel_offset=self._with_factors(self.kernel_offset_generator(seen), seen),
             kernel_size=self.kernel_size,
             offset_groups=self.offset_groups,
             **self._conv_arguments,
@@ -148,8 +148,8 @@ class GlobalDeformKernel2d(ScopeConv2d):
         taps = self.kernel_size[0] * self.kernel_size[1]
         self.kernel_offset_generator = nn.Linear(self.in_channels, 2 * taps, **factory)
 
-    def _convolve(self, x):
-        kernel_offset = self.kernel_offset_generator(x.mean((2, 3)))
+    def _convolve(self, x, seen):
+        kernel_offset = self.kernel_offset_generator(seen.mean((2, 3)))
         kernels = sample_kernel(self.weight, kernel_offset, self.kernel_size)
         return per_image_conv2d(x, kernels, self.bias, **self._conv_arguments)
 
@@ -175,12 +175,12 @@ class DeformConv2d(LocalConv2d):
         self._check_factors()
         return self.weight
 
-    def _convolve(self, x):
+    def _convolve(self, x, seen):
         return deform_kernel_conv2d(
             x,
             self.weight,
             self.bias,
-            data_offset=self._with_factors(self.data_offset_generator(x), x),
+            data_offset=self._with_factors(self.data_offset_generator(seen), seen),
             kernel_size=self.kernel_size,
             offset_groups=self.offset_groups,
             **self._conv_arguments,
@@ -205,13 +205,13 @@ class DeformKernelConv2d(ScopeConv2d, LocalConv2d):
         self._check_factors()
         return super()._to_rigid()
 
-    def _convolve(self, x):
+    def _convolve(self, x, seen):
         return deform_kernel_conv2d(
             x,
             self.weight,
             self.bias,
-            kernel_offset=self.kernel_offset_generator(x),
-            data_offset=self._with_factors(self.data_offset_generator(x), x),
+            kernel_offset=self.kernel_offset_generator(seen),
+            data_offset=self._with_factors(self.data_offset_generator(seen), seen),
             kernel_size=self.kernel_size,
             offset_groups=self.offset_groups,
             **self._conv_arguments,

@@ -48,7 +48,9 @@ def stage_convs(
         data_offset: whether res2, res3, res4, res5 have deformable convolutions as their 3x3,
             alone ("rigid") or with local deformable kernels ("local").
         num_experts: of conditional convolutions.
-        offset_generator: of offsets for every location: "full", the paper's, or "separable".
+        offset_generator: of offsets for every location: "full", the paper's; "separable"; or
+            "shared": a separable one of each stage's input predicts features, of which each of its
+            3x3 layers makes its offsets. That of a 1x1 convolution is then full.
         modulated: whether the taps of such layers have factors, as in DCNv2.
         offset_groups: parts of their input channels that have offsets of their own.
 
@@ -72,9 +74,12 @@ def stage_convs(
         "modulated": modulated,
         "offset_groups": offset_groups,
     }
+    # The input of a 1x1 convolution may be of another size than its stage's features, and its
+    # generator is small.
+    local_1x1 = local | {"offset_generator": "full"} if offset_generator == "shared" else local
 
     def convs(stage: str) -> BlockConvs:
-        conv1x1 = _constructor("conv1x1", kinds_1x1[stage], scope_size_1x1, num_experts, local)
+        conv1x1 = _constructor("conv1x1", kinds_1x1[stage], scope_size_1x1, num_experts, local_1x1)
         conv3x3 = _constructor("conv3x3", kinds_3x3[stage], scope_size_3x3, num_experts, local)
         if deformable.get(stage):
             conv3x3 = _deformable(kinds_3x3[stage], scope_size_3x3, local)

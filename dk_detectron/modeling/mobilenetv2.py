@@ -11,7 +11,7 @@ from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
 from ..layers import msra_fill
-from .block import Block, checkpoint_blocks
+from .block import Block, adapt, assemble, share_offsets
 from .convolutions import (
     STAGES,
     BlockConvs,
@@ -97,9 +97,9 @@ class InvertedResidualBlock(Block):
             if conv is not None:
                 msra_fill(conv)
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, features: Tensor | None) -> Tensor:
         out = x if self.conv1 is None else self.conv1(x)
-        out = self.conv3(self.conv2(out))
+        out = self.conv3(adapt(self.conv2, out, features))
         return x + out if self.stride == 1 and self.in_channels == self.out_channels else out
 
 
@@ -126,9 +126,11 @@ class MobileNetV2Stem(CNNBlockBase):
             convs=convs,
             norm=norm,
         )
+        share_offsets([self.block])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.conv1(x))
+        x = self.conv1(x)
+        return self.block(x, self.block.offset_features(x))
 
 
 class FinalConvBlock(Block):
@@ -148,7 +150,7 @@ class FinalConvBlock(Block):
         )
         msra_fill(self.conv1)
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, features: Tensor | None) -> Tensor:
         return self.conv1(x)
 
 
@@ -201,7 +203,4 @@ def mobilenet_v2(
     if res5_channels != last:
         final = FinalConvBlock(last, res5_channels, convs=convs["res5"], norm=norm)
         stages["res5"].append(final)
-    backbone = ResNet(stem, list(stages.values()), out_features=out_features, freeze_at=freeze_at)
-    if gradient_checkpointing:
-        checkpoint_blocks(backbone)
-    return backbone
+    return assemble(stem, list(stages.values()), out_features, freeze_at, gradient_checkpointing)

@@ -10,7 +10,7 @@ from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from torch import Tensor, nn
 
 from ..layers import msra_fill
-from .block import Block, checkpoint_blocks
+from .block import Block, adapt, assemble
 from .convolutions import (
     STAGES,
     BlockConvs,
@@ -84,9 +84,9 @@ class DepthwiseBottleneckBlock(Block):
         for conv in (self.conv1, self.conv2, self.conv3):
             msra_fill(conv)
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, features: Tensor | None) -> Tensor:
         out = F.relu_(self.conv1(x))
-        out = F.relu_(self.conv2(out))
+        out = F.relu_(adapt(self.conv2, out, features))
         out = self.conv3(out) + self.shortcut(x)
         return F.relu_(out)
 
@@ -149,7 +149,4 @@ def resnet_dw(
             )
         )
         channels = out_channels
-    backbone = ResNet(stem, stages, out_features=out_features, freeze_at=freeze_at)
-    if gradient_checkpointing:
-        checkpoint_blocks(backbone)
-    return backbone
+    return assemble(stem, stages, out_features, freeze_at, gradient_checkpointing)
