@@ -6,12 +6,14 @@
 //
 // B: the coefficients of tap t on cell l of the scope, or, without kernel_offset, l = t. It goes by
 // tiles of pixels p, of all N * H_out * W_out, so that the columns' memory does not grow with the
-// image.
+// image. A pixel's columns are channels of cells, or, where threads have neighbouring channels,
+// cells of channels.
 //
 // A backend has kernels for the columns and their gradients, and says how:
 //
 //   int64_t tile_values, tile_pixels, gradient_values     the largest tiles
 //   ScalarType type                                       of columns
+//   bool cells_first                                      a pixel's columns are [cells, C / groups]
 //   Tensor product(const Tensor& a, const Tensor& b)      [g, m, k] x [g, k, n] -> [g, m, n]
 //   Tensor columns(int64_t first, int64_t count)          [groups, count, C / groups * cells]
 //   void add(std::optional<Tensor>& sum, const Tensor& part)
@@ -49,18 +51,33 @@ inline std::pair<int64_t, int64_t> input_rows(const ConvParams& p, int64_t first
   return {row(first, 0), row(last, p.kernel_h - 1) + 1};
 }
 
-// [groups, C_out / groups, C / groups * cells]
-inline Tensor weight_matrices(const ConvParams& p, const Tensor& weight) {
-  return stable::view(stable::contiguous(weight),
-                      {p.groups, p.out_channels / p.groups, p.channels / p.groups * p.cells()});
+// [groups, C_out / groups, a, b] with the last two exchanged.
+inline Tensor exchanged(const ConvParams& p, const Tensor& matrices, int64_t a, int64_t b) {
+  const Tensor all = stable::view(matrices, {p.groups, p.out_channels / p.groups, a, b});
+  return stable::contiguous(stable::transpose(all, 2, 3));
+}
+
+// [groups, C_out / groups, C / groups * cells], in the order of the columns.
+template <typename Backend>
+Tensor weight_matrices(const ConvParams& p, const Tensor& weight) {
+  const int64_t size = p.channels / p.groups;
+  Tensor matrices = stable::contiguous(to_type(weight, Backend::type));
+  if (Backend::cells_first) matrices = exchanged(p, matrices, size, p.cells());
+  return stable::view(matrices, {p.groups, p.out_channels / p.groups, size * p.cells()});
+}
+
+// The gradient of the weight, given that of its matrices.
+template <typename Backend>
+Tensor weight_of(const ConvParams& p, Tensor matrices, const Tensor& weight) {
+  if (Backend::cells_first) matrices = exchanged(p, matrices, p.cells(), p.channels / p.groups);
+  return to_type(stable::view(matrices, weight.sizes()), weight.scalar_type());
 }
 
 // `output` is in channels_last.
 template <typename Backend>
 void forward(const ConvParams& p, Backend& backend, const Tensor& weight,
              const std::optional<Tensor>& bias, const Tensor& output) {
-  const Tensor matrices =
-      stable::transpose(weight_matrices(p, to_type(weight, Backend::type)), 1, 2);
+  const Tensor matrices = stable::transpose(weight_matrices<Backend>(p, weight), 1, 2);
   std::optional<Tensor> row;
   if (bias) row = stable::view(stable::contiguous(*bias), {p.groups, 1, -1});
   const int64_t pixels = p.batch * p.out_h * p.out_w;
@@ -78,7 +95,7 @@ void forward(const ConvParams& p, Backend& backend, const Tensor& weight,
 template <typename Backend>
 std::optional<Tensor> backward(const ConvParams& p, Backend& backend, const Tensor& weight,
                                const Tensor& grad_output, const std::vector<bool>& output_mask) {
-  const Tensor matrices = weight_matrices(p, to_type(weight, Backend::type));
+  const Tensor matrices = weight_matrices<Backend>(p, weight);
   const bool others = output_mask[0] || output_mask[2] || output_mask[3];
   const int64_t pixels = p.batch * p.out_h * p.out_w;
   const int64_t step = tile_size(p, pixels, Backend::tile_values, Backend::tile_pixels);
@@ -100,8 +117,7 @@ std::optional<Tensor> backward(const ConvParams& p, Backend& backend, const Tens
                        first + begin, size);
     }
   }
-  if (grad_weight)
-    grad_weight = to_type(stable::view(*grad_weight, weight.sizes()), weight.scalar_type());
+  if (grad_weight) grad_weight = weight_of<Backend>(p, *grad_weight, weight);
   return grad_weight;
 }
 

@@ -228,8 +228,13 @@ def test_shared_memory_over_48_kb_is_only_on_request():
 
 def test_scope_too_large_for_the_device(monkeypatch):
     monkeypatch.setenv("DK_EMULATED_SHARED_BYTES", "49152")
-    case = replace(Case(), scope=(60, 60))
-    for groups in 3, 1:
+    case = Case(kernel=(60, 60), scope=(60, 60), size=(60, 61), padding=(0, 0))
+    for groups, message in (3, "a scope of 60x60 "), (1, "a kernel of 60x60 needs "):
         case = replace(case, groups=groups)
-        with pytest.raises(RuntimeError, match="a scope of 60x60 .*composed_deform_kernel_conv2d"):
+        with pytest.raises(RuntimeError, match=f"{message}.*composed_deform_kernel_conv2d"):
             call("dk_emulated", case.tensors(torch.float32), case)
+    # Columns do without the scope in shared memory.
+    case = replace(case, kernel=(3, 3), size=(6, 7))
+    tensors = case.tensors(torch.float32)
+    expected = call("dk_detectron", double(tensors), case)
+    assert_close(call("dk_emulated", tensors, case), expected)

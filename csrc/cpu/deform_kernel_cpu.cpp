@@ -88,6 +88,7 @@ struct DenseBackend {
   // are no faster.
   static constexpr int64_t tile_values = int64_t(1) << 22, tile_pixels = 512;
   static constexpr int64_t gradient_values = tile_values / 4;
+  static constexpr bool cells_first = false;
   static constexpr ScalarType type = scalar_type_of<T>;
   static constexpr int64_t kPixelGrain = 16, kScatterChannels = 32, kAddGrain = 1 << 14;
 

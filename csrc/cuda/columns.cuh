@@ -9,11 +9,11 @@
 namespace dk {
 namespace cuda {
 
-// Where the cells of channel c of the tile's pixel i begin.
+// Where channel c of the first cell of the tile's pixel i is; the next cell is C / groups further.
 template <typename Args>
 DK_INLINE int64_t column_offset(const Args& a, int cells, int64_t i, int c) {
   const int size = static_cast<int>(a.params.channels / a.params.groups), group = c / size;
-  return ((group * a.count + i) * size + c - group * size) * cells;
+  return (group * a.count + i) * cells * size + c - group * size;
 }
 
 // What a tap of a pixel reads: nothing (-1) or the pixel of image n, here without a data_offset.
@@ -25,86 +25,129 @@ DK_INLINE int rest_pixel(const ConvParams& p, const Sizes& size, int t, int h, i
   return inside ? static_cast<int>(y * p.in_w + x) : -1;
 }
 
+// Where the taps of a block's pixels read, and with which coefficients: in shared memory.
+template <typename T, bool kKernel, bool kData>
+struct ColumnsTable {
+  Vector<T, 4>*kernel_coef, *data_coef, *kernel_sum, *data_sum;
+  TapIndex* index;
+
+  DK_INLINE ColumnsTable(unsigned char* memory, int pixels, int taps, bool backward) {
+    const ColumnsLayout s = columns_layout<T>(pixels, taps, kKernel, kData, backward);
+    kernel_coef = reinterpret_cast<Vector<T, 4>*>(memory + s.kernel_coef);
+    data_coef = reinterpret_cast<Vector<T, 4>*>(memory + s.data_coef);
+    kernel_sum = reinterpret_cast<Vector<T, 4>*>(memory + s.kernel_sum);
+    data_sum = reinterpret_cast<Vector<T, 4>*>(memory + s.data_sum);
+    index = reinterpret_cast<TapIndex*>(memory + s.index);
+  }
+
+  template <typename Args, typename Sizes>
+  __device__ __forceinline__ void fill(const Args& a, const Sizes& size, const PixelTile& tile,
+                                       int count) const {
+    const ConvParams& p = a.params;
+    const int taps = size.taps(), image = static_cast<int>(p.in_h * p.in_w);
+    for (int j = threadIdx.x; j < count * taps; j += blockDim.x) {
+      const int t = j % taps;
+      const Pixel q = tile[j / taps];
+      const int64_t n = tile.first_image + q.n;
+      TapIndex at{t, -1};
+      if constexpr (kData) {
+        const auto sample = sample_data(p, size, a.data_offset, n, t, q.h, q.w);
+        at.pixel = q.n * image + sample.h.cell * static_cast<int>(p.in_w) + sample.w.cell;
+        data_coef[j] = sample.coef();
+      } else {
+        const int rest = rest_pixel(p, size, t, q.h, q.w);
+        if (rest >= 0) at.pixel = q.n * image + rest;
+      }
+      if constexpr (kKernel) {
+        const auto sample = sample_weight(p, size, a.kernel_offset, n, t, q.h, q.w);
+        at.cell = sample.h.cell * size.scope_w + sample.w.cell;
+        kernel_coef[j] = sample.coef();
+      }
+      index[j] = at;
+    }
+  }
+};
+
 // ---- columns ------------------------------------------------------------------------------------
 
-// A block: some pixels, 32 channels. Its threads first make, for each pixel and tap, a row of
-// coefficients of all cells. Then a warp takes a pixel, a thread one channel, and sums up all its
-// cells (S known) or four at a time in registers: the rows are the same for the whole warp.
-template <typename scalar_t, int K, int S, bool kKernel, bool kData>
+// sum[cell ...] += coef * x for the 2x2 cells that begin at `cell`, one of kFirst .. kLast. The
+// sums are registers, which have no index at run time: a search, which the threads of a pixel take
+// alike.
+template <int S, int kFirst, int kLast, typename T, int V>
+DK_INLINE void add_to_cells(Vector<T, V> (&sum)[S * S], int cell, const Vector<T, 4>& coef,
+                            const Vector<T, V>& x) {
+  if constexpr (kFirst == kLast) {
+    DK_UNROLL
+    for (int k = 0; k < 4; ++k) add_scaled(sum[kFirst + k / 2 * S + k % 2], coef.v[k], x);
+  } else {
+    constexpr int kMiddle = (kFirst + kLast) / 2;
+    if (cell <= kMiddle)
+      add_to_cells<S, kFirst, kMiddle>(sum, cell, coef, x);
+    else
+      add_to_cells<S, kMiddle + 1, kLast>(sum, cell, coef, x);
+  }
+}
+
+// A block: some pixels, and up to 32 vectors of channels. A thread takes a pixel and a vector, and
+// sums up all cells of a scope whose size is known in registers, or one after another.
+template <typename scalar_t, int V, int S, bool kKernel, bool kData>
 __global__ void __launch_bounds__(kThreads) columns_kernel(const ColumnsArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
   DK_SHARED_MEMORY(memory);
   const ConvParams& p = a.params;
-  const Sizes<K, S> size(p);
+  const Sizes<0, S> size(p);
   const int taps = size.taps(), cells = size.cells(), channels = static_cast<int>(p.channels);
-  const ColumnsLayout layout = columns_layout<T>(a.pixels, taps, cells, kKernel, kData);
-  auto* data_coef = reinterpret_cast<Vector<T, 4>*>(memory + layout.data_coef);
-  T* table = reinterpret_cast<T*>(memory + layout.table);
-  int* pixel = reinterpret_cast<int*>(memory + layout.pixel);
+  const ColumnsTable<T, kKernel, kData> table(memory, a.pixels, taps, /*backward=*/false);
 
   // The channels of one tile of pixels run next to each other: its offsets stay in cache.
-  const int channel_tiles = (channels + kWarpSize - 1) / kWarpSize;
+  const int vectors = channels / V, channel_tiles = (vectors + kWarpSize - 1) / kWarpSize;
   const int64_t begin = static_cast<int64_t>(blockIdx.x / channel_tiles) * a.pixels;
   const int count = static_cast<int>(a.count - begin < a.pixels ? a.count - begin : a.pixels);
   const PixelTile tile(a.first + begin, p.batch, p.out_h, p.out_w);
-  const int image = static_cast<int>(p.in_h * p.in_w);
-  for (int j = threadIdx.x; j < count * taps; j += blockDim.x) {
-    const int t = j % taps;
-    const Pixel q = tile[j / taps];
-    const int64_t n = tile.first_image + q.n;
-    if constexpr (kData) {
-      const auto sample = sample_data(p, size, a.data_offset, n, t, q.h, q.w);
-      pixel[j] = q.n * image + sample.h.cell * static_cast<int>(p.in_w) + sample.w.cell;
-      data_coef[j] = sample.coef();
-    } else {
-      const int at = rest_pixel(p, size, t, q.h, q.w);
-      pixel[j] = at < 0 ? -1 : q.n * image + at;
-    }
-    if constexpr (kKernel) {
-      const auto sample = sample_weight(p, size, a.kernel_offset, n, t, q.h, q.w);
-      const Vector<T, 4> coef = sample.coef();
-      const Steps steps(size.scope_h, size.scope_w, 1);
-      T* row = table + static_cast<int64_t>(j) * layout.row;
-      for (int cell = 0; cell < layout.row; ++cell) row[cell] = T(0);
-      T* first = row + sample.h.cell * size.scope_w + sample.w.cell;
-      DK_UNROLL
-      for (int k = 0; k < 4; ++k) first[steps[k]] += coef.v[k];
-    }
-  }
+  table.fill(a, size, tile, count);
   __syncthreads();
 
-  const int c = static_cast<int>(blockIdx.x % channel_tiles) * kWarpSize + threadIdx.x % kWarpSize;
-  if (c >= channels) return;
-  const scalar_t* input = a.input + tile.first_image * p.in_h * p.in_w * channels + c;
-  const Steps pixel_steps(p.in_h, p.in_w, channels);
-  const auto value = [&](int j) {
-    if (!kData && pixel[j] < 0) return T(0);
-    const scalar_t* from = input + static_cast<int64_t>(pixel[j]) * channels;
-    if constexpr (!kData) return static_cast<T>(*from);
-    T x = T(0);
-    DK_UNROLL
-    for (int k = 0; k < 4; ++k) x += data_coef[j].v[k] * static_cast<T>(from[pixel_steps[k]]);
-    return x;
-  };
-  constexpr int N = S ? S * S : 4;
-  for (int i = threadIdx.x / kWarpSize; i < count; i += blockDim.x / kWarpSize) {
+  const int first = static_cast<int>(blockIdx.x % channel_tiles) * kWarpSize;
+  const int width = vectors - first < kWarpSize ? vectors - first : kWarpSize;
+  const int step = channels / static_cast<int>(p.groups);  // from cell to cell
+  const Steps pixel_steps(p.in_h, p.in_w, channels), cell_steps(size.scope_h, size.scope_w, 1);
+  for (int j = threadIdx.x; j < count * width; j += blockDim.x) {
+    const int i = j / width, c = (first + j % width) * V;
+    const scalar_t* input = a.input + tile.first_image * p.in_h * p.in_w * channels + c;
     scalar_t* to = a.columns + column_offset(a, cells, begin + i, c);
+    const auto value = [&](int pair) {
+      const int pixel = table.index[pair].pixel;
+      Vector<T, V> x{};
+      if (!kData && pixel < 0) return x;
+      const scalar_t* from = input + static_cast<int64_t>(pixel) * channels;
+      if constexpr (!kData) return load<V>(from);
+      const Vector<T, 4> coef = table.data_coef[pair];
+      DK_UNROLL
+      for (int k = 0; k < 4; ++k) add_scaled(x, coef.v[k], load<V>(from + pixel_steps[k]));
+      return x;
+    };
     if constexpr (!kKernel) {
-      for (int t = 0; t < taps; ++t) to[t] = static_cast<scalar_t>(value(i * taps + t));
+      for (int t = 0; t < taps; ++t) store<V>(to + t * step, value(i * taps + t));
+    } else if constexpr (S > 0) {
+      Vector<T, V> sum[S * S] = {};
+      for (int pair = i * taps; pair < (i + 1) * taps; ++pair) {
+        constexpr int kLast = (S - 2) * S + S - 2;
+        add_to_cells<S, 0, kLast>(sum, table.index[pair].cell, table.kernel_coef[pair],
+                                  value(pair));
+      }
+      DK_UNROLL
+      for (int cell = 0; cell < S * S; ++cell) store<V>(to + cell * step, sum[cell]);
     } else {
-      for (int cell = 0; cell < cells; cell += N) {
-        T sum[N] = {};
-        DK_UNROLL
-        for (int t = 0; t < taps; ++t) {
-          const T x = value(i * taps + t);
-          const T* row = table + static_cast<int64_t>(i * taps + t) * layout.row + cell;
+      for (int cell = 0; cell < cells; ++cell) {
+        Vector<T, V> sum{};
+        for (int pair = i * taps; pair < (i + 1) * taps; ++pair) {
           DK_UNROLL
-          for (int k = 0; k < N; ++k) sum[k] += x * row[k];
+          for (int k = 0; k < 4; ++k) {
+            if (table.index[pair].cell + cell_steps[k] == cell)
+              add_scaled(sum, table.kernel_coef[pair].v[k], value(pair));
+          }
         }
-        DK_UNROLL
-        for (int k = 0; k < N; ++k) {
-          if (S || cell + k < cells) to[cell + k] = static_cast<scalar_t>(sum[k]);
-        }
+        store<V>(to + cell * step, sum);
       }
     }
   }
@@ -112,83 +155,89 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const ColumnsArgs<sca
 
 // ---- offsets, and what the taps read ------------------------------------------------------------
 
-// Over the threads of a warp, each of which gets it.
-template <typename T>
-__device__ __forceinline__ T warp_sum(T x) {
-  T v[1] = {x};
-  return fold_sum(v, kWarpSize);
-}
-
-// A warp takes an output pixel, and all of its channels: a sum over them is the whole one, which
-// can be turned inward at once.
-template <typename scalar_t, bool kKernel, bool kData>
+// A block: some pixels, all of their channels; so a sum over channels is the whole one, which can
+// be turned inward at once. `lanes` threads of a warp take a pixel, each a vector of channels.
+template <typename scalar_t, int V, bool kKernel, bool kData>
 __global__ void __launch_bounds__(kThreads)
     columns_backward_kernel(const ColumnsBackwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
+  DK_SHARED_MEMORY(memory);
   const ConvParams& p = a.params;
   const Sizes<0, 0> size(p);
-  const int64_t i =
-      static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
-  if (i >= a.count) return;
-  const int lane = threadIdx.x % kWarpSize, taps = size.taps();
-  const int channels = static_cast<int>(p.channels);
-  const Steps cell_steps(size.scope_h, size.scope_w, 1), pixel_steps(p.in_h, p.in_w, channels);
-  for (int t = 0; t < taps; ++t) {
-    int64_t n;
-    int tap;
-    const Pixel q = pixel_of_pair(p, size, (a.first + i) * taps + t, &n, &tap);
-    TapSample<T> weight{}, data{};
-    int cell = t, pixel = 0;
-    if constexpr (kKernel) {
-      weight = sample_weight(p, size, a.kernel_offset, n, t, q.h, q.w);
-      cell = weight.h.cell * size.scope_w + weight.w.cell;
-    }
-    if constexpr (kData) {
-      data = sample_data(p, size, a.data_offset, n, t, q.h, q.w);
-      pixel = data.h.cell * static_cast<int>(p.in_w) + data.w.cell;
-    } else {
-      pixel = rest_pixel(p, size, t, q.h, q.w);
-      if (pixel < 0) continue;
-    }
-    const scalar_t* input = a.input + (n * p.in_h * p.in_w + pixel) * channels;
-    const Vector<T, 4> weight_coef = weight.coef(), data_coef = data.coef();
-    Vector<T, 4> grad_weight_coef{}, grad_data_coef{};
-    for (int c = lane; c < channels; c += kWarpSize) {
-      const scalar_t* grad = a.grad_columns + column_offset(a, size.cells(), i, c) + cell;
-      T x = T(0), grad_tap = T(0), pixels[4];
-      if constexpr (kData) {
-        DK_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          pixels[k] = static_cast<T>(input[pixel_steps[k] + c]);
-          x += data_coef.v[k] * pixels[k];
+  const int taps = size.taps(), channels = static_cast<int>(p.channels);
+  const ColumnsTable<T, kKernel, kData> table(memory, a.pixels, taps, /*backward=*/true);
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * a.pixels;
+  const int count = static_cast<int>(a.count - begin < a.pixels ? a.count - begin : a.pixels);
+  const PixelTile tile(a.first + begin, p.batch, p.out_h, p.out_w);
+  table.fill(a, size, tile, count);
+  __syncthreads();
+
+  const int lane = threadIdx.x % a.lanes, step = channels / static_cast<int>(p.groups);
+  const Steps cell_steps(size.scope_h, size.scope_w, step), pixel_steps(p.in_h, p.in_w, channels);
+  for (int first = 0; first < count; first += blockDim.x / a.lanes) {
+    const int i = first + threadIdx.x / a.lanes;
+    for (int t = 0; t < taps; ++t) {
+      const int pair = i * taps + t;
+      Vector<T, 4> kernel_sum{}, data_sum{};
+      // All threads of the warp meet below, whether there is a pixel for them or not.
+      if (i < count && (kData || table.index[pair].pixel >= 0)) {
+        const TapIndex at = table.index[pair];
+        const Vector<T, 4> kernel_coef = kKernel ? table.kernel_coef[pair] : Vector<T, 4>{};
+        const Vector<T, 4> data_coef = kData ? table.data_coef[pair] : Vector<T, 4>{};
+        const scalar_t* input =
+            a.input + (tile.first_image * p.in_h * p.in_w + at.pixel) * channels;
+        for (int c = lane * V; c < channels; c += a.lanes * V) {
+          const scalar_t* grad = a.grad_columns + column_offset(a, size.cells(), begin + i, c) +
+                                 static_cast<int64_t>(at.cell) * step;
+          Vector<T, V> x{}, grad_tap{}, pixels[4];
+          if constexpr (kData) {
+            DK_UNROLL
+            for (int k = 0; k < 4; ++k) {
+              pixels[k] = load<V>(input + pixel_steps[k] + c);
+              add_scaled(x, data_coef.v[k], pixels[k]);
+            }
+          } else {
+            x = load<V>(input + c);
+          }
+          if constexpr (kKernel) {
+            DK_UNROLL
+            for (int k = 0; k < 4; ++k) {
+              const Vector<T, V> g = load<V>(grad + cell_steps[k]);
+              add_scaled(grad_tap, kernel_coef.v[k], g);
+              kernel_sum.v[k] += dot(x, g);
+            }
+          } else {
+            grad_tap = load<V>(grad);
+          }
+          if constexpr (kData) {
+            DK_UNROLL
+            for (int k = 0; k < 4; ++k) data_sum.v[k] += dot(grad_tap, pixels[k]);
+          }
+          store<V>(a.grad_taps + ((begin + i) * taps + t) * channels + c, grad_tap);
         }
-      } else {
-        x = static_cast<T>(input[c]);
       }
+      const bool writes = i < count && lane < 4;
       if constexpr (kKernel) {
-        DK_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          const T g = static_cast<T>(grad[cell_steps[k]]);
-          grad_tap += weight_coef.v[k] * g;
-          grad_weight_coef.v[k] += x * g;
-        }
-      } else {
-        grad_tap = static_cast<T>(*grad);
+        const T sum = fold_sum(kernel_sum.v, a.lanes);
+        if (writes) table.kernel_sum[pair].v[lane] = sum;
       }
       if constexpr (kData) {
-        DK_UNROLL
-        for (int k = 0; k < 4; ++k) grad_data_coef.v[k] += grad_tap * pixels[k];
+        const T sum = fold_sum(data_sum.v, a.lanes);
+        if (writes) table.data_sum[pair].v[lane] = sum;
       }
-      a.grad_taps[(i * taps + t) * channels + c] = grad_tap;
     }
-    DK_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      if constexpr (kKernel) grad_weight_coef.v[k] = warp_sum(grad_weight_coef.v[k]);
-      if constexpr (kData) grad_data_coef.v[k] = warp_sum(grad_data_coef.v[k]);
-    }
-    if (lane) continue;
+  }
+  __syncthreads();
+
+  for (int j = threadIdx.x; j < count * taps; j += blockDim.x) {
+    if (!kData && table.index[j].pixel < 0) continue;
+    const int t = j % taps;
+    const Pixel q = tile[j / taps];
+    const int64_t n = tile.first_image + q.n;
     if constexpr (kKernel) {
-      T h = weight.grad_h(grad_weight_coef), w = weight.grad_w(grad_weight_coef);
+      const Vector<T, 4> sum = table.kernel_sum[j];
+      const auto weight = sample_weight(p, size, a.kernel_offset, n, t, q.h, q.w);
+      T h = weight.grad_h(sum), w = weight.grad_w(sum);
       if (p.clip) {
         const auto location = locate_in_scope(size, a.kernel_offset, n, t, q.h, q.w);
         h = inward(location.h, size.scope_h, h);
@@ -198,16 +247,17 @@ __global__ void __launch_bounds__(kThreads)
       to[0] = h;
       to[a.grad_kernel_offset.strides.c] = w;
       if (a.kernel_offset.modulated) {
-        *factor_of(a.grad_kernel_offset, taps, n, t, q.h, q.w) =
-            weight.grad_factor(grad_weight_coef);
+        *factor_of(a.grad_kernel_offset, taps, n, t, q.h, q.w) = weight.grad_factor(sum);
       }
     }
     if constexpr (kData) {
+      const Vector<T, 4> sum = table.data_sum[j];
+      const auto data = sample_data(p, size, a.data_offset, n, t, q.h, q.w);
       T* to = offset_of(a.grad_data_offset, n, t, q.h, q.w);
-      to[0] = data.grad_h(grad_data_coef);
-      to[a.grad_data_offset.strides.c] = data.grad_w(grad_data_coef);
+      to[0] = data.grad_h(sum);
+      to[a.grad_data_offset.strides.c] = data.grad_w(sum);
       if (a.data_offset.modulated) {
-        *factor_of(a.grad_data_offset, taps, n, t, q.h, q.w) = data.grad_factor(grad_data_coef);
+        *factor_of(a.grad_data_offset, taps, n, t, q.h, q.w) = data.grad_factor(sum);
       }
     }
   }
@@ -215,29 +265,34 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- input --------------------------------------------------------------------------------------
 
-// One thread per input pixel and channel, which adds up the taps that read it.
-template <typename scalar_t>
+// One thread per input pixel and vector of channels, which adds up the taps that read it.
+template <typename scalar_t, int V>
 __global__ void __launch_bounds__(kThreads)
     add_taps_kernel(const ColumnsBackwardArgs<scalar_t> a, int64_t begin, int64_t end) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   const Sizes<0, 0> size(p);
-  const int channels = static_cast<int>(p.channels);
+  const int channels = static_cast<int>(p.channels), vectors = channels / V;
   const int64_t element = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t pixel = begin * p.in_w + element / channels;
+  const int64_t pixel = begin * p.in_w + element / vectors;
   if (pixel >= end * p.in_w) return;
-  const int c = static_cast<int>(element % channels);
+  const int c = static_cast<int>(element % vectors) * V;
   const int64_t line = pixel / p.in_w, n = line / p.in_h;
   const int y = static_cast<int>(line % p.in_h), x = static_cast<int>(pixel % p.in_w);
-  T sum = T(0);
-  for (int t = 0; t < size.taps(); ++t) {
-    const int row = fed_output(y, p.pad_h, t / size.kernel_w, p.dilation_h, p.stride_h, p.out_h);
-    const int column = fed_output(x, p.pad_w, t % size.kernel_w, p.dilation_w, p.stride_w, p.out_w);
-    const int64_t i = (n * p.out_h + row) * p.out_w + column - a.first;
-    if (row < 0 || column < 0 || i < 0 || i >= a.count) continue;
-    sum += a.grad_taps[(i * size.taps() + t) * channels + c];
+  T* to = a.grad_input + pixel * channels + c;
+  Vector<T, V> sum = load<V>(to);
+  for (int tap_h = 0; tap_h < size.kernel_h; ++tap_h) {
+    const int row = fed_output(y, p.pad_h, tap_h, p.dilation_h, p.stride_h, p.out_h);
+    if (row < 0) continue;
+    for (int tap_w = 0; tap_w < size.kernel_w; ++tap_w) {
+      const int column = fed_output(x, p.pad_w, tap_w, p.dilation_w, p.stride_w, p.out_w);
+      const int64_t i = (n * p.out_h + row) * p.out_w + column - a.first;
+      if (column < 0 || i < 0 || i >= a.count) continue;
+      const int t = tap_h * size.kernel_w + tap_w;
+      add_scaled(sum, T(1), load<V>(a.grad_taps + (i * size.taps() + t) * channels + c));
+    }
   }
-  a.grad_input[pixel * channels + c] += sum;
+  store<V>(to, sum);
 }
 
 // One thread per tap of an output pixel and channel.
@@ -314,35 +369,75 @@ __global__ void __launch_bounds__(kThreads)
 
 inline int64_t blocks_of(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
+// Calls f(Int<V>) with the channels that a thread takes.
+template <typename T, typename F>
+void dispatch_vector(const ConvParams& p, const F& f) {
+  if (p.channels / p.groups % kColumnsVector<T> == 0)
+    f(Int<kColumnsVector<T>>());
+  else
+    f(Int<1>());
+}
+
+// Calls f(Int<S>) with the scopes that have kernels of their own, else with 0.
+template <bool kKernel, typename F>
+void dispatch_scope(const ConvParams& p, const F& f) {
+  if constexpr (kKernel) {
+    const int64_t size = p.scope_h == p.scope_w ? p.scope_h : 0;
+    if (size == 2) return f(Int<2>());
+    if (size == 3) return f(Int<3>());
+    if (size == 4) return f(Int<4>());
+    if (size == 5) return f(Int<5>());
+  }
+  f(Int<0>());
+}
+
 template <typename scalar_t>
 void launch_columns(const ColumnsArgs<scalar_t>& a, cudaStream_t stream) {
+  using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
-  const int64_t blocks =
-      (a.count + a.pixels - 1) / a.pixels * ((p.channels + kWarpSize - 1) / kWarpSize);
+  const int64_t tiles = (a.count + a.pixels - 1) / a.pixels;
   dispatch_offsets(a.kernel_offset.data, a.data_offset.data, [&](auto kernel, auto data) {
     constexpr bool kKernel = decltype(kernel)::value, kData = decltype(data)::value;
     const size_t bytes =
-        columns_layout<opmath_t<scalar_t>>(a.pixels, p.taps(), p.cells(), kKernel, kData).bytes;
-    dispatch_sizes<kKernel>(p, [&](auto k, auto s) {
-      launch(columns_kernel<scalar_t, decltype(k)::value, decltype(s)::value, kKernel, kData>,
-             blocks, kThreads, bytes, stream, a);
+        columns_layout<T>(a.pixels, p.taps(), kKernel, kData, /*backward=*/false).bytes;
+    dispatch_scope<kKernel>(p, [&](auto s) {
+      dispatch_vector<T>(p, [&](auto v) {
+        constexpr int V = decltype(v)::value;
+        const int64_t vectors = p.channels / V;
+        launch(columns_kernel<scalar_t, V, decltype(s)::value, kKernel, kData>,
+               tiles * ((vectors + kWarpSize - 1) / kWarpSize), kThreads, bytes, stream, a);
+      });
     });
   });
 }
 
 template <typename scalar_t>
-void launch_columns_backward(const ColumnsBackwardArgs<scalar_t>& a, cudaStream_t stream) {
+void launch_columns_backward(ColumnsBackwardArgs<scalar_t> a, cudaStream_t stream) {
+  using T = opmath_t<scalar_t>;
+  const ConvParams& p = a.params;
   dispatch_offsets(a.kernel_offset.data, a.data_offset.data, [&](auto kernel, auto data) {
-    launch(columns_backward_kernel<scalar_t, decltype(kernel)::value, decltype(data)::value>,
-           blocks_of(a.count * kWarpSize), kThreads, 0, stream, a);
+    constexpr bool kKernel = decltype(kernel)::value, kData = decltype(data)::value;
+    const size_t bytes =
+        columns_layout<T>(a.pixels, p.taps(), kKernel, kData, /*backward=*/true).bytes;
+    dispatch_vector<T>(p, [&](auto v) {
+      constexpr int V = decltype(v)::value;
+      a.lanes = 4;  // of fold_sum, at least
+      while (a.lanes < kWarpSize && a.lanes * V < p.channels) a.lanes *= 2;
+      launch(columns_backward_kernel<scalar_t, V, kKernel, kData>,
+             (a.count + a.pixels - 1) / a.pixels, kThreads, bytes, stream, a);
+    });
   });
 }
 
 template <typename scalar_t>
 void launch_add_taps(const ColumnsBackwardArgs<scalar_t>& a, int64_t begin, int64_t end,
                      cudaStream_t stream) {
-  const int64_t elements = (end - begin) * a.params.in_w * a.params.channels;
-  launch(add_taps_kernel<scalar_t>, blocks_of(elements), kThreads, 0, stream, a, begin, end);
+  const ConvParams& p = a.params;
+  dispatch_vector<opmath_t<scalar_t>>(p, [&](auto v) {
+    constexpr int V = decltype(v)::value;
+    launch(add_taps_kernel<scalar_t, V>, blocks_of((end - begin) * p.in_w * (p.channels / V)),
+           kThreads, 0, stream, a, begin, end);
+  });
 }
 
 template <typename scalar_t>
@@ -372,7 +467,7 @@ void launch_gather_taps(const ColumnsBackwardArgs<scalar_t>& a, const int64_t* s
   namespace dk {                                                                                \
   namespace cuda {                                                                              \
   template void launch_columns(const ColumnsArgs<scalar_t>&, cudaStream_t);                     \
-  template void launch_columns_backward(const ColumnsBackwardArgs<scalar_t>&, cudaStream_t);    \
+  template void launch_columns_backward(ColumnsBackwardArgs<scalar_t>, cudaStream_t);           \
   template void launch_add_taps(const ColumnsBackwardArgs<scalar_t>&, int64_t, int64_t,         \
                                 cudaStream_t);                                                  \
   template void launch_scatter_taps(const ColumnsBackwardArgs<scalar_t>&, cudaStream_t);        \

@@ -16,7 +16,7 @@ struct ColumnsArgs {
   const scalar_t* input;
   Offset<const T> kernel_offset, data_offset;
   int64_t first, count;
-  scalar_t* columns;  // [groups, count, C / groups, cells], to be written
+  scalar_t* columns;  // [groups, count, cells, C / groups], to be written
   int pixels;         // of a block
 };
 
@@ -27,30 +27,36 @@ struct ColumnsBackwardArgs {
   const scalar_t* input;
   Offset<const T> kernel_offset, data_offset;
   int64_t first, count;
-  const scalar_t* grad_columns;                    // [groups, count, C / groups, cells]
+  const scalar_t* grad_columns;                    // [groups, count, cells, C / groups]
   T* grad_taps;                                    // [count, taps, C], of what each tap reads
   Offset<T> grad_kernel_offset, grad_data_offset;  // zero at the start
   T* grad_input;                                   // channels_last, added to; zero at the start
+  int pixels, lanes;                               // of a block; threads that share a pixel
 };
 
-// Bytes of shared memory, and where its arrays begin:
-//   data_coef  [pixels, taps, 4]       T    if there is a data_offset
-//   table      [pixels, taps, row]     T    if there is a kernel_offset: coefficients of all cells
-//   pixel      [pixels, taps]          int  first pixel that is read; -1: padding
+// Neighbouring channels of one group that a thread takes: so many, or one.
+template <typename T>
+constexpr int kColumnsVector = 16 / sizeof(T);
+
+// Bytes of shared memory, and where its arrays begin, all of them [pixels, taps]:
+//   kernel_coef, data_coef     Vector<T, 4>  if there is such an offset
+//   kernel_sum, data_sum       Vector<T, 4>  their gradients; backward only
+//   index                      TapIndex      its cell is that of the scope itself
 struct ColumnsLayout {
-  size_t data_coef, table, pixel, bytes;
-  int row;
+  size_t kernel_coef, data_coef, kernel_sum, data_sum, index, bytes;
 };
 
 template <typename T>
-DK_INLINE ColumnsLayout columns_layout(int pixels, int taps, int cells, bool kernel, bool data) {
-  const size_t pairs = static_cast<size_t>(pixels) * taps;
+DK_INLINE ColumnsLayout columns_layout(int pixels, int taps, bool kernel, bool data,
+                                       bool backward) {
+  const size_t pairs = static_cast<size_t>(pixels) * taps, coef = sizeof(T) * 4 * pairs;
   ColumnsLayout s;
-  s.row = (cells + 3) / 4 * 4;
-  s.data_coef = 0;
-  s.table = s.data_coef + (data ? sizeof(T) * 4 * pairs : 0);
-  s.pixel = s.table + (kernel ? sizeof(T) * s.row * pairs : 0);
-  s.bytes = s.pixel + sizeof(int) * pairs;
+  s.kernel_coef = 0;
+  s.data_coef = s.kernel_coef + (kernel ? coef : 0);
+  s.kernel_sum = s.data_coef + (data ? coef : 0);
+  s.data_sum = s.kernel_sum + (kernel && backward ? coef : 0);
+  s.index = s.data_sum + (data && backward ? coef : 0);
+  s.bytes = s.index + sizeof(TapIndex) * pairs;
   return s;
 }
 
@@ -60,7 +66,7 @@ template <typename scalar_t>
 void launch_columns(const ColumnsArgs<scalar_t>& a, cudaStream_t stream);
 // The gradients of the tile's offsets, and grad_taps.
 template <typename scalar_t>
-void launch_columns_backward(const ColumnsBackwardArgs<scalar_t>& a, cudaStream_t stream);
+void launch_columns_backward(ColumnsBackwardArgs<scalar_t> a, cudaStream_t stream);
 // Without data_offset: adds grad_taps to the pixels that the taps read, of input rows
 // begin .. end of all N * H.
 template <typename scalar_t>

@@ -9,18 +9,26 @@ namespace dk {
 namespace cuda {
 namespace {
 
-// As many pixels as a block's shared memory has room for.
+// A block needs as many pixels to have a thread for each vector of channels.
+constexpr int kFewestPixels = 8;
+
+// Pixels of a block: fewer than kPixels where all blocks together would not keep the GPU busy, or
+// where they have no room in shared memory.
 template <typename T>
-int columns_pixels(const ConvParams& p, bool kernel, bool data) {
+int columns_pixels(const ColumnsBackwardArgs<T>& a, int64_t count, bool backward) {
+  const ConvParams& p = a.params;
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t blocks = 2 * device_attribute(cudaDevAttrMultiProcessorCount);
   int pixels = kPixels;
   const auto bytes = [&] {
-    return columns_layout<T>(pixels, p.taps(), p.cells(), kernel, data).bytes;
+    return columns_layout<opmath_t<T>>(pixels, p.taps(), a.kernel_offset.data, a.data_offset.data,
+                                       backward)
+        .bytes;
   };
+  while (pixels > kFewestPixels && count < blocks * pixels) pixels /= 2;
   while (pixels > 1 && bytes() > static_cast<size_t>(limit)) pixels /= 2;
-  DK_CHECK(bytes() <= static_cast<size_t>(limit), "weight: a scope of ", p.scope_h, "x", p.scope_w,
-           " with a kernel of ", p.kernel_h, "x", p.kernel_w, " needs ", bytes(),
-           " bytes of shared memory and this GPU has ", limit,
+  DK_CHECK(bytes() <= static_cast<size_t>(limit), "weight: a kernel of ", p.kernel_h, "x",
+           p.kernel_w, " needs ", bytes(), " bytes of shared memory and this GPU has ", limit,
            "; dk_detectron.ops.composed_deform_kernel_conv2d takes any size");
   return pixels;
 }
@@ -34,6 +42,7 @@ struct DenseBackend {
   static constexpr int64_t tile_values = (int64_t(1) << 26) / sizeof(scalar_t);
   static constexpr int64_t tile_pixels = int64_t(1) << 30, gradient_values = tile_values;
   static constexpr ScalarType type = scalar_type_of<scalar_t>;
+  static constexpr bool cells_first = true;
 
   const Tensor& like;
   ColumnsBackwardArgs<scalar_t> a;
@@ -56,10 +65,10 @@ struct DenseBackend {
     const ConvParams& p = a.params;
     const Tensor result =
         stable::new_empty(like, {p.groups, count, p.channels / p.groups * p.cells()}, type);
-    launch_columns<scalar_t>({p, a.input, a.kernel_offset, a.data_offset, first, count,
-                              result.mutable_data_ptr<scalar_t>(),
-                              columns_pixels<T>(p, a.kernel_offset.data, a.data_offset.data)},
-                             stream);
+    launch_columns<scalar_t>(
+        {p, a.input, a.kernel_offset, a.data_offset, first, count,
+         result.mutable_data_ptr<scalar_t>(), columns_pixels(a, count, /*backward=*/false)},
+        stream);
     return result;
   }
 
@@ -71,6 +80,7 @@ struct DenseBackend {
     a.count = count;
     a.grad_columns = grad_columns.const_data_ptr<scalar_t>();
     a.grad_taps = grad_taps->mutable_data_ptr<T>();
+    a.pixels = columns_pixels(a, count, /*backward=*/true);
     launch_columns_backward(a, stream);
     if (!a.grad_input) return;
     if (!a.data_offset.data) {
