@@ -52,7 +52,14 @@ check() { # sanitizer, device
 }
 
 for sanitizer in ${1:-address thread}; do
-  for device in ${2:-cuda cpu}; do
-    check "$sanitizer" "$device"
+  jobs=()
+  for device in ${2:-cuda cpu}; do  # beside each other: each has one thread for most of its time
+    check "$sanitizer" "$device" &
+    jobs+=($!)
   done
+  failed=0
+  for job in "${jobs[@]}"; do
+    wait "$job" || failed=1
+  done
+  ((failed == 0))
 done

@@ -24,6 +24,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_functions
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from running import Tool, finish
 
 from dk_detectron.engine import Trainer, command_line, setup
 from dk_detectron.engine.amp import build_loop
@@ -71,13 +72,17 @@ def datasets_root(tmp_path_factory) -> Path:
     return root
 
 
-def start_tool(tool: str, datasets: Path, *args, python: Sequence[str] = ()) -> subprocess.Popen:
+def start_tool(
+    tool: str, datasets: Path, *args, python: Sequence[str] = ()
+) -> Tool | subprocess.Popen:
     env = {
         **os.environ,
         "DETECTRON2_DATASETS": str(datasets),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
+    if not python:
+        return Tool(ROOT / "tools" / tool, [*map(str, args)], env)
     command = [sys.executable, *python, str(ROOT / "tools" / tool), *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell has what it starts in the background ignore SIGINT, and so would this.
@@ -87,14 +92,9 @@ def start_tool(tool: str, datasets: Path, *args, python: Sequence[str] = ()) -> 
 
 def start_training(
     datasets: Path, output: Path, *args, python: Sequence[str] = ()
-) -> subprocess.Popen:
+) -> Tool | subprocess.Popen:
     arguments = "--config-file", CONFIG, *args, "OUTPUT_DIR", output, *OPTIONS
     return start_tool("train_net.py", datasets, *arguments, python=python)
-
-
-def finish(job: subprocess.Popen) -> subprocess.CompletedProcess:
-    output, errors = job.communicate()
-    return subprocess.CompletedProcess(job.args, job.returncode, output, errors)
 
 
 def run_tool(tool: str, datasets: Path, *args) -> subprocess.CompletedProcess:
@@ -228,7 +228,7 @@ def test_two_processes_learn_what_one_does(run, two_processes, datasets_root, tm
 def train_compiled(output: Path, weights: Path) -> None:
     """In each of the processes of a job; the graphs are run as they are, not made code of."""
     torch.set_num_threads(1)
-    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="eager")
     opts = ["OUTPUT_DIR", output, "MODEL.WEIGHTS", weights, "MODEL.BACKBONE.COMPILE", True]
     opts = [*map(str, opts), *OPTIONS, *ALL_SAMPLES]
     main(Namespace(config_file=str(CONFIG), opts=opts, resume=False, eval_only=False), Trainer)
@@ -305,7 +305,7 @@ def test_jobs_on_one_machine_have_ports_of_their_own(monkeypatch):
 
 def test_a_killed_process_stops_the_job_and_resume_goes_on_exactly(datasets_root, tmp_path):
     options = (
-        "--num-gpus", 2, "SOLVER.MAX_ITER", 20, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()"
+        "--num-gpus", 2, "SOLVER.MAX_ITER", 10, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()"
     )  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = train(datasets_root, whole, *options)

@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from PIL import Image
+from running import Tool, finish
 from torchvision.datasets import ImageFolder
 from torchvision.transforms._presets import ImageClassification
 
@@ -603,8 +603,7 @@ def test_truncated_checkpoint_is_refused_and_nothing_overwritten(uninterrupted, 
 
 def run_tool(tool: str, *args, **env) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    return finish(Tool(ROOT / "tools" / tool, [*map(str, args)], env))
 
 
 def test_two_processes_train_and_evaluate(pictures, tmp_path):

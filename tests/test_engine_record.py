@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 from detectron2.modeling import build_model
+from running import finish
 from test_engine import (  # noqa: F401
     CONFIG,
     OPTIONS,
     arguments,
     datasets_root,
-    finish,
     replace_registered,
     start_training,
     train,

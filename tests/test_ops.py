@@ -1122,6 +1122,13 @@ def test_bad_direct_input(name, change, message):
             compiled_backward(grad_output, **call, output_mask=[True] * 4)
 
 
+def test_the_padded_size_has_the_padding_of_each_axis():
+    case = Case()
+    call = case.tensors(torch.float32) | case.arguments | {"padding": (1, 2), "dilation": (4, 1)}
+    with pytest.raises(RuntimeError, match="input: padded size 8x11 is smaller than the dilated"):
+        compiled(**call)
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda t: t[:1], lambda t: t[..., 1:], lambda t: t.double()],

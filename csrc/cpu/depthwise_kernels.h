@@ -471,10 +471,12 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
             prefetch<true>(grad_input + first + (kTile + i) * p.channels);
           }
         }
-        if (a.nchw)
+        if (a.nchw) {
           transpose(grad_tile.tiles, kChannelBlock, count, width, grad_input + first,
                     p.in_h * p.in_w);
-        for (int i = 0; i < count && !a.nchw; ++i) {
+          continue;
+        }
+        for (int i = 0; i < count; ++i) {
           convert(grad_tile.tiles + i * kChannelBlock, grad_input + first + i * p.channels, width);
         }
       }
