@@ -44,8 +44,7 @@ def calls(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def shared(model: nn.Module) -> dict[str, nn.Module]:
-    found = {n: m for n, m in model.named_modules() if n.endswith("shared_offset_generator")}
-    return {name: module for name, module in found.items() if module is not None}
+    return {n: m for n, m in model.named_modules() if n.endswith("shared_offset_generator")}
 
 
 def with_gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,8 +9,8 @@ namespace dk {
 namespace cuda {
 namespace {
 
-// A block needs as many pixels to have a thread for each vector of channels.
-constexpr int kFewestPixels = 8;
+// With as many pixels, each thread of a block has one and a vector of channels.
+constexpr int kFewestPixels = kThreads / kWarpSize;
 
 // Pixels of a block: fewer than kPixels where all blocks together would not keep the GPU busy, or
 // where they have no room in shared memory.
