@@ -1,15 +1,18 @@
 """What the test suite cannot check of the CUDA operators (run by tools/gpu_check.sh).
 
 CUDA against CPU on the shapes of the networks, bitwise repeatability, capture in a CUDA graph, a
-second stream, and tensors of more than 2^31 elements.
+second stream, tensors of more than 2^31 elements, and layers compiled by torch.compile.
 """
 
 import argparse
+import copy
 import itertools
 import sys
 
 import torch
+from torch import nn
 
+from dk_detectron.layers import KINDS
 from dk_detectron.ops import deform_kernel_conv2d
 
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -141,6 +144,33 @@ def check_large():
     print("more than 2^31 elements", flush=True)
 
 
+def check_compiled():
+    """Layers of every kind compile whole, once for all sizes of images, and compute the same."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    depthwise = [make(16, 16, 3, padding=1, groups=16) for make in KINDS.values()]
+    layers = nn.Sequential(*depthwise, KINDS["local"](16, 24, 3, padding=1)).cuda()
+    for parameter in layers.parameters():  # generators start at zero
+        nn.init.normal_(parameter, std=0.1)
+    compiled = copy.deepcopy(layers)
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    compiled.compile(fullgraph=True, dynamic=True)
+    for size in (2, 16, 24, 40), (2, 16, 40, 24), (3, 16, 32, 56):
+        x = torch.randn(size, device="cuda").contiguous(memory_format=torch.channels_last)
+        results = []
+        for model in layers, compiled:
+            leaf = x.clone().requires_grad_()
+            output = model(leaf)
+            gradients = torch.autograd.grad(output.square().mean(), [leaf, *model.parameters()])
+            results.append([output, *gradients])
+        for ours, theirs in zip(*results, strict=True):
+            # Rounding differs: of sums that the compiler orders anew, seen through taps.
+            torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item())
+    assert graphs["unique_graphs"] == 1, graphs
+    print("compiled", flush=True)
+
+
 def check_short():
     check_against_cpu(short=True)
 
@@ -150,6 +180,7 @@ CHECKS = {
     "repeat": check_repeatability,
     "graph": check_graph_and_stream,
     "large": check_large,
+    "compiled": check_compiled,
     "short": check_short,
 }
 

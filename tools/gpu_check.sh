@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can say about the operators, in one go: build for its architecture, all
-# CUDA tests, compute-sanitizer, comparisons with the CPU, CUDA graphs, streams, 64-bit sizes, benchmark.
-# Needs torch with CUDA, nvcc and pytest; takes under 10 minutes with 16 cores.
+# CUDA tests, compute-sanitizer, comparisons with the CPU, CUDA graphs, streams, 64-bit sizes,
+# torch.compile, benchmark.
+# Needs torch with CUDA, nvcc, pytest and pytest-xdist; takes under 10 minutes with 16 cores.
 #
 #     tools/gpu_check.sh [OUT]     logs and results go to OUT (default: output/gpu_check)
 #
@@ -15,26 +16,31 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
-failed=()
-rows=()
+# Stages run beside each other; more threads would only wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+names=()
 
-row() { # claim, result, seconds
-  rows+=("| $1 | $2 | $3 |")
-}
-
-stage() { # name, limit in seconds, claim, command...
+stage() { # name, limit in seconds, claim, command...; leaves the claim's row in OUT/name.row
   local name=$1 limit=$2 claim=$3 start=$SECONDS
   shift 3
-  echo "=== $name"
   if timeout "$limit" "$@" > "$out/$name.log" 2>&1; then
     echo "=== $name: passed in $((SECONDS - start)) s"
-    row "$claim" passed $((SECONDS - start))
+    echo "| $claim | passed | $((SECONDS - start)) |" > "$out/$name.row"
   else
     echo "=== $name: FAILED ($?) in $((SECONDS - start)) s; the end of $out/$name.log:"
     tail -n 25 "$out/$name.log"
-    row "$claim" "**failed**: $name.log" $((SECONDS - start))
-    failed+=("$name")
+    echo "| $claim | **failed**: $name.log | $((SECONDS - start)) |" > "$out/$name.row"
   fi
+}
+
+alone() {
+  names+=("$1")
+  stage "$@"
+}
+
+beside() { # like alone, but does not wait
+  names+=("$1")
+  stage "$@" &
 }
 
 environment() {
@@ -46,14 +52,16 @@ environment() {
 }
 
 environment 2>&1 | tee "$out/environment.txt"
-stage build 240 "compiles for this GPU" env FORCE_CUDA=1 "$python" setup.py build_ext --inplace
-stage tests 150 "every operator's tests on CUDA, in all types and layouts" \
-  "$python" -m pytest -q -p no:cacheprovider -k cuda tests/test_ops.py
-stage cpu 90 "equals the CPU in float64 on the networks' shapes" "$python" tools/gpu_check.py cpu
-stage repeat 60 "bitwise repeatable under deterministic algorithms" \
+alone build 240 "compiles for this GPU" env FORCE_CUDA=1 "$python" setup.py build_ext --inplace
+beside tests 300 "every operator's tests on CUDA, in all types and layouts" \
+  "$python" -m pytest -q -p no:cacheprovider -n 8 -k cuda tests/test_ops.py
+beside cpu 300 "equals the CPU in float64 on the networks' shapes" "$python" tools/gpu_check.py cpu
+beside repeat 300 "bitwise repeatable under deterministic algorithms" \
   "$python" tools/gpu_check.py repeat
-stage graph 60 "runs on any stream, and captured in a CUDA graph" "$python" tools/gpu_check.py graph
-stage large 60 "tensors of more than 2^31 elements" "$python" tools/gpu_check.py large
+beside graph 300 "runs on any stream, and captured in a CUDA graph" "$python" tools/gpu_check.py graph
+beside large 300 "tensors of more than 2^31 elements" "$python" tools/gpu_check.py large
+beside compiled 300 "layers of every kind compile whole, once for all sizes of images" \
+  "$python" tools/gpu_check.py compiled
 declare -A found=(
   [memcheck]="no access out of bounds or misaligned" [initcheck]="nothing unwritten is read"
   [racecheck]="no race in shared memory" [synccheck]="no barrier that some threads miss"
@@ -61,16 +69,18 @@ declare -A found=(
 for tool in memcheck initcheck racecheck synccheck; do
   if command -v compute-sanitizer > /dev/null; then
     # The caching allocator would hide accesses between tensors, and what was never written.
-    stage "$tool" 90 "${found[$tool]} (compute-sanitizer)" \
+    beside "$tool" 300 "${found[$tool]} (compute-sanitizer)" \
       env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \
       "$python" tools/gpu_check.py short
   else
     echo "=== $tool: left out, compute-sanitizer is not installed"
-    row "${found[$tool]} (compute-sanitizer)" "not installed" 0
+    names+=("$tool")
+    echo "| ${found[$tool]} (compute-sanitizer) | not installed | 0 |" > "$out/$tool.row"
   fi
 done
-stage benchmark 150 "as accurate and as fast as measured below" \
+wait
+alone benchmark 150 "as accurate and as fast as measured below" \
   "$python" tools/benchmark_ops.py --device cuda --quick --dtype bfloat16 \
   --json "$out/benchmark_ops.json" --plot "$out/benchmark_ops.png"
 
@@ -78,14 +88,15 @@ stage benchmark 150 "as accurate and as fast as measured below" \
   printf '# What a GPU says of the CUDA kernels\n\n```\n'
   cat "$out/environment.txt"
   printf '```\n\n| claim | result | seconds |\n|---|---|---|\n'
-  printf '%s\n' "${rows[@]}"
+  for name in "${names[@]}"; do cat "$out/$name.row"; done
   printf '\n```\n'
   cat "$out/benchmark.log"
   printf '```\n'
 } > "$out/summary.md"
 cat "$out/summary.md"
-if ((${#failed[@]})); then
-  echo "gpu_check: failed after $SECONDS s: ${failed[*]}"
+failed=$(cd "$out" && grep -l '\*\*failed' "${names[@]/%/.row}" | sed 's/\.row$//' | tr '\n' ' ')
+if [[ $failed ]]; then
+  echo "gpu_check: failed after $SECONDS s: $failed"
   exit 1
 fi
 echo "gpu_check: passed in $SECONDS s; please send $out/summary.md"
