@@ -152,23 +152,28 @@ def check_compiled():
     layers = nn.Sequential(*depthwise, KINDS["local"](16, 24, 3, padding=1)).cuda()
     for parameter in layers.parameters():  # generators start at zero
         nn.init.normal_(parameter, std=0.1)
-    compiled = copy.deepcopy(layers)
-    graphs = torch._dynamo.utils.counters["stats"]
-    graphs.clear()
-    compiled.compile(fullgraph=True, dynamic=True)
-    for size in (2, 16, 24, 40), (2, 16, 40, 24), (3, 16, 32, 56):
-        x = torch.randn(size, device="cuda").contiguous(memory_format=torch.channels_last)
-        results = []
-        for model in layers, compiled:
-            leaf = x.clone().requires_grad_()
-            output = model(leaf)
-            gradients = torch.autograd.grad(output.square().mean(), [leaf, *model.parameters()])
-            results.append([output, *gradients])
-        for ours, theirs in zip(*results, strict=True):
-            # Rounding differs: of sums that the compiler orders anew, seen through taps.
-            torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item())
-    assert graphs["unique_graphs"] == 1, graphs
+    torch._dynamo.reset()
+    # Not layers.compile(): torch 2.11 skips a Sequential and compiles what is in it, one by one.
+    compiled = torch.compile(copy.deepcopy(layers), fullgraph=True, dynamic=True)
+    sizes = (2, 16, 24, 40), (2, 16, 40, 24), (3, 16, 32, 56)
+    for size in sizes:
+        with torch._dynamo.config.patch(error_on_recompile=size != sizes[0]):
+            assert_trains_alike(layers, compiled, size)
     print("compiled", flush=True)
+
+
+def assert_trains_alike(layers, compiled, size):
+    x = torch.randn(size, device="cuda").contiguous(memory_format=torch.channels_last)
+    results = []
+    for model in layers, compiled:
+        leaf = x.clone().requires_grad_()
+        output = model(leaf)
+        gradients = torch.autograd.grad(output.square().mean(), [leaf, *model.parameters()])
+        results.append([output, *gradients])
+    for expected, actual in zip(*results, strict=True):
+        # Rounding differs: of sums that the compiler orders anew, seen through taps.
+        limit = 1e-3 * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=limit)
 
 
 def check_short():
