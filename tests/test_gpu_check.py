@@ -46,9 +46,14 @@ def test_all_passes(check):
     assert len(rows) == 12 and all("| passed |" in row for row in rows)
     assert "python tools/benchmark_ops.py --device cuda" in summary  # what it printed
     assert "nvidia-smi --query-gpu=name" in summary
-    for tool in "memcheck", "initcheck", "racecheck", "synccheck":
+    ours = "--kernel-name kernel_substring=dk4cuda "
+    for tool, only, what in (
+        ("memcheck", "", "short"), ("initcheck", "", "unwritten"),
+        ("racecheck", ours, "short"), ("synccheck", ours, "short"),
+    ):  # fmt: skip
         log = (Path(result.stdout.split("please send ")[1]).parent / f"{tool}.log").read_text()
-        assert f"--tool {tool} " in log and log.rstrip().endswith("tools/gpu_check.py short")
+        assert f"--tool {tool} --error-exitcode 9 {only}/" in log
+        assert log.rstrip().endswith(f"tools/gpu_check.py {what}")
 
 
 def test_a_stage_that_fails_does_not_stop_the_others(check):
