@@ -73,6 +73,14 @@ def device(request):
         yield "cpu"
 
 
+@pytest.fixture
+def same_sums(device):
+    """Bit for bit the same also where, on CUDA, atomics would add in any order."""
+    torch.use_deterministic_algorithms(device == "cuda")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 ASYMMETRIC = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
 
@@ -326,7 +334,7 @@ def test_modulated_channels(channels, which, device):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @every_path
 @every_offset
-def test_factors_of_one_and_zero(which, groups, layout, device):
+def test_factors_of_one_and_zero(which, groups, layout, device, same_sums):
     """Of one: bit for bit as without. Of zero: nothing but the bias, and no gradient but theirs."""
     case = Case(groups=groups, **which)
     tensors = case.tensors(torch.float32, device)
@@ -858,7 +866,7 @@ def test_an_infinite_gradient_reaches_what_was_read_only(which, groups, determin
     ],
     ids="-".join,
 )  # fmt: skip
-def test_frozen_tensors(wanted, groups, device):
+def test_frozen_tensors(wanted, groups, device, same_sums):
     """A gradient does not depend on which others are computed."""
     case = Case(groups=groups, **BOTH)
     tensors = case.tensors(device=device)
@@ -894,7 +902,7 @@ def test_composed_without_kernel_offset_rests(device):
 
 @every_offset
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_output_mask(mask, which, device):
+def test_output_mask(mask, which, device, same_sums):
     """The compiled backward returns the gradients that it is asked for, in order, and no other."""
     case = Case(scope=(3, 3), **which)
     present = (True, True, which["kernel_offset"], which["data_offset"])
@@ -903,7 +911,8 @@ def test_output_mask(mask, which, device):
     del tensors["bias"]
     grad_output = torch.randn(2, 3, *case.output_size).to(tensors["input"])
     expected = run(compiled, tensors, case.arguments | {"bias": None}, grad_output)
-    actual = compiled_backward(grad_output, **tensors, **case.arguments, output_mask=mask)
+    options = {"output_mask": mask, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    actual = compiled_backward(grad_output, **tensors, **case.arguments, **options)
     names = [f"grad_{name}" for name, wanted in zip(tensors, mask, strict=True) if wanted]
     assert len(actual) == len(names)
     for gradient, name in zip(actual, names, strict=True):
