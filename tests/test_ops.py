@@ -969,6 +969,17 @@ def test_output_keeps_memory_format(layout, which, groups, device):
     assert output.is_contiguous(memory_format=layout)
 
 
+def test_output_keeps_memory_format_where_torch_does_not(monkeypatch):
+    """A stand-in for torch's convolution in double precision on CUDA."""
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **kwargs: convolve(*args, **kwargs).contiguous())
+    case = Case(**NEITHER)
+    tensors = case.tensors()
+    tensors["input"] = channels_last(tensors["input"])
+    output = deform_kernel_conv2d(**tensors, **case.arguments)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
 # ---- low precision -------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Case, every_offset, every_path
 from torch.autograd import forward_ad, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -156,6 +157,14 @@ def test_vmap_is_a_loop(groups, which, mapped, dim):
         operator(*(scale * v if n in mapped else v for n, v in tensors.items())) for scale in scales
     ]
     assert_same(vmap(operator, dims)(*values), torch.stack(loop))
+
+
+def test_vmap_without_offsets():
+    """There, torch cannot say whether a tensor is channels_last."""
+    images = torch.randn(3, 2, 6, 7, 4).movedim(-1, 2)
+    weight = torch.randn(5, 4, 3, 3)
+    found = vmap(lambda x: deform_kernel_conv2d(x, weight, kernel_size=3))(images)
+    torch.testing.assert_close(found.flatten(0, 1), F.conv2d(images.flatten(0, 1), weight))
 
 
 @every_path

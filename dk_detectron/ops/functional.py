@@ -109,7 +109,11 @@ def deform_kernel_conv2d(
         weight = rest_kernel(weight, sizes["kernel_size"], clip)
         if data_offset is None:
             del sizes["kernel_size"]
-            return F.conv2d(input, weight, bias, groups=groups, **sizes)
+            output = F.conv2d(input, weight, bias, groups=groups, **sizes)
+            if output_format(input) != torch.channels_last or in_transform():  # vmap cannot tell
+                return output
+            # In double precision on CUDA it is not.
+            return output.contiguous(memory_format=torch.channels_last)
     arguments: dict[str, Any] = {"groups": groups, "clip": clip, **sizes}
     tensors = input, weight, bias, kernel_offset, data_offset
     if reason := why_composed(input):
