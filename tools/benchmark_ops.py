@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 
@@ -209,6 +210,14 @@ CONTENDERS: dict[str, Contender] = {
 # ---- measuring -----------------------------------------------------------------------------------
 
 
+def measuring(device: str) -> AbstractContextManager:
+    """For all that follows, on a GPU a stream of its own.
+
+    Backward runs on the stream of its forward, and the default one cannot be captured in a graph.
+    """
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+
+
 class Calls:
     """Forward and backward of a contender as two functions that can be timed."""
 
@@ -287,16 +296,20 @@ def time_once(calls: list[Callable], device: str) -> float:
 
 
 def captured(calls: list[Callable]) -> Callable:
-    """One graph that makes GRAPH_CALLS calls, going round the given ones."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    """GRAPH_CALLS calls, going round the given ones, as one graph; one by one if that cannot be."""
+
+    def go_round() -> None:
         for i in range(GRAPH_CALLS):
             calls[i % len(calls)]()
+
+    go_round()  # what is only done the first time
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            go_round()
+    except RuntimeError as error:
+        tqdm.write(f"Not in a CUDA graph, so launching counts as well: {error}", file=sys.stderr)
+        return go_round
     return graph.replay
 
 
@@ -506,9 +519,10 @@ def main() -> None:
     dropped |= {"torchvision DCN"} if args.quick else set()
     names = [name for name in CONTENDERS if name not in dropped]
     rows, layers = [], []
-    for w in tqdm(workloads(args.quick, args.dense, args.device), desc="Workloads"):
-        rows += measure(w, names, args.device, dtype, rounds)
-        layers.append(measure_layer(w, args.device, dtype, rounds))
+    with measuring(args.device):
+        for w in tqdm(workloads(args.quick, args.dense, args.device), desc="Workloads"):
+            rows += measure(w, names, args.device, dtype, rounds)
+            layers.append(measure_layer(w, args.device, dtype, rounds))
     print(machine(args.device))
     print_tables(rows, layers)
     if args.json:
