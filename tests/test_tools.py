@@ -64,6 +64,19 @@ def test_every_contender_is_measured(benchmark_ops, dtype, change):
     assert composed > ours
 
 
+@pytest.mark.parametrize("direction, gradients", [("forward", 0), ("backward", 1)])
+def test_time_over_the_bytes_at_the_speed_of_a_copy(benchmark_ops, direction, gradients):
+    workload = benchmark_ops.Workload("tiny", 1, 8, 6, 7)
+    rows = benchmark_ops.measure(workload, ["rigid", "ours"], "cpu", F32, rounds=1)
+    image, offset = 8 * 6 * 7, 18 * 6 * 7
+    for contender, inputs in ("rigid", image + 8 * 9), ("ours", image + 8 * 16 + offset):
+        (row,) = (r for r in rows if (r["contender"], r["pass"]) == (contender, direction))
+        assert row["least_bytes"] == 4 * ((1 + gradients) * inputs + image)
+        for times in row["cold"], row["warm"]:
+            expected = times["over_copy"] * 4 * 2 * image / row["least_bytes"]
+            assert times["over_floor"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("data_offset", [False, True], ids=["DK", "DCN + DK"])
 def test_memory_of_dense_convolutions_does_not_grow_with_the_image(benchmark_ops, data_offset):
     """Beyond the results: one tile's columns and gradients, and a few weights."""

@@ -10,6 +10,8 @@ quoting. One that fails the accuracy gate, against float64, is shown but not ran
 
 Each is timed in two states: cold, after calls on other tensors, and warm, after a call on the same
 ones, which are in the cache then as far as they fit.
+
+"x floor" is the time over that in which a copy moves as many bytes as must be read and written.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -218,6 +220,10 @@ def measuring(device: str) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
 
 
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 class Calls:
     """Forward and backward of a contender as two functions that can be timed."""
 
@@ -234,6 +240,11 @@ class Calls:
 
     def backward(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.output, self.by, self.grad, retain_graph=True)
+
+    def least_bytes(self, direction: str) -> int:
+        """To be read and written; backward, every input has a gradient as large."""
+        inputs, output = total_bytes(self.by), total_bytes([self.grad])
+        return inputs + output if direction == "forward" else 2 * inputs + output
 
 
 def accurate(contender: Contender, w: Workload, tensors: dict[str, Tensor]) -> bool:
@@ -272,7 +283,7 @@ def traced(call: Callable, device: str) -> tuple[tuple[Tensor, ...], int]:
         events.sort(key=lambda e: e.start_ns())
         peak = max(accumulate((e.nbytes() for e in events), initial=0))
     results = result if isinstance(result, tuple) else (result,)
-    return results, max(0, peak - sum(r.numel() * r.element_size() for r in results))
+    return results, max(0, peak - total_bytes(results))
 
 
 def time_once(calls: list[Callable], device: str) -> float:
@@ -316,7 +327,7 @@ def captured(calls: list[Callable]) -> Callable:
 def rotation(w: Workload, device: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     """Input sets to go round, so that a GPU's cache is cold; one on a CPU, as in a network."""
     first = draw_inputs(w, device, dtype)
-    size = sum(t.numel() * t.element_size() for t in first.values())
+    size = total_bytes(first.values())
     count = min(GRAPH_CALLS, -(-COLD_BYTES // size)) if device == "cuda" else 1
     return [first] + [draw_inputs(w, device, dtype) for _ in range(count - 1)]
 
@@ -366,7 +377,7 @@ def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, roun
             again, extra_bytes = traced(functions[0], device)  # without the workspaces of cuBLAS
             row = {**asdict(w), "contender": name, "pass": direction, "accurate": bool(correct)}
             row["repeatable"] = all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
-            row["extra_bytes"] = extra_bytes
+            row |= {"extra_bytes": extra_bytes, "least_bytes": calls[0].least_bytes(direction)}
             rows.append(row)
             timed.append(Timed(functions, device))
     ruler = Timed([tensors["input"].detach().clone for tensors in sets], device)
@@ -376,6 +387,7 @@ def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, roun
             if not contender.tired():
                 contender.time_round()
     rigid = {r["pass"]: t for r, t in zip(rows, timed, strict=True) if r["contender"] == "rigid"}
+    copied = 2 * total_bytes([sets[0]["input"]])
     for row, contender in zip(rows, timed, strict=True):
         for state in STATES:
             times, median = contender.milliseconds(state), contender.median(state)
@@ -384,6 +396,7 @@ def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, roun
                 "range": [min(times), max(times)],
                 "over_rigid": median / rigid[row["pass"]].median(state),
                 "over_copy": median / ruler.median(state),
+                "over_floor": median / ruler.median(state) * copied / row["least_bytes"],
             }
     return rows
 
@@ -424,7 +437,8 @@ def machine(device: str) -> dict:
 
 def time_columns(times: dict) -> list:
     span = "{:.3g}-{:.3g}".format(*times["range"])
-    return [times["milliseconds"], span, times["over_rigid"], times["over_copy"]]
+    ratios = (times[f"over_{what}"] for what in ("rigid", "copy", "floor"))
+    return [times["milliseconds"], span, *ratios]
 
 
 def print_tables(rows: list[dict], layers: list[dict]) -> None:
@@ -442,10 +456,10 @@ def print_tables(rows: list[dict], layers: list[dict]) -> None:
         ]
         header = ["", ""]
         for state in STATES:
-            header += [f"{state}, ms", "range", "x rigid", "x copy"]
+            header += [f"{state}, ms", "range", "x rigid", "x copy", "x floor"]
         header += ["extra MiB", "repeats"]
         print(f"\n{direction}\n")
-        formats = "", "", *(".3f", "", ".2f", ".2f") * len(STATES), ".2f"
+        formats = "", "", *(".3f", "", ".2f", ".2f", ".2f") * len(STATES), ".2f"
         print(tabulate(table, header, tablefmt="github", floatfmt=formats))
     print("\nforward and backward, cold, times faster than\n")
     pairs: dict[tuple[str, str], float] = {}
