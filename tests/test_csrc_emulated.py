@@ -8,11 +8,13 @@ import ctypes
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import Case, assert_close, double, off_knot_offset
 from emulation import plugin
 from emulation.plugin import call
+from fragments import check_product, check_transpose
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -224,6 +226,34 @@ def test_shared_memory_over_48_kb_is_only_on_request():
     assert launch(64 * kilobyte, 64 * kilobyte) == ok
     assert launch(64 * kilobyte + 1, 0) == invalid
     assert launch(0, 228 * kilobyte) == invalid
+
+
+@pytest.fixture
+def run_product():
+    kernel = ctypes.CDLL(str(plugin.load())).dk_emulated_product
+    kernel.restype = ctypes.c_char_p
+
+    def run(name, *registers):
+        pointers = (ctypes.c_void_p(array.ctypes.data) for array in registers)
+        if message := kernel(name.encode(), *pointers):
+            raise RuntimeError(message.decode())
+
+    return run
+
+
+@pytest.mark.parametrize("order", plugin.ORDERS)
+def test_tensor_cores(order, run_product):
+    with plugin.order(order):
+        check_product(run_product, "half")
+        check_product(run_product, "bfloat16")
+        check_transpose(run_product)
+
+
+@pytest.mark.parametrize("name", ["product", "transpose"])
+def test_tensor_cores_want_the_whole_warp(name, run_product):
+    registers = np.zeros((3, 32, 4), np.uint32)
+    with pytest.raises(RuntimeError, match="16 at a warp barrier, 16 have returned"):
+        run_product(f"{name}_of_half_a_warp", *registers)
 
 
 def test_scope_too_large_for_the_device(monkeypatch):

@@ -105,7 +105,8 @@ struct Fiber : Context {
 };
 
 struct Warp {
-  std::uint64_t slot[2][kWarp];  // exchanges alternate: a slot is free again after the next barrier
+  // Exchanges alternate: a slot is free again after the next barrier.
+  alignas(std::max_align_t) unsigned char slot[2][kWarp * kMostGiven];
 };
 
 struct Block {
@@ -310,13 +311,11 @@ void warp_barrier(int tag) {
   acquire(barrier);
 }
 
-std::uint64_t exchange(std::uint64_t value, int lane_mask) {
-  Warp& warp = block.warps[thread_index.x / kWarp];
-  const unsigned lane = thread_index.x % kWarp;
-  const unsigned parity = block.current->exchanges++ % 2;
-  warp.slot[parity][lane] = value;
-  warp_barrier(lane_mask);
-  return warp.slot[parity][lane ^ static_cast<unsigned>(lane_mask)];
+const void* gather(const void* mine, std::size_t bytes, int tag) {
+  unsigned char* slot = block.warps[thread_index.x / kWarp].slot[block.current->exchanges++ % 2];
+  std::memcpy(slot + bytes * (thread_index.x % kWarp), mine, bytes);
+  warp_barrier(tag);
+  return slot;
 }
 
 int& shared_limit(void* kernel) {

@@ -1,5 +1,11 @@
-// A launch of a kernel that does nothing, for tests of the emulated runtime itself.
+// Launches for tests of the emulated runtime itself.
 #include <cuda_runtime.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "../ptx/products.cu"
 
 namespace {
 void nothing() {}
@@ -12,4 +18,25 @@ extern "C" int dk_emulated_launch(std::size_t shared_bytes, int allowed) {
     if (const cudaError_t error = cudaFuncSetAttribute(nothing, attribute, allowed)) return error;
   }
   return cudaLaunchKernel(nothing, dim3(1), dim3(32), nullptr, shared_bytes, nullptr);
+}
+
+// Runs a kernel of products.cu on one warp. Returns what went wrong, or nothing.
+extern "C" const char* dk_emulated_product(const char* name, const uint32_t* a, const uint32_t* b,
+                                           float* d) {
+  static const std::map<std::string, void (*)(const uint32_t*, const uint32_t*, float*)> kernels = {
+      {"product_half", product_half},
+      {"product_bfloat16", product_bfloat16},
+      {"transpose", transpose},
+      {"product_of_half_a_warp", product_of_half_a_warp},
+      {"transpose_of_half_a_warp", transpose_of_half_a_warp},
+  };
+  static std::string message;
+  message.clear();
+  void* args[] = {&a, &b, &d};
+  try {
+    cudaLaunchKernel(kernels.at(name), dim3(1), dim3(32), args, 0, nullptr);
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  return message.c_str();
 }

@@ -44,7 +44,18 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::functi
 void block_barrier();
 void warp_barrier(int tag);  // tag: what the lanes are here for; all must agree
 void yield();
-std::uint64_t exchange(std::uint64_t value, int lane_mask);
+constexpr std::size_t kMostGiven = 64;  // bytes of a thread, in an exchange
+const void* gather(const void* mine, std::size_t bytes, int tag);
+
+// What each lane of the warp gives, once all have; good until the second exchange from here.
+template <typename T>
+const T* from_all_lanes(const T& mine, int tag) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= kMostGiven);
+  return static_cast<const T*>(gather(&mine, sizeof(T), tag));
+}
+
+// Tags of warp barriers; a shuffle's is its mask, from 0 to 31.
+constexpr int kSync = -1, kProduct = -2, kTranspose = -3;
 
 }  // namespace emulated
 
@@ -54,17 +65,12 @@ std::uint64_t exchange(std::uint64_t value, int lane_mask);
 #define gridDim emulated::grid_size
 
 inline void __syncthreads() { emulated::block_barrier(); }
-inline void __syncwarp(unsigned = 0xffffffffu) { emulated::warp_barrier(-1); }
+inline void __syncwarp(unsigned = 0xffffffffu) { emulated::warp_barrier(emulated::kSync); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  static_assert(sizeof(T) <= sizeof(std::uint64_t));
   if (mask != 0xffffffffu) std::abort();  // the kernels use whole warps
-  std::uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = emulated::exchange(bits, lane_mask);
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
+  return emulated::from_all_lanes(value, lane_mask)[threadIdx.x % 32 ^ lane_mask];
 }
 
 template <typename T>
@@ -80,6 +86,63 @@ void atomicAdd(T* address, T value) {
     std::memcpy(&after, &sum, sizeof(T));
   } while (!__atomic_compare_exchange_n(word, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
+
+// ---- tensor cores: instead of the PTX in csrc/cuda/mma.cuh, which says what they do -------------
+
+#define DK_EMULATED_MMA
+
+namespace emulated {
+
+template <typename half_t>
+float half_of(std::uint32_t pair, int which) {
+  const auto bits = static_cast<std::uint16_t>(pair >> 16 * which);
+  return static_cast<float>(half_t(bits, half_t::from_bits()));
+}
+
+// A lane's part of the two factors, widened: by register and half of it.
+struct Factors {
+  float a[4][2], b[2][2];
+};
+
+}  // namespace emulated
+
+namespace dk {
+namespace cuda {
+
+// Sums in the order of k, each rounded to float; the products are exact. The device's sums may
+// round otherwise.
+template <typename half_t>
+void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  emulated::Factors mine;
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 4; ++i) mine.a[i][half] = emulated::half_of<half_t>(a[i], half);
+    for (int i = 0; i < 2; ++i) mine.b[i][half] = emulated::half_of<half_t>(b[i], half);
+  }
+  const emulated::Factors* lanes = emulated::from_all_lanes(mine, emulated::kProduct);
+  const unsigned g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (unsigned k = 0; k < 16; ++k) {
+    const unsigned owner = k % 8 / 2, upper = k / 8, half = k % 2;  // of k in either factor
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned lower_rows = i / 2, column = 2 * q + i % 2;
+      d[i] += lanes[4 * g + owner].a[2 * upper + lower_rows][half] *
+              lanes[4 * column + owner].b[upper][half];
+    }
+  }
+}
+
+inline std::uint32_t transposed(std::uint32_t rows) {
+  const std::uint32_t* lanes = emulated::from_all_lanes(rows, emulated::kTranspose);
+  const unsigned g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  std::uint32_t columns = 0;
+  for (unsigned half = 0; half < 2; ++half) {
+    const std::uint32_t pair = lanes[4 * (2 * q + half) + g / 2];  // has [2q + half, g]
+    columns |= (pair >> 16 * (g % 2) & 0xffffu) << 16 * half;
+  }
+  return columns;
+}
+
+}  // namespace cuda
+}  // namespace dk
 
 // ---- runtime -------------------------------------------------------------------------------------
 

@@ -1,0 +1,47 @@
+// Matrix products of one warp, on tensor cores: PTX's mma.m16n8k16 and movmatrix.
+//
+// Thread `lane` is (g, q) = (lane / 4, lane % 4). A register holds two numbers of 16 bits, the
+// first one in its lower half.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "launch.cuh"
+
+namespace dk {
+namespace cuda {
+
+#ifndef DK_EMULATED_MMA
+// d += a * b, where
+//   a [16, 16]  rows g, g + 8, g, g + 8, at columns 2q, 2q, 2q + 8, 2q + 8 and the next
+//   b [16, 8]   rows 2q, 2q + 8 and the next, of column g
+//   d [16, 8]   row g, at columns 2q and 2q + 1; row g + 8, the same
+template <typename half_t>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<half_t, c10::BFloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// Of an [8, 8] matrix whose row g, columns 2q and 2q + 1, a thread holds: those of its transpose.
+__device__ __forceinline__ uint32_t transposed(uint32_t rows) {
+  uint32_t columns;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(rows));
+  return columns;
+}
+#endif
+
+}  // namespace cuda
+}  // namespace dk

@@ -1,0 +1,62 @@
+"""Matrices in a warp's registers, as the PTX ISA lays them out ("Matrix Fragments for
+mma.m16n8k16 with floating point type", and movmatrix); and what products.cu must make of them.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+_LANE = np.arange(32)[:, None]
+_GROUP, _IN_GROUP = _LANE >> 2, _LANE % 4
+
+
+def _a_places():
+    i = np.arange(8)
+    row = np.where((i < 2) | ((4 <= i) & (i < 6)), _GROUP, _GROUP + 8)
+    return row, _IN_GROUP * 2 + (i & 1) + np.where(i >= 4, 8, 0)
+
+
+def _b_places():
+    i = np.arange(4)
+    return _IN_GROUP * 2 + (i & 1) + np.where(i >= 2, 8, 0), _GROUP + 0 * i
+
+
+def _d_places():
+    i = np.arange(4)
+    return np.where(i < 2, _GROUP, _GROUP + 8), _IN_GROUP * 2 + (i & 1)
+
+
+def _rows_places():
+    return _GROUP, _IN_GROUP * 2 + np.arange(2)
+
+
+def _packed(bits: np.ndarray, places) -> np.ndarray:
+    """Registers [lane, i] with two elements each, the first one below."""
+    return np.ascontiguousarray(bits[places]).view("<u4")
+
+
+def _halves(generator, shape, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Random numbers of 16 bits: their bits, and their values."""
+    x = generator.standard_normal(shape).astype(np.float32)
+    if name == "half":
+        return x.astype(np.float16).view(np.uint16), x.astype(np.float16).astype(np.float64)
+    bits = (x.view(np.uint32) >> 16).astype(np.uint16)
+    return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def check_product(run: Callable, name: str):
+    """``run(kernel, a, b, d)`` runs one of products.cu on registers [lane, i], in place."""
+    generator = np.random.default_rng(0)
+    (a_bits, a), (b_bits, b) = (_halves(generator, s, name) for s in ((16, 16), (16, 8)))
+    c = generator.standard_normal((16, 8)).astype(np.float32)
+    d = c[_d_places()]
+    run(f"product_{name}", _packed(a_bits, _a_places()), _packed(b_bits, _b_places()), d)
+    np.testing.assert_allclose(d, (c + a @ b)[_d_places()], rtol=1e-5, atol=1e-5)
+
+
+def check_transpose(run: Callable):
+    matrix = np.random.default_rng(0).permutation(1 << 16)[:64].astype(np.uint16).reshape(8, 8)
+    columns = np.zeros((32, 1), np.uint32)
+    rows = _packed(matrix, _rows_places())
+    run("transpose", rows, rows, columns)
+    np.testing.assert_array_equal(columns, _packed(matrix.T, _rows_places()))
