@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+WARPS = 3
 _LANE = np.arange(32)[:, None]
 _GROUP, _IN_GROUP = _LANE >> 2, _LANE % 4
 
@@ -31,8 +32,13 @@ def _rows_places():
 
 
 def _packed(bits: np.ndarray, places) -> np.ndarray:
-    """Registers [lane, i] with two elements each, the first one below."""
-    return np.ascontiguousarray(bits[places]).view("<u4")
+    """Registers [thread, i], with two elements of a warp's matrix each, the first one below."""
+    return _fragments(bits, places).view("<u4")
+
+
+def _fragments(matrices: np.ndarray, places) -> np.ndarray:
+    """[thread, i] of one matrix per warp."""
+    return np.concatenate([matrix[places] for matrix in matrices])
 
 
 def _halves(generator, shape, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -45,18 +51,21 @@ def _halves(generator, shape, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_product(run: Callable, name: str):
-    """``run(kernel, a, b, d)`` runs one of products.cu on registers [lane, i], in place."""
+    """``run(kernel, a, b, d)`` runs one of products.cu on registers [thread, i], in place."""
     generator = np.random.default_rng(0)
-    (a_bits, a), (b_bits, b) = (_halves(generator, s, name) for s in ((16, 16), (16, 8)))
-    c = generator.standard_normal((16, 8)).astype(np.float32)
-    d = c[_d_places()]
+    (a_bits, a), (b_bits, b) = (
+        _halves(generator, s, name) for s in ((WARPS, 16, 16), (WARPS, 16, 8))
+    )
+    c = generator.standard_normal((WARPS, 16, 8)).astype(np.float32)
+    d = _fragments(c, _d_places())
     run(f"product_{name}", _packed(a_bits, _a_places()), _packed(b_bits, _b_places()), d)
-    np.testing.assert_allclose(d, (c + a @ b)[_d_places()], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d, _fragments(c + a @ b, _d_places()), rtol=1e-5, atol=1e-5)
 
 
 def check_transpose(run: Callable):
-    matrix = np.random.default_rng(0).permutation(1 << 16)[:64].astype(np.uint16).reshape(8, 8)
-    columns = np.zeros((32, 1), np.uint32)
-    rows = _packed(matrix, _rows_places())
+    numbers = np.random.default_rng(0).permutation(1 << 16)[: WARPS * 64]
+    matrices = numbers.astype(np.uint16).reshape(WARPS, 8, 8)
+    columns = np.zeros((WARPS * 32, 1), np.uint32)
+    rows = _packed(matrices, _rows_places())
     run("transpose", rows, rows, columns)
-    np.testing.assert_array_equal(columns, _packed(matrix.T, _rows_places()))
+    np.testing.assert_array_equal(columns, _packed(matrices.transpose(0, 2, 1), _rows_places()))

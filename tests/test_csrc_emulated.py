@@ -235,7 +235,7 @@ def run_product():
 
     def run(name, *registers):
         pointers = (ctypes.c_void_p(array.ctypes.data) for array in registers)
-        if message := kernel(name.encode(), *pointers):
+        if message := kernel(name.encode(), len(registers[0]), *pointers):
             raise RuntimeError(message.decode())
 
     return run
@@ -251,8 +251,8 @@ def test_tensor_cores(order, run_product):
 
 @pytest.mark.parametrize("name", ["product", "transpose"])
 def test_tensor_cores_want_the_whole_warp(name, run_product):
-    registers = np.zeros((3, 32, 4), np.uint32)
-    with pytest.raises(RuntimeError, match="16 at a warp barrier, 16 have returned"):
+    registers = np.zeros((3, 64, 4), np.uint32)
+    with pytest.raises(RuntimeError, match="16 at a warp barrier, 48 have returned"):
         run_product(f"{name}_of_half_a_warp", *registers)
 
 

@@ -2,9 +2,12 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from fragments import check_product, check_transpose
 from ptx import build, machine
 from ptx.memory import UNWRITTEN, WRITTEN, Fault, Memory, Shadow
 from ptx.parser import Module
@@ -12,6 +15,7 @@ from ptx.parser import Module
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 SOURCE = build.HERE / "faults.cu"
+PRODUCTS = build.HERE / "products.cu"
 FLOATS = 64
 # Global memory of a launch: x, a gap, y; neither begins nor ends the whole.
 X, Y, END = 512, 2048, 4096
@@ -22,12 +26,17 @@ def kernels():
     return Module(build.compile_ptx(SOURCE).read_text())
 
 
-def lines_of_fault(name: str) -> list[str]:
+@pytest.fixture(scope="module")
+def products():
+    return Module(build.compile_ptx(PRODUCTS).read_text())
+
+
+def lines_of_fault(name: str, source: Path = SOURCE) -> list[str]:
     """Those of a kernel that are marked."""
-    lines = SOURCE.read_text().splitlines()
+    lines = source.read_text().splitlines()
     begin = next(i for i, line in enumerate(lines) if re.search(rf"\b{name}\(", line))
     end = lines.index("}", begin)
-    return [f"faults.cu:{i + 1}" for i in range(begin, end) if lines[i].endswith("// fault")]
+    return [f"{source.name}:{i + 1}" for i in range(begin, end) if lines[i].endswith("// fault")]
 
 
 def launch(entry, grid=1, block=FLOATS):
@@ -99,3 +108,65 @@ def test_unknown_instructions_stop_the_run(old, new, kernels):
     text = build.compile_ptx(SOURCE).read_text()
     with pytest.raises(NotImplementedError, match=new):
         launch(Module(text.replace(old, new))["sound"])
+
+
+def run_product(entry, *registers):
+    """Runs a kernel of products.cu on registers [thread, i] in blocks of a warp each, in place."""
+    data = np.concatenate([array.view(np.uint32).reshape(-1) for array in registers])
+    memory = Memory("global", data.view(np.uint8), np.full(data.nbytes, WRITTEN, np.uint8))
+    memory.base = 1 << 40
+    memory.shadow = Shadow(data.nbytes, 4)
+    starts = np.cumsum([memory.base, *(array.nbytes for array in registers[:-1])])
+    params = [np.uint64(start).tobytes() for start in starts]
+    machine.run(entry, len(registers[0]) // 32, 32, 0, params, memory)
+    result = registers[-1]
+    result[:] = data[-result.size :].view(result.dtype).reshape(result.shape)
+
+
+def test_tensor_cores(products):
+    def run(name, *registers):
+        run_product(products[name], *registers)
+
+    check_product(run, "half")
+    check_product(run, "bfloat16")
+    check_transpose(run)
+
+
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("product_of_half_a_warp", "product_of"),
+        ("transpose_of_half_a_warp", "transpose_of_half_a_warp"),
+    ],
+)
+def test_tensor_cores_want_the_whole_warp(name, place, products):
+    with pytest.raises(Fault, match=r"by part of a warp \(32 threads\)") as fault:
+        run_product(products[name], *np.zeros((3, 64, 4), np.uint32))
+    (line,) = lines_of_fault(place, PRODUCTS)
+    assert line in str(fault.value)
+
+
+def permuted(pair, selector: int) -> bytes:
+    """The four bytes of eight that a selector names; 8 more of a name asks for the sign alone."""
+    names = [selector >> 4 * i & 15 for i in range(4)]
+    chosen = [(name & 8, pair.tobytes()[name & 7]) for name in names]
+    return bytes(255 * (byte >> 7) if sign else byte for sign, byte in chosen)
+
+
+def test_packing_of_numbers_of_16_bits(products):
+    generator = np.random.default_rng(0)
+    floats = generator.standard_normal((32, 2)).astype(np.float32)
+    floats[0], floats[1], floats[2] = (np.inf, -np.inf), (1e5, -1e5), (1e-6, 0)
+    selector = generator.integers(0, 1 << 16, (32, 1)).astype(np.uint32)
+    selector[:8, 0] = 0, 1, 16, 31, 32, 33, 63, 64
+    result = np.zeros((32, 5), np.uint32)
+    run_product(products["packing"], floats.view(np.uint32), selector, result)
+    pairs = torch.from_numpy(floats)
+    for i, half in enumerate((torch.float16, torch.bfloat16)):
+        assert result[:, i].tobytes() == pairs.to(half).view(torch.int16).numpy().tobytes()
+    for (_, _, *actual), pair, n in zip(result, floats, selector[:, 0].tolist(), strict=True):
+        low, high = (int(bits) for bits in pair.view(np.uint32))
+        wide = high << 32 | low
+        expected = [wide << n % 32 >> 32, wide >> min(n, 32)]
+        assert actual[0].tobytes() == permuted(pair, n)
+        assert actual[1:] == [bits & 0xFFFFFFFF for bits in expected]

@@ -20,9 +20,9 @@ extern "C" int dk_emulated_launch(std::size_t shared_bytes, int allowed) {
   return cudaLaunchKernel(nothing, dim3(1), dim3(32), nullptr, shared_bytes, nullptr);
 }
 
-// Runs a kernel of products.cu on one warp. Returns what went wrong, or nothing.
-extern "C" const char* dk_emulated_product(const char* name, const uint32_t* a, const uint32_t* b,
-                                           float* d) {
+// Runs a kernel of products.cu. Returns what went wrong, or nothing.
+extern "C" const char* dk_emulated_product(const char* name, unsigned threads, const uint32_t* a,
+                                           const uint32_t* b, float* d) {
   static const std::map<std::string, void (*)(const uint32_t*, const uint32_t*, float*)> kernels = {
       {"product_half", product_half},
       {"product_bfloat16", product_bfloat16},
@@ -34,7 +34,7 @@ extern "C" const char* dk_emulated_product(const char* name, const uint32_t* a, 
   message.clear();
   void* args[] = {&a, &b, &d};
   try {
-    cudaLaunchKernel(kernels.at(name), dim3(1), dim3(32), args, 0, nullptr);
+    cudaLaunchKernel(kernels.at(name), dim3(1), dim3(threads), args, 0, nullptr);
   } catch (const std::runtime_error& error) {
     message = error.what();
   }

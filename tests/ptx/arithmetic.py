@@ -66,6 +66,39 @@ def _bit_insert(a, b, position, length):
     return (b & ~mask) | ((a << position) & mask)
 
 
+def _permute(a, b, selector):
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.uint64(0)
+    for i in range(4):
+        choice = (selector >> np.uint32(4 * i)).astype(np.uint64)
+        byte = both >> ((choice & np.uint64(7)) * np.uint64(8)) & np.uint64(0xFF)
+        sign = (byte >> np.uint64(7)) * np.uint64(0xFF)
+        byte = np.where(choice & np.uint64(8), sign, byte)
+        result = result | byte << np.uint64(8 * i)
+    return result.astype(np.uint32)
+
+
+def _funnel_shift(left: bool, wrap: bool):
+    def shift(lower, upper, n):
+        n = (n & np.uint32(31) if wrap else np.minimum(n, np.uint32(32))).astype(np.uint64)
+        both = lower.astype(np.uint64) | upper.astype(np.uint64) << np.uint64(32)
+        shifted = both << n >> np.uint64(32) if left else both >> n
+        return shifted.astype(np.uint32)
+
+    return shift
+
+
+def _convert_two(target: str, rounding: set[str]):
+    """cvt to f16x2 or bf16x2: the first operand goes to the upper half."""
+    narrow = convert("f32", target, rounding)
+
+    def converted(upper, lower):
+        low, high = (narrow(a).view(np.uint16).astype(np.uint32) for a in (lower, upper))
+        return high << np.uint32(16) | low
+
+    return converted
+
+
 def convert(source: str, target: str, rounding: set[str]):
     """cvt: a function from values of `source`'s stored type to `target`'s."""
 
@@ -138,6 +171,12 @@ def arithmetic(opcode: str, parts: list[str], dtype):
         return _shift(np.left_shift if name == "shl" else np.right_shift), [dtype, word], dtype
     if name == "bfi" and dtype.itemsize == 4:
         return _bit_insert, [dtype, dtype, word, word], dtype
+    if name == "prmt" and len(parts) == 2:
+        return _permute, [word, word, word], word
+    if name == "shf" and dtype.itemsize == 4:
+        return _funnel_shift(parts[1] == "l", parts[2] == "wrap"), [word, word, word], word
+    if name == "cvt" and opcode.endswith("f16x2.f32"):
+        return _convert_two(parts[-2].removesuffix("x2"), set(parts[1:-2])), [dtype, dtype], word
     if name == "selp":
         return (lambda a, b, p: np.where(p, a, b)), [dtype, dtype, truth], dtype
     if name == "setp":

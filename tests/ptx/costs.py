@@ -32,6 +32,7 @@ from .parser import Instruction
 PROCESSORS, WARPS, REGISTERS, SHARED_BYTES, RESERVED = 132, 64, 65536, 228 * 1024, 1024
 BYTES_PER_CLOCK = 3.35e12 / 1.755e9  # of the whole GPU's memory (SXM5)
 SCHEDULERS, SECTORS_PER_CLOCK = 4, 4  # of a multiprocessor
+MMA_CLOCKS = 8  # about, that an m16n8k16 keeps a scheduler's tensor core; other warps go on
 
 
 @dataclass
@@ -44,12 +45,14 @@ class Row:
     costs: dict[str, Cost]  # by space
     floor: float  # clocks for the bytes
     issue: float  # clocks to start the instructions
+    tensor: float  # clocks of the tensor cores
     exchange: tuple[float, float]  # clocks of shared memory and first-level cache, from, to
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Over the byte floor, from, to."""
-        least, most = (max(self.issue, clocks, self.floor) / self.floor for clocks in self.exchange)
+        others = max(self.issue, self.tensor, self.floor)
+        least, most = (max(clocks, others) / self.floor for clocks in self.exchange)
         return least, most
 
 
@@ -111,7 +114,9 @@ def modelled(device: Device, stage: str, case: Case, dtype: torch.dtype, launch:
     code = device.entry(launch.name).code
     warps = launch.counts.warps
     costs = by_space(device, launch)
-    shuffles = sum(warps[i] for i in list(warps) if code[i].parts[0] == "shfl")
+    shuffles, products = (
+        sum(n for i, n in warps.items() if code[i].parts[0] == name) for name in ("shfl", "mma")
+    )
     moved = costs["global"].pieces / SECTORS_PER_CLOCK + shuffles
     return Row(
         stage,
@@ -120,6 +125,7 @@ def modelled(device: Device, stage: str, case: Case, dtype: torch.dtype, launch:
         costs,
         floor=least_bytes(case, dtype, launch.name.startswith("backward")) / BYTES_PER_CLOCK,
         issue=share * sum(n * issued(code[i]) for i, n in warps.items()) / SCHEDULERS,
+        tensor=share * products * MMA_CLOCKS / SCHEDULERS,
         exchange=(
             share * (costs["shared"].merged + moved),
             share * (costs["shared"].pieces + moved),

@@ -5,15 +5,23 @@ from collections.abc import Callable
 
 import numpy as np
 
+from . import matrices
 from .arithmetic import arithmetic, convert
 from .counts import Counts, cost_of
-from .memory import Fault, Memory, Threads
+from .memory import WARP, Fault, Memory, Threads
 from .parser import TYPES, Entry
 from .registers import Registers
 
 MEMORY = ("ld", "st", "atom", "red")
 # Of a mask of the active threads; but for accesses to memory, True stands for all of them.
 Action = Callable[[np.ndarray | bool], None]
+_PRODUCT = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32")
+_TRANSPOSE = "movmatrix.sync.aligned.m8n8.trans.b16"
+
+
+def _names(operand: str) -> list[str]:
+    """Of a register, or of a vector of them in braces."""
+    return re.findall(r"[%\w]+", operand)
 
 
 class Decoder:
@@ -44,7 +52,9 @@ class Decoder:
         elif parts[0] in ("mov", "cvta"):
             dtype = TYPES[parts[-1]]
             action = self._assign(operands, dtype, dtype, lambda value: value)
-        elif parts[0] == "cvt":
+        elif parts[0] in ("mma", "movmatrix"):
+            action = self._matrices(instruction.opcode, operands)
+        elif parts[0] == "cvt" and not parts[-2].endswith("x2"):
             target, source = parts[-2:]
             function = convert(source, target, set(parts[1:-2]))
             action = self._assign(operands, TYPES[target], TYPES[source], function)
@@ -84,7 +94,7 @@ class Decoder:
         """mov between a register and the parts of it."""
         whole = np.dtype(f"u{TYPES[parts[-1]].itemsize}")
         unpacks = "{" in operands[0]
-        pieces = re.findall(r"[%\w]+", operands[0] if unpacks else operands[1])
+        pieces = _names(operands[0] if unpacks else operands[1])
         part = np.dtype(f"u{whole.itemsize // len(pieces)}")
         bits = [whole.type(8 * part.itemsize * i) for i in range(len(pieces))]
         if unpacks:
@@ -104,6 +114,32 @@ class Decoder:
             write(sum(shifted), mask)
 
         return pack
+
+    def _matrices(self, opcode, operands) -> Action:
+        """What a warp does as one. Only whole warps may: ``.aligned`` waits for no one."""
+        if match := _PRODUCT.fullmatch(opcode):
+            function = lambda a, b, c: matrices.product(a, b, c, match[1])  # noqa: E731
+            types = ["f4", "u4", "u4", "f4"]
+        elif opcode == _TRANSPOSE:
+            function, types = matrices.transpose, ["u4", "u4"]
+        else:
+            raise NotImplementedError(opcode)
+        vectors = [
+            [self.registers.broadcast(name, dtype) for name in _names(operand)]
+            for operand, dtype in zip(operands[1:], types[1:], strict=True)
+        ]
+        writes = [self.registers.writer(name, types[0]) for name in _names(operands[0])]
+
+        def action(mask):
+            lanes = np.broadcast_to(mask, self.registers.n).reshape(-1, WARP)
+            torn = lanes.any(1) & ~lanes.all(1)
+            if torn.any():
+                raise Fault(f"by part of a warp ({lanes[torn].sum()} threads)")
+            results = function(*(np.stack(vector) for vector in vectors))
+            for write, result in zip(writes, results, strict=True):
+                write(result, mask)
+
+        return action
 
     def _memory(self, number, parts, operands) -> Action:
         name, dtype = parts[0], TYPES[parts[-1]]
@@ -137,7 +173,7 @@ class Decoder:
         return action
 
     def _loaded(self, view, targets: str, dtype):
-        writes = [self.registers.writer(t, dtype) for t in re.findall(r"[%\w]+", targets)]
+        writes = [self.registers.writer(t, dtype) for t in _names(targets)]
 
         def transfer(index, active, mask):
             for i, write in enumerate(writes):

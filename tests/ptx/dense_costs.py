@@ -73,7 +73,7 @@ def kernels(device: Device, dense: Dense) -> dict[bool, float]:
     for launch in launches:
         name = launch.name.split("_kernel")[0]
         row = modelled(device, "", dense.case, dense.dtype, launch)
-        busy[name] = busy.get(name, 0.0) + max(row.issue, row.exchange[1])
+        busy[name] = busy.get(name, 0.0) + max(row.issue, row.tensor, row.exchange[1])
     busy["columns"] /= 2  # backward has made them again
     clocks = {k: max(v, dense.least_bytes(k) / BYTES_PER_CLOCK) for k, v in busy.items()}
     return {False: clocks["columns"], True: sum(clocks.values())}

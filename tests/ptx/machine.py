@@ -4,7 +4,7 @@ Threads at the lowest instruction go first, all of them at once, across warps an
 that part at a branch meet again where their paths do. What a kernel must not do is a `Fault` that
 names the source line; what the machine does not know stops it with NotImplementedError: local and
 constant memory, calls, textures, named barriers, barriers and shuffles of part of a warp,
-``cp.async``, ``mma``, and any instruction that the kernels do not use.
+``cp.async``, and any instruction that the kernels do not use.
 """
 
 import numpy as np
