@@ -62,9 +62,8 @@ KERNEL packing(const uint32_t* pairs, const uint32_t* selectors, float* d) {
   out[0] = bits_of(__floats2half2_rn(__uint_as_float(x), __uint_as_float(y)));
   out[1] = bits_of(__floats2bfloat162_rn(__uint_as_float(x), __uint_as_float(y)));
   uint32_t bytes;
-  asm("prmt.b32 %0, %1, %2, %3;"
-      : "=r"(bytes)
-      : "r"(x), "r"(y), "r"(n));  // __byte_perm knows no signs
+  // __byte_perm knows no signs.
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(x), "r"(y), "r"(n));
   out[2] = __uint_as_float(bytes);
   out[3] = __uint_as_float(__funnelshift_l(x, y, n));
   out[4] = __uint_as_float(__funnelshift_rc(x, y, n));
