@@ -16,15 +16,6 @@ DK_INLINE int64_t column_offset(const Args& a, int cells, int64_t i, int c) {
   return (group * a.count + i) * cells * size + c - group * size;
 }
 
-// What a tap of a pixel reads: nothing (-1) or the pixel of image n, here without a data_offset.
-template <typename Sizes>
-DK_INLINE int rest_pixel(const ConvParams& p, const Sizes& size, int t, int h, int w) {
-  const int y = rest_position(h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h);
-  const int x = rest_position(w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w);
-  const bool inside = y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
-  return inside ? static_cast<int>(y * p.in_w + x) : -1;
-}
-
 // Where the taps of a block's pixels read, and with which coefficients: in shared memory.
 template <typename T, bool kKernel, bool kData>
 struct ColumnsTable {
@@ -55,8 +46,7 @@ struct ColumnsTable {
         at.pixel = q.n * image + sample.h.cell * static_cast<int>(p.in_w) + sample.w.cell;
         data_coef[j] = sample.coef();
       } else {
-        const int rest = rest_pixel(p, size, t, q.h, q.w);
-        if (rest >= 0) at.pixel = q.n * image + rest;
+        at.pixel = rest_pixel(p, size, t, q);
       }
       if constexpr (kKernel) {
         const auto sample = sample_weight(p, size, a.kernel_offset, n, t, q.h, q.w);

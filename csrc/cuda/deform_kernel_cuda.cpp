@@ -23,7 +23,7 @@ using cuda::kWarpSize;
 // tile touches, and positions in a padded image in 32.
 void check_sizes(const ConvParams& p) {
   const int64_t in = p.in_h * p.in_w, out = p.out_h * p.out_w, limit = int64_t(1) << 31;
-  const int64_t images = kPixels / std::min(in, out) + 2;
+  const int64_t images = cuda::kMatrixPixels / std::min(in, out) + 2;
   const int64_t padded = std::max(p.in_h + 2 * p.pad_h, p.in_w + 2 * p.pad_w);
   DK_CHECK(std::max(in, out) * images < limit && padded < limit && p.channels <= limit / 16,
            "input: on CUDA, expected fewer than 2^30 pixels per image, 2^31 in a padded row or "
@@ -32,11 +32,11 @@ void check_sizes(const ConvParams& p) {
            " and an output of ", p.out_h, "x", p.out_w);
 }
 
-// The number of lanes that leaves the fewest idle.
-ChannelTiles channel_tiles(int64_t channels, int vector) {
+// The number of lanes, at most `most`, that leaves the fewest idle.
+ChannelTiles channel_tiles(int64_t channels, int vector, int most = kWarpSize) {
   const int64_t vectors = (channels + vector - 1) / vector;
-  ChannelTiles best{vector, kWarpSize, static_cast<int>((vectors + kWarpSize - 1) / kWarpSize)};
-  for (int lanes = kWarpSize / 2; lanes >= 8; lanes /= 2) {
+  ChannelTiles best{vector, most, static_cast<int>((vectors + most - 1) / most)};
+  for (int lanes = most / 2; lanes >= 8; lanes /= 2) {
     const int tiles = static_cast<int>((vectors + lanes - 1) / lanes);
     if (int64_t(tiles) * lanes < int64_t(best.tiles) * best.lanes) best = {vector, lanes, tiles};
   }
@@ -46,6 +46,18 @@ ChannelTiles channel_tiles(int64_t channels, int vector) {
 // Vectors need every pixel, and the scope, to begin at a multiple of 16 bytes.
 bool is_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+// Whether the kernels on tensor cores take the call. Those multiply bfloat16 since compute
+// capability 8.0.
+template <typename scalar_t, typename... Tensors>
+bool has_matrix_kernel(const ConvParams& p, const std::optional<Tensor>& kernel_offset,
+                       const std::optional<Tensor>& data_offset, const Tensors&... activations) {
+  return !std::is_same_v<scalar_t, double> && kernel_offset && !is_modulated(p, *kernel_offset) &&
+         !data_offset && p.kernel_h == 3 && p.kernel_w == 3 && p.scope_h == p.scope_w &&
+         (p.scope_h == 3 || p.scope_h == 4) && p.channels % (16 / sizeof(scalar_t)) == 0 &&
+         (is_aligned(activations) && ...) &&
+         cuda::device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
 }
 
 [[noreturn]] void refuse_scope(const ConvParams& p, size_t bytes, int64_t limit) {
@@ -118,6 +130,11 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
       constexpr int wide = 16 / sizeof(scalar_t);
       const bool aligned = p.channels % wide == 0 && is_aligned(x) && is_aligned(w);
       a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(), aligned);
+      if constexpr (!std::is_same_v<scalar_t, double>) {
+        if (has_matrix_kernel<scalar_t>(p, kernel, data, x, w)) {
+          return cuda::launch_forward_matrix(a, stream);
+        }
+      }
       cuda::launch_forward(a, stream);
     });
   }
@@ -157,6 +174,14 @@ int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
   }
   if (!most) refuse_scope(p, bytes, per_block);
   return blocks_per_processor;
+}
+
+// The same of the kernel on tensor cores. With fewer lanes, a block has fewer threads.
+template <typename scalar_t>
+int plan_backward_matrix(BackwardArgs<scalar_t>& a) {
+  constexpr int most = 16;
+  a.channels = channel_tiles(a.params.channels, 16 / sizeof(scalar_t), most);
+  return cuda::kBackwardBlocks * most / a.channels.lanes;
 }
 
 // As many blocks as run at once, split between pixels and channels so that the partial sums,
@@ -268,7 +293,9 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
 
       const bool aligned =
           p.channels % wide == 0 && is_aligned(x) && is_aligned(grad) && is_aligned(w);
-      const int blocks_per_processor = plan_backward_block(a, aligned);
+      const bool matrix = has_matrix_kernel<scalar_t>(p, kernel, data, x, grad, w);
+      const int blocks_per_processor =
+          matrix ? plan_backward_matrix(a) : plan_backward_block(a, aligned);
       plan_backward_split(a, p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w),
                           blocks_per_processor);
       const Tensor partial =
@@ -277,7 +304,10 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       const OffsetGradient<T> grad_kernel(kernel, a.groups), grad_data(data, a.groups);
       a.grad_kernel_offset = grad_kernel.view(p);
       a.grad_data_offset = grad_data.view(p);
-      cuda::launch_backward(a, stream);
+      if constexpr (!std::is_same_v<scalar_t, double>) {
+        if (matrix) cuda::launch_backward_matrix(a, stream);
+      }
+      if (!matrix) cuda::launch_backward(a, stream);
 
       gradients[1] = stable::new_empty(weight, weight.sizes());
       cuda::launch_sum_weight(a, gradients[1]->mutable_data_ptr<scalar_t>(), stream);

@@ -19,6 +19,10 @@ constexpr int kPixels = 32;
 // Neighbouring pixels that a thread takes at once. For a tap they mostly read the same cells.
 constexpr int kHeldPixels = 4;
 
+// Of the kernels on tensor cores: the same of forward; a block's threads at most; and how many
+// blocks of so many threads backward's registers allow on a multiprocessor.
+constexpr int kMatrixPixels = 64, kMatrixThreads = 128, kBackwardBlocks = 3;
+
 // How the channels are dealt out: a thread takes `vector` neighbouring ones, `lanes` threads of one
 // warp (8, 16 or 32) make a tile, and `tiles` tiles cover all. kPixels / kHeldPixels * lanes
 // threads take all pixels of a tile at once.
@@ -100,10 +104,17 @@ void launch_forward(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
 // Contiguous activations; kernel_offset, no data_offset, K = 3 and S = 3, 4 or 5.
 template <typename scalar_t>
 void launch_forward_nchw(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
+// On tensor cores: float32, float16 or bfloat16; kernel_offset without factors, no data_offset,
+// K = 3 and S = 3 or 4, vectors of 16 bytes.
+template <typename scalar_t>
+void launch_forward_matrix(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
 // Every gradient if there is no data_offset; else those of the offsets, the weight's partial sums,
 // and, by atomics, the input's if grad_input_sum is given.
 template <typename scalar_t>
 void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
+// Every gradient on tensor cores, of what launch_forward_matrix takes; at most 16 lanes.
+template <typename scalar_t>
+void launch_backward_matrix(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
 // The gradient of kernel_offset under `clip`, in place, from that of the edges which the taps read:
 // summed over all groups.
 template <typename scalar_t>

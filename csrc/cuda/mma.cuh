@@ -4,16 +4,29 @@
 // first one in its lower half.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <cstdint>
 #include <type_traits>
 
-#include "launch.cuh"
+#include "tiles.cuh"
 
 namespace dk {
 namespace cuda {
+
+// Two numbers in a register, rounded to half_t.
+template <typename half_t>
+DK_INLINE uint32_t packed(float first, float second) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  if constexpr (std::is_same_v<half_t, c10::BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  }
+  return word;
+#else
+  return static_cast<uint32_t>(half_t(first).x) | static_cast<uint32_t>(half_t(second).x) << 16;
+#endif
+}
 
 #ifndef DK_EMULATED_MMA
 // d += a * b, where
@@ -35,7 +48,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   }
 }
 
-// Of an [8, 8] matrix whose row g, columns 2q and 2q + 1, a thread holds: those of its transpose.
+// Of an [8, 8] matrix whose row g, columns 2q and 2q + 1, a thread holds: the same of its
+// transpose.
 __device__ __forceinline__ uint32_t transposed(uint32_t rows) {
   uint32_t columns;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(rows));

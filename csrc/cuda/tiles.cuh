@@ -155,12 +155,13 @@ struct PixelTile {
   int offset, count;  // offset of the first pixel in the first image
   int height, width;
 
-  DK_INLINE PixelTile(int64_t first, int64_t batch, int64_t height, int64_t width)
+  DK_INLINE PixelTile(int64_t first, int64_t batch, int64_t height, int64_t width,
+                      int most = kPixels)
       : height(static_cast<int>(height)), width(static_cast<int>(width)) {
     const int64_t total = batch * height * width;
     first_image = first / (height * width);
     offset = static_cast<int>(first - first_image * height * width);
-    count = static_cast<int>(total - first < kPixels ? total - first : kPixels);
+    count = static_cast<int>(total - first < most ? total - first : most);
   }
   DK_INLINE Pixel operator[](int i) const {
     const int position = offset + i, row = position / width;
@@ -271,6 +272,17 @@ DK_INLINE int rest_position(int out, int64_t stride, int64_t pad, int tap, int64
   return out * static_cast<int>(stride) - static_cast<int>(pad) + tap * static_cast<int>(dilation);
 }
 
+// The pixel, counted from the first image of the tile, that tap t of an output pixel reads at rest;
+// -1: padding.
+template <typename Sizes>
+DK_INLINE int rest_pixel(const ConvParams& p, const Sizes& size, int t, const Pixel& out) {
+  const int height = static_cast<int>(p.in_h), width = static_cast<int>(p.in_w);
+  const int y = rest_position(out.h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h);
+  const int x = rest_position(out.w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w);
+  const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+  return inside ? (out.n * height + y) * width + x : -1;
+}
+
 // The same tap, in the image.
 template <typename T, typename Sizes>
 DK_INLINE TapSample<T> sample_data(const ConvParams& p, const Sizes& size,
@@ -373,11 +385,7 @@ struct Shared {
         at.pixel = (q.n * height + sample.h.cell) * width + sample.w.cell;
         data_coef[j] = sample.coef();
       } else {
-        const int y = rest_position(q.h, p.stride_h, p.pad_h, t / size.kernel_w, p.dilation_h);
-        const int x = rest_position(q.w, p.stride_w, p.pad_w, t % size.kernel_w, p.dilation_w);
-        if (y >= 0 && y < height && x >= 0 && x < width) {
-          at.pixel = (q.n * height + y) * width + x;
-        }
+        at.pixel = rest_pixel(p, size, t, q);
       }
       if constexpr (kKernel) {
         const auto sample = sample_weight<!kData>(p, size, kernel_offset, n, t, q.h, q.w);

@@ -1,0 +1,256 @@
+// The backward kernel on tensor cores: depthwise, channels_last, without data_offset, K = 3, S = 3
+// or
+// 4. Like backward_kernel, by input pixels q; of a tap t, which feeds output pixel p, with
+// x = input[q], g = grad_output[p]:
+//
+//   weight[q, c]       = sum over cells of coef[q, cell] * scope[c, cell],  grad_input[q] += g *
+//   weight grad_coef[q, cell] = sum over channels of (g * x)[q, c] * scope[c, cell]
+//   grad_scope[cell, c] += sum over pixels of coef[q, cell] * (g * x)[q, c]
+//
+// are three products of matrices (matrix_taps.cuh). All are of bfloat16, which has float32's range.
+#pragma once
+
+#include "backward.cuh"
+#include "matrix_taps.cuh"
+
+namespace dk {
+namespace cuda {
+
+// g * x is rounded as the type's own products would be if they were stored.
+template <typename scalar_t>
+constexpr int kProductParts = kParts<scalar_t, c10::BFloat16>;
+template <typename scalar_t>
+constexpr int kBackwardCoefParts = kProductParts<scalar_t> < 2 ? 2 : kProductParts<scalar_t>;
+template <typename scalar_t>
+using BackwardTaps = MatrixTaps<c10::BFloat16, kBackwardCoefParts<scalar_t>, kPixels>;
+
+// The scope as the right factor of products over channels: of 16 channels, those of products 2s and
+// 2s + 1, and 8 cells. part[s][m]: the cells whose columns have m for their higher bit.
+template <typename scalar_t, int S>
+struct CellMatrix {
+  static constexpr int V = 16 / sizeof(scalar_t), P = kParts<scalar_t, c10::BFloat16>;
+  uint32_t part[V / 2][2][P][2];
+
+  DK_INLINE CellMatrix(const scalar_t* weight, int begin, int channels, int g, int q) {
+    DK_UNROLL
+    for (int s = 0; s < V / 2; ++s) {
+      DK_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        const int cell = matrix_cell(g) + 2 * m, row = cell / 4, column = cell % 4;
+        DK_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int c = begin + matrix_channel<V>(2 * s + half, 2 * q);
+          float value[2] = {};
+          DK_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            if (row < S && column < S && c + e < channels) {
+              value[e] = static_cast<float>(
+                  weight[static_cast<int64_t>(c + e) * (S * S) + row * S + column]);
+            }
+          }
+          uint32_t parts[P];
+          split<c10::BFloat16>(value[0], value[1], parts);
+          DK_UNROLL
+          for (int i = 0; i < P; ++i) part[s][m][i][half] = parts[i];
+        }
+      }
+    }
+  }
+};
+
+// The gradients of the four coefficients that a tap's pixel has, among those of all cells: thread q
+// has those of row q of the scope.
+DK_INLINE void store_cell_sums(Vector<float, 4>* to, int cell, int q, const float (&upper)[2],
+                               const float (&lower)[2]) {
+  const int row = q - cell / 4, column = cell % 4;
+  if (row != 0 && row != 1) return;
+  const float first = column == 0 ? upper[0] : column == 1 ? upper[1] : lower[0];
+  const float second = column == 0 ? upper[1] : column == 1 ? lower[0] : lower[1];
+  to->v[2 * row] = first;
+  to->v[2 * row + 1] = second;
+}
+
+template <typename scalar_t, int S>
+__global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks)
+    backward_matrix_kernel(const BackwardArgs<scalar_t> a) {
+  using half_t = c10::BFloat16;
+  using Taps = BackwardTaps<scalar_t>;
+  constexpr int V = 16 / sizeof(scalar_t), P = kProductParts<scalar_t>;
+  constexpr int kCoefParts = kBackwardCoefParts<scalar_t>;
+  DK_SHARED_MEMORY(memory);
+  const ConvParams& p = a.params;
+  const Sizes<3, S> size(p);
+  const int channels = static_cast<int>(p.channels);
+  const int out_w = static_cast<int>(p.out_w), out_h = static_cast<int>(p.out_h);
+  const Taps taps(memory);
+  // Gradients of coefficients: [warps, pairs].
+  auto* coef_sums = reinterpret_cast<Vector<float, 4>*>(memory + Taps::bytes);
+  const int warps = a.channels.lanes / kWarpVectors;  // side by side in a tile of channels
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, q = lane % 4;
+  const int own = warp % warps, i0 = warp / warps * kRowPixels;
+  const int place = taps.position(g, q);
+  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles, p.batch * p.in_h * p.in_w);
+  const Offset<float> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
+
+  for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
+       ++channel_tile) {
+    const int begin = (channel_tile * warps + own) * kWarpVectors * V;
+    const int c[2] = {begin + q * V, begin + (4 + q) * V};
+    const bool own_vector[2] = {c[0] < channels, c[1] < channels};
+    const ScopeMatrix<scalar_t, S, half_t> scope(a.weight, begin, channels);
+    const CellMatrix<scalar_t, S> cells(a.weight, begin, channels, g, q);
+    float scope_sum[V][4] = {};
+    for (int64_t tile_index = share.first; tile_index < share.last; ++tile_index) {
+      const int64_t first = tile_index * kPixels;
+      const PixelTile tile(first, p.batch, p.in_h, p.in_w);
+      for (int j = threadIdx.x; j < taps.pairs; j += blockDim.x) {
+        const int t = j / kPixels, i = j % kPixels;
+        taps.clear(j - lane);
+        taps.index[j] = {0, -1};
+        const Pixel out = i < tile.count ? fed_pixel(p, size, tile[i], t) : Pixel{0, -1, -1};
+        if (out.h < 0) continue;
+        taps.store(j, sample_weight<false>(p, size, a.kernel_offset, tile.first_image + out.n, t,
+                                           out.h, out.w));
+        taps.index[j].pixel = (out.n * out_h + out.h) * out_w + out.w;
+      }
+      __syncthreads();
+
+      const int upper = i0 + g < tile.count ? i0 + g : -1;
+      const int lower = i0 + g + 8 < tile.count ? i0 + g + 8 : -1;
+      const PixelVectors<scalar_t> x({a.input + first * channels, channels}, upper, lower, c,
+                                     own_vector);
+      const Pixels<scalar_t> grad_output(
+          a.grad_output + tile.first_image * out_h * out_w * channels, channels);
+      float grad_x[V][4] = {};
+      for (int t = 0; t < kMatrixTaps; ++t) {
+        const int pair = t * kPixels + i0;
+        const TapIndex at[2] = {taps.index[pair + g], taps.index[pair + g + 8]};
+        const PixelVectors<scalar_t> grad(grad_output, at[0].pixel, at[1].pixel, c, own_vector);
+        const CoefMatrix<kCoefParts> coef(taps, pair, place);
+        uint32_t product[V / 2][P][4];  // g * x, as left factors
+        DK_UNROLL
+        for (int j = 0; j < V; ++j) {
+          float weight[4] = {};
+          multiply<half_t, kCoefParts - 1>(weight, coef.part, scope.part[j]);
+          DK_UNROLL
+          for (int k = 0; k < 2; ++k) {
+            uint32_t parts[P];
+            split<half_t>(grad.at(j, 2 * k) * x.at(j, 2 * k),
+                          grad.at(j, 2 * k + 1) * x.at(j, 2 * k + 1), parts);
+            DK_UNROLL
+            for (int i = 0; i < P; ++i) product[j / 2][i][j % 2 * 2 + k] = parts[i];
+          }
+          DK_UNROLL
+          for (int k = 0; k < 4; ++k) grad_x[j][k] += grad.at(j, k) * weight[k];
+        }
+
+        float coef_sum[2][4] = {};
+        DK_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          DK_UNROLL
+          for (int s = 0; s < V / 2; ++s) {
+            multiply<half_t, P - 1>(coef_sum[m], product[s], cells.part[s][m]);
+          }
+        }
+        Vector<float, 4>* sums = coef_sums + own * taps.pairs + pair;
+        DK_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          store_cell_sums(sums + g + 8 * i, at[i].cell, q,
+                          {coef_sum[0][2 * i], coef_sum[0][2 * i + 1]},
+                          {coef_sum[1][2 * i], coef_sum[1][2 * i + 1]});
+        }
+
+        uint32_t cell_rows[P][4];  // the coefficients, turned: a row is a cell
+        DK_UNROLL
+        for (int i = 0; i < P; ++i) {
+          DK_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            cell_rows[i][k] = transposed(coef.part[i][k % 2 * 2 + k / 2]);
+          }
+        }
+        DK_UNROLL
+        for (int j = 0; j < V; ++j) {
+          uint32_t pixel_rows[P][2];
+          DK_UNROLL
+          for (int i = 0; i < P; ++i) {
+            DK_UNROLL
+            for (int k = 0; k < 2; ++k) {
+              pixel_rows[i][k] = transposed(product[j / 2][i][j % 2 * 2 + k]);
+            }
+          }
+          multiply<half_t, P - 1>(scope_sum[j], cell_rows, pixel_rows);
+        }
+      }
+      DK_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if (i0 + g + 8 * i >= tile.count) continue;
+        DK_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          if (!own_vector[k]) continue;
+          store<V>(a.grad_input + (first + i0 + g + 8 * i) * channels + c[k],
+                   result_vector<scalar_t>(grad_x, i, k));
+        }
+      }
+      __syncthreads();
+
+      for (int j = threadIdx.x; j < taps.pairs; j += blockDim.x) {
+        if (taps.index[j].pixel < 0) continue;
+        const int t = j / kPixels;
+        const Pixel out = fed_pixel(p, size, tile[j % kPixels], t);
+        const int64_t n = tile.first_image + out.n;
+        const auto sample = sample_weight<false>(p, size, a.kernel_offset, n, t, out.h, out.w);
+        Vector<float, 4> sum = coef_sums[j];
+        for (int i = 1; i < warps; ++i) add_scaled(sum, 1.f, coef_sums[i * taps.pairs + j]);
+        add_offset_gradient(grad_kernel_offset, kMatrixTaps, n, t, out.h, out.w, sample, sum);
+      }
+      // The same thread fills the same pairs of the next tile: no barrier.
+    }
+
+    // The sums over the pixels of the block's upper warps and its lower ones.
+    float* lower_sums = reinterpret_cast<float*>(memory) + own * V * 4 * kWarpSize + lane;
+    __syncthreads();
+    if (i0 > 0) {
+      DK_UNROLL
+      for (int j = 0; j < 4 * V; ++j) lower_sums[j * kWarpSize] = scope_sum[j / 4][j % 4];
+    }
+    __syncthreads();
+    if (i0 == 0) {
+      DK_UNROLL
+      for (int j = 0; j < V; ++j) {
+        DK_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const int cell = matrix_cell(g) + k / 2 * 2, row = cell / 4, column = cell % 4;
+          const int channel = begin + matrix_channel<V>(j, 2 * q + k % 2);
+          if (row >= S || column >= S || channel >= channels) continue;
+          a.weight_partial[(int64_t(share.split) * (S * S) + row * S + column) * channels +
+                           channel] = scope_sum[j][k] + lower_sums[(4 * j + k) * kWarpSize];
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <typename scalar_t>
+void launch_backward_matrix(const BackwardArgs<scalar_t>& a, cudaStream_t stream) {
+  const int warps = a.channels.lanes / kWarpVectors;
+  const size_t bytes = BackwardTaps<scalar_t>::bytes +
+                       sizeof(Vector<float, 4>) * BackwardTaps<scalar_t>::pairs * warps;
+  const auto run = [&](auto kernel_function) {
+    launch(kernel_function, int64_t(a.splits) * a.groups, kPixels / kRowPixels * warps * kWarpSize,
+           bytes, stream, a);
+  };
+  if (a.params.scope_h == 3) return run(backward_matrix_kernel<scalar_t, 3>);
+  run(backward_matrix_kernel<scalar_t, 4>);
+}
+
+}  // namespace cuda
+}  // namespace dk
+
+#define DK_INSTANTIATE_BACKWARD_MATRIX(scalar_t)                                     \
+  namespace dk {                                                                     \
+  namespace cuda {                                                                   \
+  template void launch_backward_matrix(const BackwardArgs<scalar_t>&, cudaStream_t); \
+  }                                                                                  \
+  }
