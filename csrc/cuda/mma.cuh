@@ -1,7 +1,8 @@
-// Matrix products of one warp, on tensor cores: PTX's mma.m16n8k16 and movmatrix.
+// What there is from sm_80 on: matrix products of one warp on tensor cores, PTX's mma.m16n8k16 and
+// movmatrix; and copies to shared memory that go on beside other work, cp.async.
 //
-// Thread `lane` is (g, q) = (lane / 4, lane % 4). A register holds two numbers of 16 bits, the
-// first one in its lower half.
+// Of a product, thread `lane` is (g, q) = (lane / 4, lane % 4). A register holds two numbers of 16
+// bits, the first one in its lower half.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@ namespace cuda {
 // Two numbers in a register, rounded to half_t.
 template <typename half_t>
 DK_INLINE uint32_t packed(float first, float second) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t word;
   if constexpr (std::is_same_v<half_t, c10::BFloat16>) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
@@ -29,6 +30,7 @@ DK_INLINE uint32_t packed(float first, float second) {
 }
 
 #ifndef DK_EMULATED_MMA
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 // d += a * b, where
 //   a [16, 16]  rows g, g + 8, g, g + 8, at columns 2q, 2q, 2q + 8, 2q + 8 and the next
 //   b [16, 8]   rows 2q, 2q + 8 and the next, of column g
@@ -55,6 +57,36 @@ __device__ __forceinline__ uint32_t transposed(uint32_t rows) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(rows));
   return columns;
 }
+
+// Starts copying 16 bytes from global to shared memory, or writing zeros there.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool reads) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+               "r"(reads ? 16 : 0)
+               : "memory");
+}
+
+// Until all that this thread has started is there, for itself.
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+#else  // so that kernels compile for what they are not launched on
+
+template <typename half_t>
+__device__ void mma(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {
+  __trap();
+}
+
+__device__ inline uint32_t transposed(uint32_t) {
+  __trap();
+  return 0;
+}
+
+__device__ inline void copy_async(void*, const void*, bool) { __trap(); }
+
+__device__ inline void wait_for_copies() { __trap(); }
+#endif
 #endif
 
 }  // namespace cuda

@@ -102,6 +102,8 @@ struct Fiber : Context {
   dim3 index;
   int tag = 0;            // of the warp barrier it waits at
   unsigned exchanges = 0, block_barriers = 0, warp_barriers = 0;
+  std::vector<Copy> copies;
+  const char* error = nullptr;
 };
 
 struct Warp {
@@ -184,6 +186,8 @@ void fiber_main() {
 void start(Fiber& f) {
   f.state = State::ready;
   f.exchanges = f.block_barriers = f.warp_barriers = 0;
+  f.copies.clear();
+  f.error = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(f.memory.get(), kStack);
   f.fake_stack = nullptr;
@@ -277,6 +281,10 @@ void run_block(std::size_t threads, Order& order, std::vector<unsigned>& turns) 
       block.current = &f;
       thread_index = f.index;
       switch_to(block.scheduler, f);
+      if (f.error) fail(f.error);
+      if (f.state == State::done && !f.copies.empty()) {
+        fail("a thread returns before its copies are there");
+      }
     }
     if (!release_barriers(threads) && !ran && !passed_over) {
       fail("stuck: " + std::to_string(count(0, threads, State::at_block_barrier)) +
@@ -295,6 +303,15 @@ void wait(State state) {
 }  // namespace
 
 void yield() { wait(State::ready); }
+
+// An exception of its own would not leave the fiber.
+void refuse(const char* what) {
+  block.current->error = what;
+  to_scheduler();
+  std::abort();
+}
+
+std::vector<Copy>& copies() { return block.current->copies; }
 
 void block_barrier() {
   char* barrier = block.barrier(0, block.current->block_barriers++);

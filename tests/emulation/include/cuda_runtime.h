@@ -11,6 +11,7 @@
 #include <functional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __host__
@@ -57,6 +58,16 @@ const T* from_all_lanes(const T& mine, int tag) {
 // Tags of warp barriers; a shuffle's is its mask, from 0 to 31.
 constexpr int kSync = -1, kProduct = -2, kTranspose = -3;
 
+// Ends the launch with an error.
+[[noreturn]] void refuse(const char* what);
+
+// What a thread has begun to copy to shared memory. A thread must not return before it is there.
+struct Copy {
+  void* to;
+  unsigned char bytes[16];
+};
+std::vector<Copy>& copies();
+
 }  // namespace emulated
 
 #define threadIdx emulated::thread_index
@@ -87,7 +98,7 @@ void atomicAdd(T* address, T value) {
   } while (!__atomic_compare_exchange_n(word, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 
-// ---- tensor cores: instead of the PTX in csrc/cuda/mma.cuh, which says what they do -------------
+// ---- instead of the PTX in csrc/cuda/mma.cuh, which says what these do ---------------------------
 
 #define DK_EMULATED_MMA
 
@@ -139,6 +150,25 @@ inline std::uint32_t transposed(std::uint32_t rows) {
     columns |= (pair >> 16 * (g % 2) & 0xffffu) << 16 * half;
   }
   return columns;
+}
+
+// Comes into effect at the wait, and until then nothing can be read there but 0xFF: who reads too
+// early, or writes too early what others still read, shows.
+inline void copy_async(void* shared, const void* global, bool reads) {
+  const auto to = reinterpret_cast<std::uintptr_t>(shared);
+  const auto from = reinterpret_cast<std::uintptr_t>(global);
+  if ((to | from) % sizeof(emulated::Copy::bytes)) emulated::refuse("copy_async: not aligned");
+  emulated::Copy copy{shared, {}};
+  if (reads) std::memcpy(copy.bytes, global, sizeof(copy.bytes));
+  std::memset(shared, 0xff, sizeof(copy.bytes));
+  emulated::copies().push_back(copy);
+}
+
+inline void wait_for_copies() {
+  for (const emulated::Copy& copy : emulated::copies()) {
+    std::memcpy(copy.to, copy.bytes, sizeof(copy.bytes));
+  }
+  emulated::copies().clear();
 }
 
 }  // namespace cuda
