@@ -1,5 +1,7 @@
-"""Matrices in a warp's registers, as the PTX ISA lays them out ("Matrix Fragments for
-mma.m16n8k16 with floating point type", and movmatrix); and what products.cu must make of them.
+"""What the kernels of products.cu must do with a warp's registers.
+
+Matrices there, as the PTX ISA lays them out ("Matrix Fragments for
+mma.m16n8k16 with floating point type", and movmatrix).
 """
 
 from collections.abc import Callable
@@ -69,3 +71,13 @@ def check_transpose(run: Callable):
     rows = _packed(matrices, _rows_places())
     run("transpose", rows, rows, columns)
     np.testing.assert_array_equal(columns, _packed(matrices.transpose(0, 2, 1), _rows_places()))
+
+
+def check_copy(run: Callable):
+    generator = np.random.default_rng(0)
+    shape = (WARPS * 32, 4)
+    source, out = generator.integers(1, 1 << 32, shape).astype(np.uint32), np.ones(shape, np.uint32)
+    reads = generator.integers(0, 2, (WARPS * 32, 1)).astype(np.uint32)
+    run("copy", source, reads, out)
+    copied = (source * reads).reshape(WARPS, 32, 4)
+    np.testing.assert_array_equal(out, copied[:, ::-1].reshape(shape))

@@ -14,7 +14,7 @@ import torch
 from conftest import Case, assert_close, double, off_knot_offset
 from emulation import plugin
 from emulation.plugin import call
-from fragments import check_product, check_transpose
+from fragments import check_copy, check_product, check_transpose
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -254,6 +254,31 @@ def test_tensor_cores_want_the_whole_warp(name, run_product):
     registers = np.zeros((3, 64, 4), np.uint32)
     with pytest.raises(RuntimeError, match="16 at a warp barrier, 48 have returned"):
         run_product(f"{name}_of_half_a_warp", *registers)
+
+
+@pytest.mark.parametrize("order", plugin.ORDERS)
+def test_copies(order, run_product):
+    with plugin.order(order):
+        check_copy(run_product)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("misaligned", "copy_async: not aligned"),
+        ("misaligned_in_shared", "copy_async: not aligned"),
+        ("never_awaited", "a thread returns before its copies are there"),
+    ],
+)
+def test_copies_that_must_not_be(name, message, run_product):
+    with pytest.raises(RuntimeError, match=message):
+        run_product(f"copy_{name}", *np.zeros((3, 32, 4), np.uint32))
+
+
+def test_copies_are_not_there_before_the_wait(run_product):
+    out = np.zeros((32, 4), np.uint32)
+    run_product("copy_read_too_early", *np.zeros((2, 32, 4), np.uint32), out)
+    assert (out[:, 0] == 0xFFFFFFFF).all()
 
 
 def test_scope_too_large_for_the_device(monkeypatch):

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fragments import check_product, check_transpose
+from fragments import check_copy, check_product, check_transpose
 from ptx import build, machine
+from ptx.counts import Cost, Counts
 from ptx.memory import UNWRITTEN, WRITTEN, Fault, Memory, Shadow
 from ptx.parser import Module
 
@@ -110,7 +111,7 @@ def test_unknown_instructions_stop_the_run(old, new, kernels):
         launch(Module(text.replace(old, new))["sound"])
 
 
-def run_product(entry, *registers):
+def run_product(entry, *registers, counts=None):
     """Runs a kernel of products.cu on registers [thread, i] in blocks of a warp each, in place."""
     data = np.concatenate([array.view(np.uint32).reshape(-1) for array in registers])
     memory = Memory("global", data.view(np.uint8), np.full(data.nbytes, WRITTEN, np.uint8))
@@ -118,7 +119,8 @@ def run_product(entry, *registers):
     memory.shadow = Shadow(data.nbytes, 4)
     starts = np.cumsum([memory.base, *(array.nbytes for array in registers[:-1])])
     params = [np.uint64(start).tobytes() for start in starts]
-    machine.run(entry, len(registers[0]) // 32, 32, 0, params, memory)
+    blocks = len(registers[0]) // 32
+    machine.run(entry, blocks, 32, 32 * 16, params, memory, counts=counts)
     result = registers[-1]
     result[:] = data[-result.size :].view(result.dtype).reshape(result.shape)
 
@@ -144,6 +146,56 @@ def test_tensor_cores_want_the_whole_warp(name, place, products):
         run_product(products[name], *np.zeros((3, 64, 4), np.uint32))
     (line,) = lines_of_fault(place, PRODUCTS)
     assert line in str(fault.value)
+
+
+def test_copies(products):
+    check_copy(lambda name, *registers: run_product(products[name], *registers))
+
+
+def test_copies_in_part(products):
+    source = np.random.default_rng(0).integers(1, 1 << 32, (32, 4)).astype(np.uint32)
+    words = np.arange(32, dtype=np.uint32)[:, None] % 4
+    words[words == 3] = 4
+    out = np.ones_like(source)
+    run_product(products["copy_in_part"], source, 4 * words, out)
+    np.testing.assert_array_equal(out, np.where(np.arange(4) < words, source, 0))
+    with pytest.raises(NotImplementedError, match=r"reads \[0, 3\] bytes"):
+        run_product(products["copy_in_part"], source, np.where(words == 1, 3, 0 * words), out)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("beyond", r"global memory at -16: 16 bytes out of bounds \(1 threads\)"),
+        ("beyond_shared", r"shared memory at 512: 16 bytes out of bounds \(1 threads\)"),
+        ("misaligned", r"global memory at 8: not aligned to 16 bytes \(32 threads\)"),
+        ("misaligned_in_shared", r"shared memory at 8: not aligned to 16 bytes \(16 threads\)"),
+        ("read_too_early", "shared memory at 0: read before it is written"),
+        ("read_by_another", "race: thread 0 touches what thread 31 has written"),
+        ("awaited_too_late", "race: thread 0 touches what thread 31 has written"),
+    ],
+)
+def test_fault_of_a_copy_is_seen_at_its_line(name, message, products):
+    with pytest.raises(Fault, match=message) as fault:
+        run_product(products[f"copy_{name}"], *np.zeros((3, 32, 4), np.uint32))
+    (line,) = lines_of_fault(f"copy_{name}", PRODUCTS)
+    assert line in str(fault.value)
+
+
+def test_copies_must_be_there_at_the_end(products):
+    with pytest.raises(Fault, match="before 32 copies are there"):
+        run_product(products["copy_never_awaited"], *np.zeros((3, 32, 4), np.uint32))
+
+
+def test_cost_of_copies(products):
+    """As of loads and stores of 16 bytes; where nothing is read, as of stores alone."""
+    registers = np.zeros((3, 32, 4), np.uint32)
+    reads = np.arange(32, dtype=np.uint32)[:, None] % 4 // 3
+    entry, counts = products["copy"], Counts()
+    run_product(entry, registers[0], reads, registers[2], counts=counts)
+    costs = {opcode: cost for (opcode, _), cost in counts.by_line(entry).items()}
+    assert costs["cp.shared"] == Cost(threads=32, requests=1, pieces=4, fewest=4, merged=4)
+    assert costs["cp.global"] == Cost(threads=8, requests=1, pieces=8, fewest=4, merged=8)
 
 
 def permuted(pair, selector: int) -> bytes:

@@ -72,16 +72,21 @@ def cost_of(address, size: int, active, space: str) -> Cost:
 
 
 class Counts:
-    """By instruction number: warps that ran it, and the cost of its accesses."""
+    """By instruction number: warps that ran it, and, by space too, the cost of its accesses."""
 
     def __init__(self):
         self.warps: dict[int, int] = defaultdict(int)
-        self.costs: dict[int, Cost] = defaultdict(Cost)
+        self.costs: dict[tuple[int, str], Cost] = defaultdict(Cost)
 
     def by_line(self, entry: Entry) -> dict[tuple[str, str], Cost]:
-        """Costs by opcode and source line (``Instruction.where``)."""
+        """Costs by opcode and source line (``Instruction.where``).
+
+        A copy from space to space has two: ``cp.global`` and ``cp.shared``.
+        """
         lines: dict[tuple[str, str], Cost] = defaultdict(Cost)
-        for number, cost in self.costs.items():
+        for (number, space), cost in self.costs.items():
             instruction = entry.code[number]
-            lines[instruction.opcode, instruction.where] += cost
+            copies = instruction.parts[0] == "cp"
+            opcode = f"cp.{space}" if copies else instruction.opcode
+            lines[opcode, instruction.where] += cost
         return dict(lines)

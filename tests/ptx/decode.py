@@ -7,12 +7,13 @@ import numpy as np
 
 from . import matrices
 from .arithmetic import arithmetic, convert
+from .copies import BYTES, Copies
 from .counts import Counts, cost_of
 from .memory import WARP, Fault, Memory, Threads
 from .parser import TYPES, Entry
 from .registers import Registers
 
-MEMORY = ("ld", "st", "atom", "red")
+MEMORY = ("ld", "st", "atom", "red", "cp")
 # Of a mask of the active threads; but for accesses to memory, True stands for all of them.
 Action = Callable[[np.ndarray | bool], None]
 _PRODUCT = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32")
@@ -41,11 +42,14 @@ class Decoder:
     ):
         self.entry, self.registers, self.memories = entry, registers, memories
         self.threads, self.counts = threads, counts
+        self.copies = Copies(memories["global"], memories["shared"], threads)
 
     def decode(self, number: int) -> Action:
         instruction = self.entry.code[number]
         parts, operands = instruction.parts, instruction.operands
-        if parts[0] in MEMORY:
+        if parts[0] == "cp":
+            action = self._copy(number, instruction.opcode, operands)
+        elif parts[0] in MEMORY:
             action = self._memory(number, parts, operands)
         elif parts[0] == "mov" and "{" in "".join(operands):
             action = self._pack(parts, operands)
@@ -141,6 +145,30 @@ class Decoder:
 
         return action
 
+    def _copy(self, number, opcode, operands) -> Action:
+        """cp.async, of a size and perhaps of how much of that is read, and the wait for it."""
+        if opcode == "cp.async.wait_all":
+            return self.copies.wait
+        if opcode != "cp.async.cg.shared.global" or operands[2] != str(BYTES):
+            raise NotImplementedError(f"{opcode} {operands}")
+        addresses = [self.registers.address(text) for text in operands[:2]]
+        read_bytes = self.registers.broadcast((*operands, str(BYTES))[3], np.uint32)
+
+        def action(mask):
+            active = np.flatnonzero(mask)
+            if not len(active):
+                return
+            target, source = (address()[active] for address in addresses)
+            sizes = read_bytes[active]
+            if self.counts:
+                reads = mask & (read_bytes > 0)
+                costs = self.counts.costs
+                costs[number, "shared"] += cost_of(target, BYTES, mask, "shared")
+                costs[number, "global"] += cost_of(source[sizes > 0], BYTES, reads, "global")
+            self.copies.start(target, source, sizes, active)
+
+        return action
+
     def _memory(self, number, parts, operands) -> Action:
         name, dtype = parts[0], TYPES[parts[-1]]
         space = next((p for p in parts if p in self.memories), "")
@@ -166,7 +194,7 @@ class Decoder:
                 return
             at = address()[active]
             if self.counts and space != "param":
-                self.counts.costs[number] += cost_of(at, size, mask, space)
+                self.counts.costs[number, space] += cost_of(at, size, mask, space)
             offset = memory.access(at, size, self.threads, active, kind)
             transfer(offset // dtype.itemsize, active, mask)
 

@@ -3,8 +3,8 @@
 Threads at the lowest instruction go first, all of them at once, across warps and blocks; so threads
 that part at a branch meet again where their paths do. What a kernel must not do is a `Fault` that
 names the source line; what the machine does not know stops it with NotImplementedError: local and
-constant memory, calls, textures, named barriers, barriers and shuffles of part of a warp,
-``cp.async``, and any instruction that the kernels do not use.
+constant memory, calls, textures, named barriers, barriers and shuffles of part of a warp, and any
+instruction that the kernels do not use.
 """
 
 import numpy as np
@@ -116,6 +116,7 @@ class _Machine:
         if parts[0] in ("ret", "exit") and (
             number >= len(self.entry.code) or not self.entry.code[number].guard
         ):
+            self.decoder.copies.check_returning(mask)
             self.exited |= mask
             return
         instruction = self.entry.code[number]

@@ -7,7 +7,7 @@ import numpy as np
 from .parser import TYPES
 
 WARP = 32
-NOT_OURS, UNWRITTEN, WRITTEN = 0, 1, 2  # the states of a byte
+NOT_OURS, UNWRITTEN, WRITTEN, COMING = 0, 1, 2, 3  # the states of a byte; COMING: copies.py
 
 
 class Fault(Exception):
@@ -35,7 +35,7 @@ class Memory:
     def access(self, address, size: int, threads: Threads, active, kind: str):
         """Offsets into `data` of the active threads' accesses; kind: read, write or atomic."""
         offset = self._locate(address.astype(np.int64) - self.base, size, active)
-        self._check(offset, offset % size == 0, f"not aligned to {size} bytes")
+        self.check_alignment(offset, size)
         word = min(size, 8)
         state = self.state.view(f"u{word}")
         for i in range(0, size, word):
@@ -48,6 +48,9 @@ class Memory:
         if self.shadow:
             self.shadow.access(offset, size, threads, active, kind)
         return offset
+
+    def check_alignment(self, offset, size: int):
+        self._check(offset, offset % size == 0, f"not aligned to {size} bytes")
 
     def _locate(self, offset, size: int, active):
         inside = (offset >= 0) & (offset + size <= len(self.data))

@@ -1,5 +1,6 @@
 // For tests of what csrc/cuda/mma.cuh has, as PTX and emulated: each thread reads its registers
-// from the arguments, and writes its results there. Half a warp is a fault, at the line marked so.
+// from the arguments, and writes its results there. Faults are at the lines marked so: half a warp
+// at a product, and what copies must not do.
 #include "cuda/mma.cuh"
 
 #ifdef __CUDACC__
@@ -47,7 +48,101 @@ KERNEL transpose_of_half_a_warp(const uint32_t* rows, const uint32_t*, float* co
   reinterpret_cast<uint32_t*>(columns)[thread()] = column;
 }
 
+#ifndef DK_SHARED_MEMORY
+extern __shared__ __align__(16) unsigned char copied[];
+#define DK_SHARED_MEMORY(name) unsigned char* const name = copied
+#endif
+
+namespace {
+__device__ void write(float* d, const uint32_t* words) {
+  for (int i = 0; i < 4; ++i) reinterpret_cast<uint32_t*>(d)[4 * thread() + i] = words[i];
+}
+}  // namespace
+
+// Through shared memory, to the thread on the other end of the warp; but zeros where `reads` is 0,
+// from a source that does not exist.
+KERNEL copy(const uint32_t* source, const uint32_t* reads, float* d) {
+  DK_SHARED_MEMORY(memory);
+  uint32_t* const words = reinterpret_cast<uint32_t*>(memory);
+  const bool real = reads[thread()];
+  const uint32_t* const from = real ? source + 4 * thread() : source - (1 << 20);
+  dk::cuda::copy_async(words + 4 * threadIdx.x, from, real);
+  dk::cuda::wait_for_copies();
+  __syncthreads();
+  write(d, words + 4 * (threadIdx.x ^ 31));
+}
+
+KERNEL copy_beyond(const uint32_t* source, const uint32_t*, float*) {
+  DK_SHARED_MEMORY(memory);
+  const uint32_t* const from = source - 4 + 4 * thread();
+  dk::cuda::copy_async(memory + 16 * threadIdx.x, from, true);  // fault
+  dk::cuda::wait_for_copies();
+}
+
+KERNEL copy_beyond_shared(const uint32_t* source, const uint32_t*, float*) {
+  DK_SHARED_MEMORY(memory);
+  dk::cuda::copy_async(memory + 16 * (threadIdx.x + 1), source + 4 * thread(), true);  // fault
+  dk::cuda::wait_for_copies();
+}
+
+KERNEL copy_misaligned(const uint32_t* source, const uint32_t*, float*) {
+  DK_SHARED_MEMORY(memory);
+  const uint32_t* const from = source + 4 * thread() + 2;
+  dk::cuda::copy_async(memory + 16 * threadIdx.x, from, thread() != 31);  // fault
+  dk::cuda::wait_for_copies();
+}
+
+KERNEL copy_misaligned_in_shared(const uint32_t* source, const uint32_t*, float*) {
+  DK_SHARED_MEMORY(memory);
+  dk::cuda::copy_async(memory + 8 * threadIdx.x, source + 4 * thread(), true);  // fault
+  dk::cuda::wait_for_copies();
+}
+
+KERNEL copy_read_too_early(const uint32_t* source, const uint32_t*, float* d) {
+  DK_SHARED_MEMORY(memory);
+  const uint32_t* const words = reinterpret_cast<uint32_t*>(memory) + 4 * threadIdx.x;
+  dk::cuda::copy_async(memory + 16 * threadIdx.x, source + 4 * thread(), true);
+  reinterpret_cast<uint32_t*>(d)[4 * thread()] = words[0];  // fault
+  dk::cuda::wait_for_copies();
+}
+
+// Their own threads wait, but no barrier comes between.
+KERNEL copy_read_by_another(const uint32_t* source, const uint32_t*, float* d) {
+  DK_SHARED_MEMORY(memory);
+  const uint32_t* const words = reinterpret_cast<uint32_t*>(memory) + 4 * (threadIdx.x ^ 31);
+  dk::cuda::copy_async(memory + 16 * threadIdx.x, source + 4 * thread(), true);
+  dk::cuda::wait_for_copies();
+  reinterpret_cast<uint32_t*>(d)[4 * thread()] = words[0];  // fault
+}
+
+// The barrier comes before the wait.
+KERNEL copy_awaited_too_late(const uint32_t* source, const uint32_t*, float* d) {
+  DK_SHARED_MEMORY(memory);
+  const uint32_t* const words = reinterpret_cast<uint32_t*>(memory) + 4 * (threadIdx.x ^ 31);
+  dk::cuda::copy_async(memory + 16 * threadIdx.x, source + 4 * thread(), true);
+  __syncthreads();
+  dk::cuda::wait_for_copies();
+  reinterpret_cast<uint32_t*>(d)[4 * thread()] = words[0];  // fault
+}
+
+KERNEL copy_never_awaited(const uint32_t* source, const uint32_t*, float*) {
+  DK_SHARED_MEMORY(memory);
+  dk::cuda::copy_async(memory + 16 * threadIdx.x, source + 4 * thread(), true);
+}
+
 #ifdef __CUDACC__
+// Of 16 bytes, as many as `sizes` says.
+KERNEL copy_in_part(const uint32_t* source, const uint32_t* sizes, float* d) {
+  DK_SHARED_MEMORY(memory);
+  uint32_t* const words = reinterpret_cast<uint32_t*>(memory) + 4 * threadIdx.x;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(words))),
+               "l"(source + 4 * thread()), "r"(sizes[thread()])
+               : "memory");
+  dk::cuda::wait_for_copies();
+  write(d, words);
+}
+
 namespace {
 template <typename pair_t>
 __device__ float bits_of(pair_t pair) {
