@@ -238,6 +238,7 @@ class Order {
 };
 
 [[noreturn]] void fail(const std::string& what) {
+  acquire(&block.finished);  // what returned threads did comes before the launch's memory is freed
   throw std::runtime_error("emulated CUDA, block " + std::to_string(block_index.x) + ": " + what);
 }
 
@@ -307,6 +308,7 @@ void yield() { wait(State::ready); }
 // An exception of its own would not leave the fiber.
 void refuse(const char* what) {
   block.current->error = what;
+  release(&block.finished);
   to_scheduler();
   std::abort();
 }
