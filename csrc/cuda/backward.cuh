@@ -21,12 +21,11 @@ struct Share {
   int split, group, first_channels, last_channels;
   int64_t first, last;
 
-  DK_INLINE Share(int block, int splits, int groups, int channel_tiles, int64_t pixels) {
+  DK_INLINE Share(int block, int splits, int groups, int channel_tiles, int64_t tiles) {
     split = block / groups;
     group = block % groups;
     first_channels = group * channel_tiles / groups;
     last_channels = (group + 1) * channel_tiles / groups;
-    const int64_t tiles = (pixels + kPixels - 1) / kPixels;
     first = split * tiles / splits;
     last = (split + 1) * tiles / splits;
   }
@@ -127,7 +126,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
   const scalar_t* weight = shared.weight + lane * V;
   const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>);
   const int out_w = static_cast<int>(p.out_w), out_h = static_cast<int>(p.out_h);
-  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles, p.batch * p.in_h * p.in_w);
+  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles,
+                    pixel_tiles(p.batch * p.in_h * p.in_w));
   const Offset<T> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
 
   for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
@@ -244,7 +244,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const scalar_t* weight = shared.weight + lane * V;
   const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>),
       pixel_steps(p.in_h, p.in_w, channels);
-  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles, p.batch * p.out_h * p.out_w);
+  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles,
+                    pixel_tiles(p.batch * p.out_h * p.out_w));
   const Offset<T> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
   const Offset<T> grad_data_offset = of_group(a, a.grad_data_offset, share.group);
 

@@ -22,7 +22,30 @@ constexpr int kProductParts = kParts<scalar_t, c10::BFloat16>;
 template <typename scalar_t>
 constexpr int kBackwardCoefParts = kProductParts<scalar_t> < 2 ? 2 : kProductParts<scalar_t>;
 template <typename scalar_t>
-using BackwardTaps = MatrixTaps<c10::BFloat16, kBackwardCoefParts<scalar_t>, kPixels>;
+using BackwardTaps =
+    MatrixTaps<c10::BFloat16, kBackwardCoefParts<scalar_t>, kBackwardRows * kMatrixColumns>;
+template <typename scalar_t>
+using BackwardStage = StagedTile<scalar_t, kBackwardRows>;
+
+// Bytes of shared memory, and where its arrays begin:
+//   taps     BackwardTaps
+//   sample   [pairs]         TapSample<float>
+//   sums     [warps, pairs]  Vector<float, 4>, gradients of the coefficients
+//   stage    BackwardStage of grad_output
+struct BackwardLayout {
+  size_t sample, sums, stage, bytes;
+};
+template <typename scalar_t>
+DK_INLINE BackwardLayout backward_layout() {
+  constexpr int lanes = kBackwardLanes;
+  using Taps = BackwardTaps<scalar_t>;
+  BackwardLayout s;
+  s.sample = Taps::bytes;
+  s.sums = s.sample + sizeof(TapSample<float>) * Taps::pairs;
+  s.stage = s.sums + sizeof(Vector<float, 4>) * Taps::pairs * (lanes / kWarpVectors);
+  s.bytes = s.stage + BackwardStage<scalar_t>::bytes(lanes);
+  return s;
+}
 
 // The scope as the right factor of products over channels: of 16 channels, those of products 2s and
 // 2s + 1, and 8 cells. part[s][m]: the cells whose columns have m for their higher bit.
@@ -60,6 +83,7 @@ struct CellMatrix {
 
 // The gradients of the four coefficients that a tap's pixel has, among those of all cells: thread q
 // has those of row q of the scope.
+constexpr int kNotFed = -16;  // the cell of such a tap: of no row of the scope, nor the one before
 DK_INLINE void store_cell_sums(Vector<float, 4>* to, int cell, int q, const float (&upper)[2],
                                const float (&lower)[2]) {
   const int row = q - cell / 4, column = cell % 4;
@@ -71,62 +95,94 @@ DK_INLINE void store_cell_sums(Vector<float, 4>* to, int cell, int q, const floa
 }
 
 template <typename scalar_t, int S>
-__global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
     backward_matrix_kernel(const BackwardArgs<scalar_t> a) {
   using half_t = c10::BFloat16;
   using Taps = BackwardTaps<scalar_t>;
   constexpr int V = 16 / sizeof(scalar_t), P = kProductParts<scalar_t>;
   constexpr int kCoefParts = kBackwardCoefParts<scalar_t>;
+  constexpr int kTurns = (Taps::pairs + kBackwardThreads - 1) / kBackwardThreads;
+  constexpr int lanes = kBackwardLanes, warps = lanes / kWarpVectors;
   DK_SHARED_MEMORY(memory);
   const ConvParams& p = a.params;
   const Sizes<3, S> size(p);
   const int channels = static_cast<int>(p.channels);
-  const int out_w = static_cast<int>(p.out_w), out_h = static_cast<int>(p.out_h);
+  const int out_h = static_cast<int>(p.out_h), out_w = static_cast<int>(p.out_w);
+  const int in_h = static_cast<int>(p.in_h), in_w = static_cast<int>(p.in_w);
+  const int pad_h = static_cast<int>(p.pad_h), pad_w = static_cast<int>(p.pad_w);
+  const BackwardLayout layout = backward_layout<scalar_t>();
   const Taps taps(memory);
-  // Gradients of coefficients: [warps, pairs].
-  auto* coef_sums = reinterpret_cast<Vector<float, 4>*>(memory + Taps::bytes);
-  const int warps = a.channels.lanes / kWarpVectors;  // side by side in a tile of channels
+  auto* samples = reinterpret_cast<TapSample<float>*>(memory + layout.sample);
+  auto* coef_sums = reinterpret_cast<Vector<float, 4>*>(memory + layout.sums);
+  const BackwardStage<scalar_t> stage(memory + layout.stage, lanes);
+
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, q = lane % 4;
-  const int own = warp % warps, i0 = warp / warps * kRowPixels;
+  const int own = warp % warps, row = warp / warps * 2, i0 = row * kMatrixColumns;
   const int place = taps.position(g, q);
-  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles, p.batch * p.in_h * p.in_w);
+  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles,
+                    matrix_tiles(p.batch, p.in_h, p.in_w, kBackwardRows));
   const Offset<float> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
 
   for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
        ++channel_tile) {
-    const int begin = (channel_tile * warps + own) * kWarpVectors * V;
+    const int first_channel = channel_tile * lanes * V;
+    const int begin = first_channel + own * kWarpVectors * V;
     const int c[2] = {begin + q * V, begin + (4 + q) * V};
     const bool own_vector[2] = {c[0] < channels, c[1] < channels};
     const ScopeMatrix<scalar_t, S, half_t> scope(a.weight, begin, channels);
     const CellMatrix<scalar_t, S> cells(a.weight, begin, channels, g, q);
     float scope_sum[V][4] = {};
-    for (int64_t tile_index = share.first; tile_index < share.last; ++tile_index) {
-      const int64_t first = tile_index * kPixels;
-      const PixelTile tile(first, p.batch, p.in_h, p.in_w);
-      for (int j = threadIdx.x; j < taps.pairs; j += blockDim.x) {
-        const int t = j / kPixels, i = j % kPixels;
-        taps.clear(j - lane);
-        taps.index[j] = {0, -1};
-        const Pixel out = i < tile.count ? fed_pixel(p, size, tile[i], t) : Pixel{0, -1, -1};
-        if (out.h < 0) continue;
-        taps.store(j, sample_weight<false>(p, size, a.kernel_offset, tile.first_image + out.n, t,
-                                           out.h, out.w));
-        taps.index[j].pixel = (out.n * out_h + out.h) * out_w + out.w;
+    for (int64_t index = share.first; index < share.last; ++index) {
+      const ImageTile<kBackwardRows> tile(index, p.in_h, p.in_w);
+      // The output pixel that a pair of the tile feeds; h < 0: none. The stride is 1.
+      const auto fed_by = [&](int j) {
+        const int t = j / Taps::pixels, i = j % Taps::pixels;
+        const int in_y = tile.h + i / kMatrixColumns, in_x = tile.w + i % kMatrixColumns;
+        const int h = in_y + pad_h - t / 3, w = in_x + pad_w - t % 3;
+        const bool fed = (in_y < in_h) & (in_x < in_w) & (h >= 0) & (h < out_h) & (w >= 0) &
+                         (w < out_w) & (j < Taps::pairs);
+        return Pixel{0, fed ? h : -1, w};
+      };
+      // Input pixel h feeds output pixels h + pad - tap.
+      stage.start(a.grad_output + tile.n * out_h * out_w * channels, tile.h + pad_h - 2,
+                  tile.w + pad_w - 2, out_h, out_w, first_channel, channels, lanes);
+      // All of a thread's offsets are under way before the first is used.
+      Location<float> at[kTurns];
+      bool fed[kTurns];
+      DK_UNROLL
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int j = static_cast<int>(taps.pair_of(turn));
+        const Pixel out = fed_by(j);
+        fed[turn] = out.h >= 0;
+        if (!fed[turn]) continue;
+        at[turn] = locate_in_scope(size, a.kernel_offset, tile.n, j / Taps::pixels, out.h, out.w);
       }
+      DK_UNROLL
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int j = static_cast<int>(taps.pair_of(turn));
+        if (j >= Taps::pairs) continue;
+        taps.clear(j - lane);
+        taps.cell[j] = kNotFed;
+        if (!fed[turn]) continue;
+        samples[j] = sample_at(p, size, at[turn]);
+        taps.store(j, samples[j]);
+      }
+      const int upper = (tile.h + row) * in_w + tile.w + g;
+      const bool inside = tile.w + g < in_w;
+      const PixelVectors<scalar_t> x({a.input + tile.n * in_h * in_w * channels, channels},
+                                     inside && tile.h + row < in_h ? upper : -1,
+                                     inside && tile.h + row + 1 < in_h ? upper + in_w : -1, c,
+                                     own_vector);
+      wait_for_copies();
       __syncthreads();
 
-      const int upper = i0 + g < tile.count ? i0 + g : -1;
-      const int lower = i0 + g + 8 < tile.count ? i0 + g + 8 : -1;
-      const PixelVectors<scalar_t> x({a.input + first * channels, channels}, upper, lower, c,
-                                     own_vector);
-      const Pixels<scalar_t> grad_output(
-          a.grad_output + tile.first_image * out_h * out_w * channels, channels);
       float grad_x[V][4] = {};
       for (int t = 0; t < kMatrixTaps; ++t) {
-        const int pair = t * kPixels + i0;
-        const TapIndex at[2] = {taps.index[pair + g], taps.index[pair + g + 8]};
-        const PixelVectors<scalar_t> grad(grad_output, at[0].pixel, at[1].pixel, c, own_vector);
+        const int pair = t * Taps::pixels + i0;
+        const auto* grad0 =
+            stage.at(row + 2 - t / 3, g + 2 - t % 3) + (own * kWarpVectors + q) * 16;
+        const PixelVectors<scalar_t> grad(grad0, grad0 + stage.kColumns * stage.pixel_bytes);
         const CoefMatrix<kCoefParts> coef(taps, pair, place);
         uint32_t product[V / 2][P][4];  // g * x, as left factors
         DK_UNROLL
@@ -136,8 +192,12 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks)
           DK_UNROLL
           for (int k = 0; k < 2; ++k) {
             uint32_t parts[P];
-            split<half_t>(grad.at(j, 2 * k) * x.at(j, 2 * k),
-                          grad.at(j, 2 * k + 1) * x.at(j, 2 * k + 1), parts);
+            if constexpr (P == 1) {
+              parts[0] = multiplied(grad.pair(j, k), x.pair(j, k));
+            } else {
+              split<half_t>(grad.at(j, 2 * k) * x.at(j, 2 * k),
+                            grad.at(j, 2 * k + 1) * x.at(j, 2 * k + 1), parts);
+            }
             DK_UNROLL
             for (int i = 0; i < P; ++i) product[j / 2][i][j % 2 * 2 + k] = parts[i];
           }
@@ -153,10 +213,10 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks)
             multiply<half_t, P - 1>(coef_sum[m], product[s], cells.part[s][m]);
           }
         }
-        Vector<float, 4>* sums = coef_sums + own * taps.pairs + pair;
+        Vector<float, 4>* sums = coef_sums + own * Taps::pairs + pair;
         DK_UNROLL
         for (int i = 0; i < 2; ++i) {
-          store_cell_sums(sums + g + 8 * i, at[i].cell, q,
+          store_cell_sums(sums + g + 8 * i, taps.cell[pair + g + 8 * i], q,
                           {coef_sum[0][2 * i], coef_sum[0][2 * i + 1]},
                           {coef_sum[1][2 * i], coef_sum[1][2 * i + 1]});
         }
@@ -184,25 +244,23 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks)
       }
       DK_UNROLL
       for (int i = 0; i < 2; ++i) {
-        if (i0 + g + 8 * i >= tile.count) continue;
+        if (tile.h + row + i >= in_h || tile.w + g >= in_w) continue;
+        scalar_t* to =
+            a.grad_input + ((tile.n * in_h + tile.h + row + i) * in_w + tile.w + g) * channels;
         DK_UNROLL
         for (int k = 0; k < 2; ++k) {
-          if (!own_vector[k]) continue;
-          store<V>(a.grad_input + (first + i0 + g + 8 * i) * channels + c[k],
-                   result_vector<scalar_t>(grad_x, i, k));
+          if (own_vector[k]) store<V>(to + c[k], result_vector<scalar_t>(grad_x, i, k));
         }
       }
       __syncthreads();
 
-      for (int j = threadIdx.x; j < taps.pairs; j += blockDim.x) {
-        if (taps.index[j].pixel < 0) continue;
-        const int t = j / kPixels;
-        const Pixel out = fed_pixel(p, size, tile[j % kPixels], t);
-        const int64_t n = tile.first_image + out.n;
-        const auto sample = sample_weight<false>(p, size, a.kernel_offset, n, t, out.h, out.w);
+      for (int j = threadIdx.x; j < Taps::pairs; j += blockDim.x) {
+        if (taps.cell[j] == kNotFed) continue;
+        const Pixel out = fed_by(j);
         Vector<float, 4> sum = coef_sums[j];
-        for (int i = 1; i < warps; ++i) add_scaled(sum, 1.f, coef_sums[i * taps.pairs + j]);
-        add_offset_gradient(grad_kernel_offset, kMatrixTaps, n, t, out.h, out.w, sample, sum);
+        for (int i = 1; i < warps; ++i) add_scaled(sum, 1.f, coef_sums[i * Taps::pairs + j]);
+        add_offset_gradient(grad_kernel_offset, kMatrixTaps, tile.n, j / Taps::pixels, out.h, out.w,
+                            samples[j], sum);
       }
       // The same thread fills the same pairs of the next tile: no barrier.
     }
@@ -234,12 +292,9 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks)
 
 template <typename scalar_t>
 void launch_backward_matrix(const BackwardArgs<scalar_t>& a, cudaStream_t stream) {
-  const int warps = a.channels.lanes / kWarpVectors;
-  const size_t bytes = BackwardTaps<scalar_t>::bytes +
-                       sizeof(Vector<float, 4>) * BackwardTaps<scalar_t>::pairs * warps;
   const auto run = [&](auto kernel_function) {
-    launch(kernel_function, int64_t(a.splits) * a.groups, kPixels / kRowPixels * warps * kWarpSize,
-           bytes, stream, a);
+    launch(kernel_function, int64_t(a.splits) * a.groups, kBackwardThreads,
+           backward_layout<scalar_t>().bytes, stream, a);
   };
   if (a.params.scope_h == 3) return run(backward_matrix_kernel<scalar_t, 3>);
   run(backward_matrix_kernel<scalar_t, 4>);

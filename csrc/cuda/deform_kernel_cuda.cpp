@@ -23,7 +23,7 @@ using cuda::kWarpSize;
 // tile touches, and positions in a padded image in 32.
 void check_sizes(const ConvParams& p) {
   const int64_t in = p.in_h * p.in_w, out = p.out_h * p.out_w, limit = int64_t(1) << 31;
-  const int64_t images = cuda::kMatrixPixels / std::min(in, out) + 2;
+  const int64_t images = kPixels / std::min(in, out) + 2;
   const int64_t padded = std::max(p.in_h + 2 * p.pad_h, p.in_w + 2 * p.pad_w);
   DK_CHECK(std::max(in, out) * images < limit && padded < limit && p.channels <= limit / 16,
            "input: on CUDA, expected fewer than 2^30 pixels per image, 2^31 in a padded row or "
@@ -32,11 +32,11 @@ void check_sizes(const ConvParams& p) {
            " and an output of ", p.out_h, "x", p.out_w);
 }
 
-// The number of lanes, at most `most`, that leaves the fewest idle.
-ChannelTiles channel_tiles(int64_t channels, int vector, int most = kWarpSize) {
+// The number of lanes that leaves the fewest idle.
+ChannelTiles channel_tiles(int64_t channels, int vector) {
   const int64_t vectors = (channels + vector - 1) / vector;
-  ChannelTiles best{vector, most, static_cast<int>((vectors + most - 1) / most)};
-  for (int lanes = most / 2; lanes >= 8; lanes /= 2) {
+  ChannelTiles best{vector, kWarpSize, static_cast<int>((vectors + kWarpSize - 1) / kWarpSize)};
+  for (int lanes = kWarpSize / 2; lanes >= 8; lanes /= 2) {
     const int tiles = static_cast<int>((vectors + lanes - 1) / lanes);
     if (int64_t(tiles) * lanes < int64_t(best.tiles) * best.lanes) best = {vector, lanes, tiles};
   }
@@ -55,8 +55,10 @@ bool has_matrix_kernel(const ConvParams& p, const std::optional<Tensor>& kernel_
                        const std::optional<Tensor>& data_offset, const Tensors&... activations) {
   return !std::is_same_v<scalar_t, double> && kernel_offset && !is_modulated(p, *kernel_offset) &&
          !data_offset && p.kernel_h == 3 && p.kernel_w == 3 && p.scope_h == p.scope_w &&
-         (p.scope_h == 3 || p.scope_h == 4) && p.channels % (16 / sizeof(scalar_t)) == 0 &&
-         (is_aligned(activations) && ...) &&
+         (p.scope_h == 3 || p.scope_h == 4) && p.stride_h == 1 && p.stride_w == 1 &&
+         p.dilation_h == 1 && p.dilation_w == 1 &&
+         p.batch * std::max(p.in_h * p.in_w, p.out_h * p.out_w) < int64_t(1) << 31 &&
+         p.channels % (16 / sizeof(scalar_t)) == 0 && (is_aligned(activations) && ...) &&
          cuda::device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
 }
 
@@ -176,23 +178,24 @@ int plan_backward_block(BackwardArgs<scalar_t>& a, bool aligned) {
   return blocks_per_processor;
 }
 
-// The same of the kernel on tensor cores. With fewer lanes, a block has fewer threads.
+// The same of the kernel on tensor cores.
 template <typename scalar_t>
 int plan_backward_matrix(BackwardArgs<scalar_t>& a) {
-  constexpr int most = 16;
-  a.channels = channel_tiles(a.params.channels, 16 / sizeof(scalar_t), most);
-  return cuda::kBackwardBlocks * most / a.channels.lanes;
+  constexpr int vector = 16 / sizeof(scalar_t), width = cuda::kBackwardLanes * vector;
+  a.channels = {vector, cuda::kBackwardLanes,
+                static_cast<int>((a.params.channels + width - 1) / width)};
+  return cuda::kBackwardBlocks;
 }
 
 // As many blocks as run at once, split between pixels and channels so that the partial sums,
 // [splits, cells, C] for the weight and [groups, 2*taps, pixels] for the offsets, are small
 // together.
 template <typename scalar_t>
-void plan_backward_split(BackwardArgs<scalar_t>& a, int64_t tile_pixels, int blocks_per_processor) {
+void plan_backward_split(BackwardArgs<scalar_t>& a, int64_t tiles, int blocks_per_processor) {
   const ConvParams& p = a.params;
   const int64_t blocks =
       int64_t(blocks_per_processor) * cuda::device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t tiles = (tile_pixels + kPixels - 1) / kPixels, channel_tiles = a.channels.tiles;
+  const int64_t channel_tiles = a.channels.tiles;
   const double weight_sums = double(blocks) * p.cells() * p.channels;
   const double offset_sums = 2.0 * p.taps() * p.batch * p.out_h * p.out_w;
   int64_t groups = std::llround(std::sqrt(weight_sums / offset_sums));
@@ -296,8 +299,10 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       const bool matrix = has_matrix_kernel<scalar_t>(p, kernel, data, x, grad, w);
       const int blocks_per_processor =
           matrix ? plan_backward_matrix(a) : plan_backward_block(a, aligned);
-      plan_backward_split(a, p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w),
-                          blocks_per_processor);
+      const int64_t tiles =
+          matrix ? cuda::matrix_tiles(p.batch, p.in_h, p.in_w, cuda::kBackwardRows)
+                 : cuda::pixel_tiles(p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w));
+      plan_backward_split(a, tiles, blocks_per_processor);
       const Tensor partial =
           stable::new_empty(x, {a.splits, p.cells(), p.channels}, scalar_type_of<T>);
       a.weight_partial = partial.mutable_data_ptr<T>();

@@ -19,9 +19,16 @@ constexpr int kPixels = 32;
 // Neighbouring pixels that a thread takes at once. For a tap they mostly read the same cells.
 constexpr int kHeldPixels = 4;
 
-// Of the kernels on tensor cores: the same of forward; a block's threads at most; and how many
-// blocks of so many threads backward's registers allow on a multiprocessor.
-constexpr int kMatrixPixels = 64, kMatrixThreads = 128, kBackwardBlocks = 3;
+// Of the kernels on tensor cores: rows and columns of a tile of pixels, threads of a block, and of
+// backward, lanes and how many blocks run at once on a multiprocessor.
+constexpr int kMatrixRows = 8, kMatrixColumns = 8, kMatrixThreads = 256;
+constexpr int kBackwardRows = 4, kBackwardLanes = 16, kBackwardThreads = 128, kBackwardBlocks = 3;
+
+DK_INLINE int64_t pixel_tiles(int64_t pixels) { return (pixels + kPixels - 1) / kPixels; }
+// Tiles of so many rows and kMatrixColumns columns of all images.
+DK_INLINE int64_t matrix_tiles(int64_t batch, int64_t height, int64_t width, int rows) {
+  return batch * ((height + rows - 1) / rows) * ((width + kMatrixColumns - 1) / kMatrixColumns);
+}
 
 // How the channels are dealt out: a thread takes `vector` neighbouring ones, `lanes` threads of one
 // warp (8, 16 or 32) make a tile, and `tiles` tiles cover all. kPixels / kHeldPixels * lanes
@@ -112,7 +119,7 @@ void launch_forward_matrix(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
 // and, by atomics, the input's if grad_input_sum is given.
 template <typename scalar_t>
 void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
-// Every gradient on tensor cores, of what launch_forward_matrix takes; at most 16 lanes.
+// Every gradient on tensor cores, of what launch_forward_matrix takes; kBackwardLanes.
 template <typename scalar_t>
 void launch_backward_matrix(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
 // The gradient of kernel_offset under `clip`, in place, from that of the edges which the taps read:

@@ -21,7 +21,7 @@
 namespace dk {
 namespace cuda {
 
-constexpr int kMatrixTaps = 9, kRowPixels = 16, kWarpVectors = 8, kScopeRows = 4;
+constexpr int kMatrixTaps = 9, kRowPixels = 2 * kMatrixColumns, kWarpVectors = 8, kScopeRows = 4;
 
 // Channel of column `column` of product `j`, counted from the warp's first.
 template <int V>
@@ -33,23 +33,6 @@ DK_INLINE int matrix_channel(int j, int column) {
 DK_INLINE int matrix_cell(int column) { return 4 * (column / 2) + column % 2; }
 
 // ---- parts of numbers ---------------------------------------------------------------------------
-
-DK_INLINE float float_of_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// The first or the second of two packed numbers.
-template <typename half_t>
-DK_INLINE float unpacked(uint32_t word, int which) {
-  if constexpr (std::is_same_v<half_t, c10::BFloat16>) {
-    return float_of_bits(which ? word & 0xffff0000u : word << 16);
-  }
-  c10::Half half;
-  half.x = static_cast<unsigned short>(which ? word >> 16 : word);
-  return static_cast<float>(half);
-}
 
 template <typename half_t, int kParts>
 DK_INLINE void split(float first, float second, uint32_t (&part)[kParts]) {
@@ -110,12 +93,25 @@ struct PixelVectors {
       : vector{{read(rows, upper, c[0], own[0]), read(rows, upper, c[1], own[1])},
                {read(rows, lower, c[0], own[0]), read(rows, lower, c[1], own[1])}} {}
 
-  // As the product `j` has them: k = 0, 1 of pixel g; k = 2, 3 of pixel g + 8.
+  // From shared memory, at the thread's first vector of each pixel.
+  DK_INLINE PixelVectors(const unsigned char* upper, const unsigned char* lower)
+      : vector{{at_address(upper), at_address(upper + 64)},
+               {at_address(lower), at_address(lower + 64)}} {}
+
+  // The two numbers of pixel g (half = 0) or g + 8 that product `j` has.
+  DK_INLINE uint32_t pair(int j, int half) const {
+    static_assert(V == 8);
+    return vector[half][j / 4].word[j % 4];
+  }
+  // As product `j` has them: k = 0, 1 of pixel g; k = 2, 3 of pixel g + 8.
   DK_INLINE float at(int j, int k) const {
     return vector[k / 2][j / (V / 2)][2 * (j % (V / 2)) + k % 2];
   }
 
  private:
+  static DK_INLINE Stored<scalar_t> at_address(const unsigned char* address) {
+    return Stored<scalar_t>(true, reinterpret_cast<const scalar_t*>(address));
+  }
   static DK_INLINE Stored<scalar_t> read(const Pixels<scalar_t>& rows, int pixel, int c, bool own) {
     return Stored<scalar_t>((pixel >= 0) & own, rows[pixel] + c);
   }
@@ -132,30 +128,90 @@ DK_INLINE Vector<float, V> result_vector(const float (&result)[V][4], int pixel,
   return x;
 }
 
+// ---- tiles of an image --------------------------------------------------------------------------
+
+// Tile number `tile` of all: kMatrixColumns columns and kRows rows of one image, at h, w.
+template <int kRows>
+struct ImageTile {
+  int64_t n;
+  int h, w;
+  DK_INLINE ImageTile(int64_t tile, int64_t height, int64_t width) {
+    const auto number = static_cast<unsigned>(tile);  // has_matrix_kernel
+    const auto across = static_cast<unsigned>((width + kMatrixColumns - 1) / kMatrixColumns);
+    const auto down = static_cast<unsigned>((height + kRows - 1) / kRows);
+    w = static_cast<int>(number % across) * kMatrixColumns;
+    h = static_cast<int>(number / across % down) * kRows;
+    n = number / across / down;
+  }
+};
+
+// What a tile's taps read of an image, in shared memory: rows and columns around it by 3x3 taps,
+// zeros outside the image, of a tile of channels. A pixel's vectors begin 64 bytes after a multiple
+// of 128 behind those of the pixel before, so that threads of two pixels use all banks.
+template <typename scalar_t, int kRows>
+struct StagedTile {
+  static constexpr int kColumns = kMatrixColumns + 2, kPixelCount = (kRows + 2) * kColumns;
+  unsigned char* memory;
+  int pixel_bytes;
+
+  static DK_INLINE int bytes_of_pixel(int lanes) { return lanes * 16 + 64; }
+  static DK_INLINE int bytes(int lanes) { return kPixelCount * bytes_of_pixel(lanes); }
+  DK_INLINE StagedTile(unsigned char* memory, int lanes)
+      : memory(memory), pixel_bytes(bytes_of_pixel(lanes)) {}
+
+  // Channels `begin` and following of `image`, [height, width, channels], from pixel (h, w) on.
+  __device__ __forceinline__ void start(const scalar_t* image, int h, int w, int height, int width,
+                                        int begin, int channels, int lanes) const {
+    constexpr int V = 16 / sizeof(scalar_t), kCopies = 4;  // of a thread and a pixel
+    const unsigned threads = static_cast<unsigned>(lanes) / kCopies;
+    const int vector = static_cast<int>(threadIdx.x % threads);
+    const Pixels<scalar_t> pixels(image + begin + vector * V, channels);
+    for (unsigned j = threadIdx.x / threads; j < kPixelCount; j += blockDim.x / threads) {
+      const int y = h + static_cast<int>(j / kColumns), x = w + static_cast<int>(j % kColumns);
+      const bool inside = (y >= 0) & (y < height) & (x >= 0) & (x < width);
+      const scalar_t* from = pixels[inside ? y * width + x : 0];
+      unsigned char* to = memory + static_cast<int>(j) * pixel_bytes + vector * 16;
+      DK_UNROLL
+      for (int k = 0; k < kCopies; ++k) {
+        const int next = k * static_cast<int>(threads);
+        const bool reads = inside & (begin + (vector + next) * V < channels);
+        copy_async(to + next * 16, reads ? from + next * V : image, reads);
+      }
+    }
+  }
+  // Vectors of the pixel `row` rows and `column` columns after the first.
+  DK_INLINE const unsigned char* at(int row, int column) const {
+    return memory + (row * kColumns + column) * pixel_bytes;
+  }
+};
+
 // ---- coefficients -------------------------------------------------------------------------------
 
-// Of every tap of a tile's pixels, in shared memory: its coefficients on all 16 cells; the first of
-// the 2x2 cells that it reads, as 4 * row + column; and the pixel, as TapIndex::pixel. Coefficients
-// lie as a thread wants them, 16 bytes for two pixels and a row of the scope: columns 0 and 1 of
-// pixel g, of pixel g + 8, columns 2 and 3 of both.
+// Of every tap of a tile's pixels, in shared memory: its coefficients on all 16 cells, and the
+// first of the 2x2 cells that it reads, as 4 * row + column. Coefficients lie as a thread wants
+// them, 16 bytes for two pixels and a row of the scope: columns 0 and 1 of pixel g, of pixel g + 8,
+// columns 2 and 3 of both.
 template <typename half_t, int kCoefParts, int kTilePixels>
 struct MatrixTaps {
-  static constexpr int pairs = kMatrixTaps * kTilePixels;
+  static constexpr int pixels = kTilePixels, pairs = kMatrixTaps * pixels;
   static constexpr int row_bytes = kScopeRows * 8, part_bytes = pairs * row_bytes;
-  static constexpr int bytes = kCoefParts * part_bytes + pairs * static_cast<int>(sizeof(TapIndex));
+  static constexpr int bytes = kCoefParts * part_bytes + pairs * static_cast<int>(sizeof(int));
 
   unsigned char* coef;  // [kCoefParts, kMatrixTaps, kTilePixels / 2, kScopeRows, 16]
-  TapIndex* index;      // [kMatrixTaps, kTilePixels]
+  int* cell;            // [kMatrixTaps, kTilePixels]
 
   DK_INLINE explicit MatrixTaps(unsigned char* memory)
-      : coef(memory), index(reinterpret_cast<TapIndex*>(memory + kCoefParts * part_bytes)) {}
+      : coef(memory), cell(reinterpret_cast<int*>(memory + kCoefParts * part_bytes)) {}
 
   // Of `pair` (a multiple of 16, plus g) and the pair 8 pixels away. Rows are turned, so that eight
   // neighbouring threads, of eight pixels or of two, use all banks.
-  static DK_INLINE int position(int pair, int scope_row) {
+  static DK_INLINE unsigned position(unsigned pair, unsigned scope_row) {
     return ((pair / kRowPixels * 8 + pair % 8) * kScopeRows + (scope_row + pair / 2) % kScopeRows) *
            16;
   }
+
+  // Pairs of a thread, one of each turn; whole warps have theirs.
+  static DK_INLINE unsigned pair_of(int turn) { return turn * blockDim.x + threadIdx.x; }
 
   // Of the pairs of a whole warp, from `first` on.
   __device__ __forceinline__ void clear(int first) const {
@@ -170,13 +226,13 @@ struct MatrixTaps {
   }
 
   // The four cells that a sample reads; the others are clear.
-  DK_INLINE void store(int pair, const TapSample<float>& sample) const {
-    index[pair].cell = 4 * sample.h.cell + sample.w.cell;
+  DK_INLINE void store(unsigned pair, const TapSample<float>& sample) const {
+    cell[pair] = 4 * sample.h.cell + sample.w.cell;
     DK_UNROLL
     for (int k = 0; k < 2; ++k) {
       uint32_t part[kCoefParts];
       split<half_t>(sample.h.coef[k] * sample.w.coef[0], sample.h.coef[k] * sample.w.coef[1], part);
-      const int at = position(pair, sample.h.cell + k) + pair % kRowPixels / 8 * 4;
+      const unsigned at = position(pair, sample.h.cell + k) + pair % kRowPixels / 8 * 4;
       DK_UNROLL
       for (int i = 0; i < kCoefParts; ++i) {
         const uint64_t columns = uint64_t(part[i]) << (16 * sample.w.cell);

@@ -6,12 +6,30 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "tiles.cuh"
 
 namespace dk {
 namespace cuda {
+
+DK_INLINE float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The first or the second of two packed numbers.
+template <typename half_t>
+DK_INLINE float unpacked(uint32_t word, int which) {
+  if constexpr (std::is_same_v<half_t, c10::BFloat16>) {
+    return float_of_bits(which ? word & 0xffff0000u : word << 16);
+  }
+  c10::Half half;
+  half.x = static_cast<unsigned short>(which ? word >> 16 : word);
+  return static_cast<float>(half);
+}
 
 // Two numbers in a register, rounded to half_t.
 template <typename half_t>
@@ -26,6 +44,19 @@ DK_INLINE uint32_t packed(float first, float second) {
   return word;
 #else
   return static_cast<uint32_t>(half_t(first).x) | static_cast<uint32_t>(half_t(second).x) << 16;
+#endif
+}
+
+// Products of the numbers in two registers, rounded to bfloat16.
+DK_INLINE uint32_t multiplied(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t word;  // plus -0, as multiplication alone takes sm_90
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(0x80008000u));
+  return word;
+#else
+  using half_t = c10::BFloat16;
+  return packed<half_t>(unpacked<half_t>(a, 0) * unpacked<half_t>(b, 0),
+                        unpacked<half_t>(a, 1) * unpacked<half_t>(b, 1));
 #endif
 }
 

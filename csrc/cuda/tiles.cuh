@@ -254,16 +254,22 @@ DK_INLINE Location<T> locate_in_scope(const Sizes& size, const Offset<const T>& 
   return {rest_h + o[0], rest_w + o[offset.strides.c]};
 }
 
-// What it reads there. With kFactor, times the tap's factor: those of a convolution with both
-// offsets are with its data_offset, and registers that kernels of both do not have are spared.
+// What a tap at `at` reads of the scope, times `factor`.
+template <typename T, typename Sizes>
+DK_INLINE TapSample<T> sample_at(const ConvParams& p, const Sizes& size, const Location<T>& at,
+                                 T factor = T(1)) {
+  return {side_by_side(sample_scope(at.h, size.scope_h, p.clip)),
+          side_by_side(sample_scope(at.w, size.scope_w, p.clip)), factor};
+}
+
+// What a tap reads of the scope. With kFactor, times the tap's factor: those of a convolution with
+// both offsets are with its data_offset, and registers that kernels of both do not have are spared.
 template <bool kFactor = true, typename T, typename Sizes>
 DK_INLINE TapSample<T> sample_weight(const ConvParams& p, const Sizes& size,
                                      const Offset<const T>& offset, int64_t n, int t, int h,
                                      int w) {
-  const Location<T> at = locate_in_scope(size, offset, n, t, h, w);
-  return {side_by_side(sample_scope(at.h, size.scope_h, p.clip)),
-          side_by_side(sample_scope(at.w, size.scope_w, p.clip)),
-          kFactor ? read_factor(offset, size.taps(), n, t, h, w) : T(1)};
+  return sample_at(p, size, locate_in_scope(size, offset, n, t, h, w),
+                   kFactor ? read_factor(offset, size.taps(), n, t, h, w) : T(1));
 }
 
 // Input row (column) that a tap of an output row (column) reads at rest. Positions have 32 bits:
