@@ -101,7 +101,6 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
   using Taps = BackwardTaps<scalar_t>;
   constexpr int V = 16 / sizeof(scalar_t), P = kProductParts<scalar_t>;
   constexpr int kCoefParts = kBackwardCoefParts<scalar_t>;
-  constexpr int kTurns = (Taps::pairs + kBackwardThreads - 1) / kBackwardThreads;
   constexpr int lanes = kBackwardLanes, warps = lanes / kWarpVectors;
   DK_SHARED_MEMORY(memory);
   const ConvParams& p = a.params;
@@ -147,25 +146,22 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
       // Input pixel h feeds output pixels h + pad - tap.
       stage.start(a.grad_output + tile.n * out_h * out_w * channels, tile.h + pad_h - 2,
                   tile.w + pad_w - 2, out_h, out_w, first_channel, channels, lanes);
-      // All of a thread's offsets are under way before the first is used.
-      Location<float> at[kTurns];
-      bool fed[kTurns];
-      DK_UNROLL
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const int j = static_cast<int>(taps.pair_of(turn));
+      const auto locate = [&](int j, Location<float>* at) {
         const Pixel out = fed_by(j);
-        fed[turn] = out.h >= 0;
-        if (!fed[turn]) continue;
-        at[turn] = locate_in_scope(size, a.kernel_offset, tile.n, j / Taps::pixels, out.h, out.w);
-      }
-      DK_UNROLL
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const int j = static_cast<int>(taps.pair_of(turn));
-        if (j >= Taps::pairs) continue;
+        if (out.h < 0) return false;
+        *at = locate_in_scope(size, a.kernel_offset, tile.n, j / Taps::pixels, out.h, out.w);
+        return true;
+      };
+      Location<float> next{};
+      bool next_fed = locate(threadIdx.x, &next);
+      for (int j = threadIdx.x; j < Taps::pairs; j += kBackwardThreads) {
+        const Location<float> at = next;  // while it is used, the next is under way
+        const bool fed = next_fed;
+        next_fed = locate(j + kBackwardThreads, &next);
         taps.clear(j - lane);
         taps.cell[j] = kNotFed;
-        if (!fed[turn]) continue;
-        samples[j] = sample_at(p, size, at[turn]);
+        if (!fed) continue;
+        samples[j] = sample_at(p, size, at);
         taps.store(j, samples[j]);
       }
       const int upper = (tile.h + row) * in_w + tile.w + g;

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMatrixThreads, 2)
   using half_t = forward_half_t<scalar_t>;
   using Scope = ScopeMatrix<scalar_t, S, half_t>;
   using Taps = ForwardTaps<scalar_t>;
-  constexpr int V = Scope::V, kTurns = (Taps::pairs + kMatrixThreads - 1) / kMatrixThreads;
+  constexpr int V = Scope::V;
   DK_SHARED_MEMORY(memory);
   const ConvParams& p = a.params;
   const Sizes<3, S> size(p);
@@ -54,25 +54,20 @@ __global__ void __launch_bounds__(kMatrixThreads, 2)
     const ImageTile<kMatrixRows> tile(index, p.out_h, p.out_w);
     stage.start(a.input + tile.n * p.in_h * p.in_w * channels, tile.h - static_cast<int>(p.pad_h),
                 tile.w - static_cast<int>(p.pad_w), in_h, in_w, first_channel, channels, lanes);
-    // All of a thread's offsets are under way before the first is used.
-    Location<float> at[kTurns];
-    DK_UNROLL
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const int j = static_cast<int>(taps.pair_of(turn)), t = j / Taps::pixels,
-                i = j % Taps::pixels;
-      if (j >= Taps::pairs) continue;
+    const auto locate = [&](int j) {
+      const int t = j / Taps::pixels, i = j % Taps::pixels;
       // Of a pixel that the image does not have, what the last one reads: nobody looks at the
       // result.
       const int h = tile.h + i / kMatrixColumns, w = tile.w + i % kMatrixColumns;
-      at[turn] = locate_in_scope(size, a.kernel_offset, tile.n, t, h < out_h ? h : out_h - 1,
-                                 w < out_w ? w : out_w - 1);
-    }
-    DK_UNROLL
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const int j = static_cast<int>(taps.pair_of(turn));
-      if (j >= Taps::pairs) continue;
+      return locate_in_scope(size, a.kernel_offset, tile.n, t, h < out_h ? h : out_h - 1,
+                             w < out_w ? w : out_w - 1);
+    };
+    Location<float> next = locate(threadIdx.x);
+    for (int j = threadIdx.x; j < Taps::pairs; j += kMatrixThreads) {
+      const Location<float> at = next;  // while it is used, the next is under way
+      if (j + kMatrixThreads < Taps::pairs) next = locate(j + kMatrixThreads);
       taps.clear(j - lane);
-      taps.store(j, sample_at(p, size, at[turn]));
+      taps.store(j, sample_at(p, size, at));
     }
     wait_for_copies();
     __syncthreads();

@@ -210,9 +210,6 @@ struct MatrixTaps {
            16;
   }
 
-  // Pairs of a thread, one of each turn; whole warps have theirs.
-  static DK_INLINE unsigned pair_of(int turn) { return turn * blockDim.x + threadIdx.x; }
-
   // Of the pairs of a whole warp, from `first` on.
   __device__ __forceinline__ void clear(int first) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
