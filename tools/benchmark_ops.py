@@ -148,16 +148,17 @@ def draw_inputs(w: Workload, device: str, dtype: torch.dtype) -> dict[str, Tenso
     """Everything that any contender needs, with gradients asked for."""
     out_h, out_w = ((size - 1) // w.stride + 1 for size in (w.h, w.w))
     offsets = [w.n, 2 * w.kernel**2, out_h, out_w]
-    tensors = {
-        "input": torch.randn(w.n, w.c, w.h, w.w).to(dtype),
-        "rigid": torch.randn(w.weight_shape(w.kernel)).to(dtype),
-        "scope": torch.randn(w.weight_shape(w.scope)).to(dtype),
-        "kernel_offset": draw_offsets(w.offsets, offsets, w.kernel, w.scope),
-        "data_offset": torch.randn(offsets),
-        "grad": torch.randn(w.n, w.out_channels, out_h, out_w).to(dtype),
-    }
+    with torch.device(device):
+        tensors = {
+            "input": torch.randn(w.n, w.c, w.h, w.w).to(dtype),
+            "rigid": torch.randn(w.weight_shape(w.kernel)).to(dtype),
+            "scope": torch.randn(w.weight_shape(w.scope)).to(dtype),
+            "kernel_offset": draw_offsets(w.offsets, offsets, w.kernel, w.scope),
+            "data_offset": torch.randn(offsets),
+            "grad": torch.randn(w.n, w.out_channels, out_h, out_w).to(dtype),
+        }
     layout = torch.channels_last if w.channels_last else torch.contiguous_format
-    tensors = {name: t.to(device, memory_format=layout) for name, t in tensors.items()}
+    tensors = {name: t.contiguous(memory_format=layout) for name, t in tensors.items()}
     return {name: t.requires_grad_(name != "grad") for name, t in tensors.items()}
 
 

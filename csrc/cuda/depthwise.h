@@ -19,9 +19,10 @@ constexpr int kPixels = 32;
 // Neighbouring pixels that a thread takes at once. For a tap they mostly read the same cells.
 constexpr int kHeldPixels = 4;
 
-// Of the kernels on tensor cores: rows and columns of a tile of pixels, threads of a block, and of
-// backward, lanes and how many blocks run at once on a multiprocessor.
+// Of the kernels on tensor cores: rows and columns of a tile of pixels, threads of a block, blocks
+// at once on a multiprocessor, by registers; and of backward, lanes.
 constexpr int kMatrixRows = 8, kMatrixColumns = 8, kMatrixThreads = 256;
+constexpr int kMatrixBlocks = 512 / kMatrixThreads;
 constexpr int kBackwardRows = 4, kBackwardLanes = 16, kBackwardThreads = 128, kBackwardBlocks = 3;
 
 DK_INLINE int64_t pixel_tiles(int64_t pixels) { return (pixels + kPixels - 1) / kPixels; }

@@ -21,7 +21,7 @@ template <typename scalar_t>
 using ForwardStage = StagedTile<scalar_t, kMatrixRows>;
 
 template <typename scalar_t, int S>
-__global__ void __launch_bounds__(kMatrixThreads, 2)
+__global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks)
     forward_matrix_kernel(const ForwardArgs<scalar_t> a) {
   using half_t = forward_half_t<scalar_t>;
   using Scope = ScopeMatrix<scalar_t, S, half_t>;
@@ -119,7 +119,8 @@ void launch_forward_matrix(const ForwardArgs<scalar_t>& a, cudaStream_t stream) 
   const size_t bytes = ForwardTaps<scalar_t>::bytes + sizeof(float) * lanes * a.channels.vector +
                        ForwardStage<scalar_t>::bytes(lanes);
   // As many blocks as run at once, each with the same channels of several tiles of pixels.
-  const int64_t at_once = 2 * device_attribute(cudaDevAttrMultiProcessorCount) / a.channels.tiles;
+  const int64_t at_once =
+      kMatrixBlocks * device_attribute(cudaDevAttrMultiProcessorCount) / a.channels.tiles;
   const int64_t tiles = matrix_tiles(p.batch, p.out_h, p.out_w, kMatrixRows);
   const int64_t blocks = std::clamp<int64_t>(at_once, 1, tiles) * a.channels.tiles;
   const auto run = [&](auto kernel_function) {
