@@ -222,3 +222,26 @@ def test_packing_of_numbers_of_16_bits(products):
         expected = [wide << n % 32 >> 32, wide >> min(n, 32)]
         assert actual[0].tobytes() == permuted(pair, n)
         assert actual[1:] == [bits & 0xFFFFFFFF for bits in expected]
+
+
+def test_pairs_of_bfloat16(products):
+    """Products are torch's, -0 too; a * b + c is rounded once."""
+    a, b, c = torch.randn(3, 32, 2).bfloat16()
+    nan, inf = float("nan"), float("inf")
+    strange = [(0, -1), (-0.0, 1), (nan, 1), (inf, 0), (inf, -1), (3e38, 3e38), (1e-30, 1e-9)]
+    strange += [(1e-20, 1e-20), (1e-20, 1.5e-20), (1e-30, 1e-30)]
+    a[:5], b[:5] = torch.tensor(strange).bfloat16().reshape(5, 2, 2).unbind(2)
+    # Halfway between two, but for what float has no room for.
+    a[5], b[5], c[5] = torch.tensor([(129, 127), (3, 3), (-(2**-20), 2**-20)]).bfloat16()
+    words = [pairs.view(torch.int32).numpy().view(np.uint32) for pairs in (a, b, c)]
+    result = np.zeros((32, 2), np.uint32)
+    run_product(products["pairs"], np.hstack(words[:2]), words[2], result)
+    pairs = torch.from_numpy(result.view(np.uint16).view(np.int16)).view(torch.bfloat16)
+    product, total = pairs.split(2, 1)
+    expected = a * b
+    torch.testing.assert_close(product, expected, rtol=0, atol=0, equal_nan=True)
+    numbers = ~expected.isnan()
+    assert product.signbit()[numbers].equal(expected.signbit()[numbers])
+    assert total[5].tolist() == [386, 382]
+    exact = a[6:].double() * b[6:].double() + c[6:].double()
+    torch.testing.assert_close(total[6:].double(), exact, rtol=2**-8, atol=0)

@@ -150,6 +150,15 @@ __device__ float bits_of(pair_t pair) {
 }
 }  // namespace
 
+// Pairs of bfloat16: multiplied, and a * b + c.
+KERNEL pairs(const uint32_t* factors, const uint32_t* summands, float* d) {
+  const uint32_t a = factors[2 * thread()], b = factors[2 * thread() + 1];
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(summands[thread()]));
+  d[2 * thread()] = __uint_as_float(dk::cuda::multiplied(a, b));
+  d[2 * thread() + 1] = __uint_as_float(sum);
+}
+
 // What puts numbers of 16 bits together: of two floats, and a selector or shift.
 KERNEL packing(const uint32_t* pairs, const uint32_t* selectors, float* d) {
   const uint32_t x = pairs[2 * thread()], y = pairs[2 * thread() + 1], n = selectors[thread()];
