@@ -1,6 +1,4 @@
 // One type per file, so that they build in parallel.
 #include "backward.cuh"
-#include "backward_matrix.cuh"
 
 DK_INSTANTIATE_BACKWARD(float)
-DK_INSTANTIATE_BACKWARD_MATRIX(float)

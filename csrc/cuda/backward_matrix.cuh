@@ -16,34 +16,29 @@
 namespace dk {
 namespace cuda {
 
-// g * x is rounded as the type's own products would be if they were stored.
+// Of g * x and of the scope: of bfloat16, products are rounded as if they were stored; float16's
+// have more bits than bfloat16, as the scope has.
 template <typename scalar_t>
 constexpr int kProductParts = kParts<scalar_t, c10::BFloat16>;
-template <typename scalar_t>
-constexpr int kBackwardCoefParts = kProductParts<scalar_t> < 2 ? 2 : kProductParts<scalar_t>;
-template <typename scalar_t>
-using BackwardTaps =
-    MatrixTaps<c10::BFloat16, kBackwardCoefParts<scalar_t>, kBackwardRows * kMatrixColumns>;
-template <typename scalar_t>
-using BackwardStage = StagedTile<scalar_t, kBackwardRows>;
+using BackwardTaps = MatrixTaps<c10::BFloat16>;
 
 // Bytes of shared memory, and where its arrays begin:
 //   taps     BackwardTaps
 //   sample   [pairs]         TapSample<float>
 //   sums     [warps, pairs]  Vector<float, 4>, gradients of the coefficients
-//   stage    BackwardStage of grad_output
+//   stage    StagedTile of grad_output
 struct BackwardLayout {
   size_t sample, sums, stage, bytes;
 };
 template <typename scalar_t>
 DK_INLINE BackwardLayout backward_layout() {
   constexpr int lanes = kBackwardLanes;
-  using Taps = BackwardTaps<scalar_t>;
+  using Taps = BackwardTaps;
   BackwardLayout s;
   s.sample = Taps::bytes;
   s.sums = s.sample + sizeof(TapSample<float>) * Taps::pairs;
   s.stage = s.sums + sizeof(Vector<float, 4>) * Taps::pairs * (lanes / kWarpVectors);
-  s.bytes = s.stage + BackwardStage<scalar_t>::bytes(lanes);
+  s.bytes = s.stage + StagedTile<scalar_t>::bytes(lanes);
   return s;
 }
 
@@ -51,7 +46,7 @@ DK_INLINE BackwardLayout backward_layout() {
 // 2s + 1, and 8 cells. part[s][m]: the cells whose columns have m for their higher bit.
 template <typename scalar_t, int S>
 struct CellMatrix {
-  static constexpr int V = 16 / sizeof(scalar_t), P = kParts<scalar_t, c10::BFloat16>;
+  static constexpr int V = 16 / sizeof(scalar_t), P = kProductParts<scalar_t>;
   uint32_t part[V / 2][2][P][2];
 
   DK_INLINE CellMatrix(const scalar_t* weight, int begin, int channels, int g, int q) {
@@ -95,12 +90,11 @@ DK_INLINE void store_cell_sums(Vector<float, 4>* to, int cell, int q, const floa
 }
 
 template <typename scalar_t, int S>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
     backward_matrix_kernel(const BackwardArgs<scalar_t> a) {
   using half_t = c10::BFloat16;
-  using Taps = BackwardTaps<scalar_t>;
+  using Taps = BackwardTaps;
   constexpr int V = 16 / sizeof(scalar_t), P = kProductParts<scalar_t>;
-  constexpr int kCoefParts = kBackwardCoefParts<scalar_t>;
   constexpr int lanes = kBackwardLanes, warps = lanes / kWarpVectors;
   DK_SHARED_MEMORY(memory);
   const ConvParams& p = a.params;
@@ -113,14 +107,14 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
   const Taps taps(memory);
   auto* samples = reinterpret_cast<TapSample<float>*>(memory + layout.sample);
   auto* coef_sums = reinterpret_cast<Vector<float, 4>*>(memory + layout.sums);
-  const BackwardStage<scalar_t> stage(memory + layout.stage, lanes);
+  const StagedTile<scalar_t> stage(memory + layout.stage, lanes);
 
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, q = lane % 4;
   const int own = warp % warps, row = warp / warps * 2, i0 = row * kMatrixColumns;
   const int place = taps.position(g, q);
   const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles,
-                    matrix_tiles(p.batch, p.in_h, p.in_w, kBackwardRows));
+                    matrix_tiles(p.batch, p.in_h, p.in_w));
   const Offset<float> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
 
   for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
@@ -133,7 +127,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
     const CellMatrix<scalar_t, S> cells(a.weight, begin, channels, g, q);
     float scope_sum[V][4] = {};
     for (int64_t index = share.first; index < share.last; ++index) {
-      const ImageTile<kBackwardRows> tile(index, p.in_h, p.in_w);
+      const ImageTile tile(index, p.in_h, p.in_w);
       // The output pixel that a pair of the tile feeds; h < 0: none. The stride is 1.
       const auto fed_by = [&](int j) {
         const int t = j / Taps::pixels, i = j % Taps::pixels;
@@ -154,10 +148,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
       };
       Location<float> next{};
       bool next_fed = locate(threadIdx.x, &next);
-      for (int j = threadIdx.x; j < Taps::pairs; j += kBackwardThreads) {
+      for (int j = threadIdx.x; j < Taps::pairs; j += kMatrixThreads) {
         const Location<float> at = next;  // while it is used, the next is under way
         const bool fed = next_fed;
-        next_fed = locate(j + kBackwardThreads, &next);
+        next_fed = locate(j + kMatrixThreads, &next);
         taps.clear(j - lane);
         taps.cell[j] = kNotFed;
         if (!fed) continue;
@@ -179,7 +173,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
         const auto* grad0 =
             stage.at(row + 2 - t / 3, g + 2 - t % 3) + (own * kWarpVectors + q) * 16;
         const PixelVectors<scalar_t> grad(grad0, grad0 + stage.kColumns * stage.pixel_bytes);
-        const CoefMatrix<kCoefParts> coef(taps, pair, place);
+        const CoefMatrix coef(taps, pair, place);
         uint32_t product[V / 2][P][4];  // g * x, as left factors
         DK_UNROLL
         for (int j = 0; j < V; ++j) {
@@ -289,7 +283,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
 template <typename scalar_t>
 void launch_backward_matrix(const BackwardArgs<scalar_t>& a, cudaStream_t stream) {
   const auto run = [&](auto kernel_function) {
-    launch(kernel_function, int64_t(a.splits) * a.groups, kBackwardThreads,
+    launch(kernel_function, int64_t(a.splits) * a.groups, kMatrixThreads,
            backward_layout<scalar_t>().bytes, stream, a);
   };
   if (a.params.scope_h == 3) return run(backward_matrix_kernel<scalar_t, 3>);

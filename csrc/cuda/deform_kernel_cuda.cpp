@@ -184,7 +184,7 @@ int plan_backward_matrix(BackwardArgs<scalar_t>& a) {
   constexpr int vector = 16 / sizeof(scalar_t), width = cuda::kBackwardLanes * vector;
   a.channels = {vector, cuda::kBackwardLanes,
                 static_cast<int>((a.params.channels + width - 1) / width)};
-  return cuda::kBackwardBlocks;
+  return cuda::kBackwardBlocks<scalar_t>;
 }
 
 // As many blocks as run at once, split between pixels and channels so that the partial sums,
@@ -296,11 +296,12 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
 
       const bool aligned =
           p.channels % wide == 0 && is_aligned(x) && is_aligned(grad) && is_aligned(w);
-      const bool matrix = has_matrix_kernel<scalar_t>(p, kernel, data, x, grad, w);
+      const bool matrix =
+          sizeof(scalar_t) == 2 && has_matrix_kernel<scalar_t>(p, kernel, data, x, grad, w);
       const int blocks_per_processor =
           matrix ? plan_backward_matrix(a) : plan_backward_block(a, aligned);
       const int64_t tiles =
-          matrix ? cuda::matrix_tiles(p.batch, p.in_h, p.in_w, cuda::kBackwardRows)
+          matrix ? cuda::matrix_tiles(p.batch, p.in_h, p.in_w)
                  : cuda::pixel_tiles(p.batch * (data ? p.out_h * p.out_w : p.in_h * p.in_w));
       plan_backward_split(a, tiles, blocks_per_processor);
       const Tensor partial =
@@ -309,7 +310,7 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       const OffsetGradient<T> grad_kernel(kernel, a.groups), grad_data(data, a.groups);
       a.grad_kernel_offset = grad_kernel.view(p);
       a.grad_data_offset = grad_data.view(p);
-      if constexpr (!std::is_same_v<scalar_t, double>) {
+      if constexpr (sizeof(scalar_t) == 2) {
         if (matrix) cuda::launch_backward_matrix(a, stream);
       }
       if (!matrix) cuda::launch_backward(a, stream);

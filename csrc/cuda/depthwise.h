@@ -19,16 +19,19 @@ constexpr int kPixels = 32;
 // Neighbouring pixels that a thread takes at once. For a tap they mostly read the same cells.
 constexpr int kHeldPixels = 4;
 
-// Of the kernels on tensor cores: rows and columns of a tile of pixels, threads of a block, blocks
-// at once on a multiprocessor, by registers; and of backward, lanes.
-constexpr int kMatrixRows = 8, kMatrixColumns = 8, kMatrixThreads = 256;
-constexpr int kMatrixBlocks = 512 / kMatrixThreads;
-constexpr int kBackwardRows = 4, kBackwardLanes = 16, kBackwardThreads = 128, kBackwardBlocks = 3;
+// Of the kernels on tensor cores: rows and columns of a tile of pixels, a block's threads, and of
+// backward, lanes.
+constexpr int kMatrixRows = 4, kMatrixColumns = 8, kMatrixThreads = 128, kBackwardLanes = 16;
+// Their blocks at once on a multiprocessor, by registers: of 128 a thread, of 168 and, of float16,
+// whose numbers are split, of 255 (measured: docs/cuda.md).
+constexpr int kForwardBlocks = 4;
+template <typename scalar_t>
+constexpr int kBackwardBlocks = std::is_same_v<scalar_t, c10::BFloat16> ? 3 : 2;
 
 DK_INLINE int64_t pixel_tiles(int64_t pixels) { return (pixels + kPixels - 1) / kPixels; }
-// Tiles of so many rows and kMatrixColumns columns of all images.
-DK_INLINE int64_t matrix_tiles(int64_t batch, int64_t height, int64_t width, int rows) {
-  return batch * ((height + rows - 1) / rows) * ((width + kMatrixColumns - 1) / kMatrixColumns);
+DK_INLINE int64_t matrix_tiles(int64_t batch, int64_t height, int64_t width) {
+  return batch * ((height + kMatrixRows - 1) / kMatrixRows) *
+         ((width + kMatrixColumns - 1) / kMatrixColumns);
 }
 
 // How the channels are dealt out: a thread takes `vector` neighbouring ones, `lanes` threads of one
@@ -120,7 +123,7 @@ void launch_forward_matrix(const ForwardArgs<scalar_t>& a, cudaStream_t stream);
 // and, by atomics, the input's if grad_input_sum is given.
 template <typename scalar_t>
 void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
-// Every gradient on tensor cores, of what launch_forward_matrix takes; kBackwardLanes.
+// Every gradient on tensor cores, of what launch_forward_matrix takes in 16 bits; kBackwardLanes.
 template <typename scalar_t>
 void launch_backward_matrix(const BackwardArgs<scalar_t>& a, cudaStream_t stream);
 // The gradient of kernel_offset under `clip`, in place, from that of the edges which the taps read:

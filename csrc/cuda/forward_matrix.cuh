@@ -14,18 +14,12 @@ namespace cuda {
 template <typename scalar_t>
 using forward_half_t =
     std::conditional_t<std::is_same_v<scalar_t, c10::BFloat16>, c10::BFloat16, c10::Half>;
-template <typename scalar_t>
-using ForwardTaps = MatrixTaps<forward_half_t<scalar_t>, 2, kMatrixRows * kMatrixColumns>;
-
-template <typename scalar_t>
-using ForwardStage = StagedTile<scalar_t, kMatrixRows>;
-
 template <typename scalar_t, int S>
-__global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks)
+__global__ void __launch_bounds__(kMatrixThreads, kForwardBlocks)
     forward_matrix_kernel(const ForwardArgs<scalar_t> a) {
   using half_t = forward_half_t<scalar_t>;
   using Scope = ScopeMatrix<scalar_t, S, half_t>;
-  using Taps = ForwardTaps<scalar_t>;
+  using Taps = MatrixTaps<half_t>;
   constexpr int V = Scope::V;
   DK_SHARED_MEMORY(memory);
   const ConvParams& p = a.params;
@@ -35,7 +29,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks)
   const int in_h = static_cast<int>(p.in_h), in_w = static_cast<int>(p.in_w);
   const Taps taps(memory);
   float* scale = reinterpret_cast<float*>(memory + Taps::bytes);  // [lanes * V]
-  const ForwardStage<scalar_t> stage(memory + Taps::bytes + lanes * V * sizeof(float), lanes);
+  const StagedTile<scalar_t> stage(memory + Taps::bytes + lanes * V * sizeof(float), lanes);
 
   const int warps = lanes / kWarpVectors;  // side by side in a tile of channels
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -48,10 +42,10 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks)
   const int c[2] = {begin + q * V, begin + (4 + q) * V};
   const int place = taps.position(g, q);
 
-  const int64_t tiles = matrix_tiles(p.batch, p.out_h, p.out_w, kMatrixRows);
+  const int64_t tiles = matrix_tiles(p.batch, p.out_h, p.out_w);
   for (int64_t index = blockIdx.x / a.channels.tiles; index < tiles;
        index += gridDim.x / a.channels.tiles) {
-    const ImageTile<kMatrixRows> tile(index, p.out_h, p.out_w);
+    const ImageTile tile(index, p.out_h, p.out_w);
     stage.start(a.input + tile.n * p.in_h * p.in_w * channels, tile.h - static_cast<int>(p.pad_h),
                 tile.w - static_cast<int>(p.pad_w), in_h, in_w, first_channel, channels, lanes);
     const auto locate = [&](int j) {
@@ -80,11 +74,11 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks)
       for (int t = 0; t < kMatrixTaps; ++t) {
         const auto* x0 = stage.at(row + t / 3, g + t % 3) + (own + q) * 16;
         const PixelVectors<scalar_t> x(x0, x0 + stage.kColumns * stage.pixel_bytes);
-        const CoefMatrix<2> coef(taps, t * Taps::pixels + i0, place);
+        const CoefMatrix coef(taps, t * Taps::pixels + i0, place);
         DK_UNROLL
         for (int j = 0; j < V; ++j) {
           float weight[4] = {};
-          multiply<half_t, 1>(weight, coef.part, scope.part[j]);
+          multiply<half_t, kCoefParts - 1>(weight, coef.part, scope.part[j]);
           // Also in the padding, where x is 0: the NaN of an offset shows in its output.
           DK_UNROLL
           for (int k = 0; k < 4; ++k) sum[j][k] += x.at(j, k) * weight[k];
@@ -116,12 +110,13 @@ template <typename scalar_t>
 void launch_forward_matrix(const ForwardArgs<scalar_t>& a, cudaStream_t stream) {
   const ConvParams& p = a.params;
   const int lanes = a.channels.lanes;
-  const size_t bytes = ForwardTaps<scalar_t>::bytes + sizeof(float) * lanes * a.channels.vector +
-                       ForwardStage<scalar_t>::bytes(lanes);
+  const size_t bytes = MatrixTaps<forward_half_t<scalar_t>>::bytes +
+                       sizeof(float) * lanes * a.channels.vector +
+                       StagedTile<scalar_t>::bytes(lanes);
   // As many blocks as run at once, each with the same channels of several tiles of pixels.
   const int64_t at_once =
-      kMatrixBlocks * device_attribute(cudaDevAttrMultiProcessorCount) / a.channels.tiles;
-  const int64_t tiles = matrix_tiles(p.batch, p.out_h, p.out_w, kMatrixRows);
+      kForwardBlocks * device_attribute(cudaDevAttrMultiProcessorCount) / a.channels.tiles;
+  const int64_t tiles = matrix_tiles(p.batch, p.out_h, p.out_w);
   const int64_t blocks = std::clamp<int64_t>(at_once, 1, tiles) * a.channels.tiles;
   const auto run = [&](auto kernel_function) {
     launch(kernel_function, blocks, kMatrixThreads, bytes, stream, a);

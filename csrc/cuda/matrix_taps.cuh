@@ -44,12 +44,11 @@ DK_INLINE void split(float first, float second, uint32_t (&part)[kParts]) {
   }
 }
 
-// Parts in which a number of type scalar_t is exact, but for the last bits of float32.
+// Parts in which a number of type scalar_t is exact, but for the last two bits of float32.
 template <typename scalar_t, typename half_t>
-constexpr int kParts =
-    std::is_same_v<scalar_t, half_t>                                           ? 1
-    : std::is_same_v<scalar_t, float> && std::is_same_v<half_t, c10::BFloat16> ? 3
-                                                                               : 2;
+constexpr int kParts = std::is_same_v<scalar_t, half_t> ? 1 : 2;
+// Of coefficients.
+constexpr int kCoefParts = 2;
 
 // d += a * b of parts, up to part `kLast`; the small ones first, which lose less so.
 template <typename half_t, int kLast, int A, int B>
@@ -130,17 +129,16 @@ DK_INLINE Vector<float, V> result_vector(const float (&result)[V][4], int pixel,
 
 // ---- tiles of an image --------------------------------------------------------------------------
 
-// Tile number `tile` of all: kMatrixColumns columns and kRows rows of one image, at h, w.
-template <int kRows>
+// Tile number `tile` of all: kMatrixColumns columns and kMatrixRows rows of one image, at h, w.
 struct ImageTile {
   int64_t n;
   int h, w;
   DK_INLINE ImageTile(int64_t tile, int64_t height, int64_t width) {
     const auto number = static_cast<unsigned>(tile);  // has_matrix_kernel
     const auto across = static_cast<unsigned>((width + kMatrixColumns - 1) / kMatrixColumns);
-    const auto down = static_cast<unsigned>((height + kRows - 1) / kRows);
+    const auto down = static_cast<unsigned>((height + kMatrixRows - 1) / kMatrixRows);
     w = static_cast<int>(number % across) * kMatrixColumns;
-    h = static_cast<int>(number / across % down) * kRows;
+    h = static_cast<int>(number / across % down) * kMatrixRows;
     n = number / across / down;
   }
 };
@@ -148,9 +146,9 @@ struct ImageTile {
 // What a tile's taps read of an image, in shared memory: rows and columns around it by 3x3 taps,
 // zeros outside the image, of a tile of channels. A pixel's vectors begin 64 bytes after a multiple
 // of 128 behind those of the pixel before, so that threads of two pixels use all banks.
-template <typename scalar_t, int kRows>
+template <typename scalar_t>
 struct StagedTile {
-  static constexpr int kColumns = kMatrixColumns + 2, kPixelCount = (kRows + 2) * kColumns;
+  static constexpr int kColumns = kMatrixColumns + 2, kPixelCount = (kMatrixRows + 2) * kColumns;
   unsigned char* memory;
   int pixel_bytes;
 
@@ -191,14 +189,14 @@ struct StagedTile {
 // first of the 2x2 cells that it reads, as 4 * row + column. Coefficients lie as a thread wants
 // them, 16 bytes for two pixels and a row of the scope: columns 0 and 1 of pixel g, of pixel g + 8,
 // columns 2 and 3 of both.
-template <typename half_t, int kCoefParts, int kTilePixels>
+template <typename half_t>
 struct MatrixTaps {
-  static constexpr int pixels = kTilePixels, pairs = kMatrixTaps * pixels;
+  static constexpr int pixels = kMatrixRows * kMatrixColumns, pairs = kMatrixTaps * pixels;
   static constexpr int row_bytes = kScopeRows * 8, part_bytes = pairs * row_bytes;
   static constexpr int bytes = kCoefParts * part_bytes + pairs * static_cast<int>(sizeof(int));
 
-  unsigned char* coef;  // [kCoefParts, kMatrixTaps, kTilePixels / 2, kScopeRows, 16]
-  int* cell;            // [kMatrixTaps, kTilePixels]
+  unsigned char* coef;  // [kCoefParts, kMatrixTaps, pixels / 2, kScopeRows, 16]
+  int* cell;            // [kMatrixTaps, pixels]
 
   DK_INLINE explicit MatrixTaps(unsigned char* memory)
       : coef(memory), cell(reinterpret_cast<int*>(memory + kCoefParts * part_bytes)) {}
@@ -243,7 +241,6 @@ struct MatrixTaps {
 
 // Coefficients of 16 pixels, from `pair` on, as the left factor of a product. `place` is the
 // thread's position(g, q).
-template <int kCoefParts>
 struct CoefMatrix {
   uint32_t part[kCoefParts][4];
 
