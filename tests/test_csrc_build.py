@@ -17,6 +17,9 @@ import dk_detectron.ops  # noqa: F401  (registers the operators)
 
 ARCHITECTURES = os.environ.get("DK_TEST_CUDA_ARCHITECTURES", "80 90").split()
 
+# Bytes stored and loaded, of a thread that has 512 and more in registers.
+MATRIX_SPILLS = 160
+
 pytestmark = [
     pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc"),
     pytest.mark.skipif(
@@ -27,6 +30,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_of_scope_4_do_not_spill(architecture):
+    """Those on tensor cores do, a little, but not in their loops over taps."""
     sources = [path for path in kernel_sources() if path.stem.endswith(("_float", "_bfloat16"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(lambda path: ptxas_report(path, f"sm_{architecture}"), sources))
@@ -39,8 +43,12 @@ def test_kernels_of_scope_4_do_not_spill(architecture):
             if "Li3ELi4E" in name or ("columns" in name and "Li4ELi4E" in name):
                 seen += 1
                 assert use["spilled"] == 0, f"sm_{architecture}: {name} spills: {use}"
-    # With and without data_offset, and NCHW; backward likewise; columns with and without.
-    assert seen == 2 * (3 + 2 + 2)
+            if "matrix_kernel" in name and "Li4E" in name:
+                seen += 1
+                assert use["spilled"] <= MATRIX_SPILLS, f"sm_{architecture}: {name} spills: {use}"
+    # With and without data_offset, and NCHW; backward likewise; columns with and without; on tensor
+    # cores, forward of both types and backward of bfloat16.
+    assert seen == 2 * (3 + 2 + 2) + 3
 
 
 @pytest.mark.parametrize("name", ["deform_kernel_conv2d", "deform_kernel_conv2d_backward"])

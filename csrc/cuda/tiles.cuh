@@ -155,13 +155,12 @@ struct PixelTile {
   int offset, count;  // offset of the first pixel in the first image
   int height, width;
 
-  DK_INLINE PixelTile(int64_t first, int64_t batch, int64_t height, int64_t width,
-                      int most = kPixels)
+  DK_INLINE PixelTile(int64_t first, int64_t batch, int64_t height, int64_t width)
       : height(static_cast<int>(height)), width(static_cast<int>(width)) {
     const int64_t total = batch * height * width;
     first_image = first / (height * width);
     offset = static_cast<int>(first - first_image * height * width);
-    count = static_cast<int>(total - first < most ? total - first : most);
+    count = static_cast<int>(total - first < kPixels ? total - first : kPixels);
   }
   DK_INLINE Pixel operator[](int i) const {
     const int position = offset + i, row = position / width;
@@ -254,12 +253,11 @@ DK_INLINE Location<T> locate_in_scope(const Sizes& size, const Offset<const T>& 
   return {rest_h + o[0], rest_w + o[offset.strides.c]};
 }
 
-// What a tap at `at` reads of the scope, times `factor`.
+// What a tap at `at` reads of the scope.
 template <typename T, typename Sizes>
-DK_INLINE TapSample<T> sample_at(const ConvParams& p, const Sizes& size, const Location<T>& at,
-                                 T factor = T(1)) {
+DK_INLINE TapSample<T> sample_at(const ConvParams& p, const Sizes& size, const Location<T>& at) {
   return {side_by_side(sample_scope(at.h, size.scope_h, p.clip)),
-          side_by_side(sample_scope(at.w, size.scope_w, p.clip)), factor};
+          side_by_side(sample_scope(at.w, size.scope_w, p.clip)), T(1)};
 }
 
 // What a tap reads of the scope. With kFactor, times the tap's factor: those of a convolution with
@@ -268,8 +266,9 @@ template <bool kFactor = true, typename T, typename Sizes>
 DK_INLINE TapSample<T> sample_weight(const ConvParams& p, const Sizes& size,
                                      const Offset<const T>& offset, int64_t n, int t, int h,
                                      int w) {
-  return sample_at(p, size, locate_in_scope(size, offset, n, t, h, w),
-                   kFactor ? read_factor(offset, size.taps(), n, t, h, w) : T(1));
+  auto sample = sample_at(p, size, locate_in_scope(size, offset, n, t, h, w));
+  if constexpr (kFactor) sample.factor = read_factor(offset, size.taps(), n, t, h, w);
+  return sample;
 }
 
 // Input row (column) that a tap of an output row (column) reads at rest. Positions have 32 bits:
