@@ -65,13 +65,19 @@ TOLERANCES = {
 # kernels round columns, and so do the gradients, also those of float32 offsets: two units in the
 # last place of the largest value. In float32, four, for sums over many channels that cancel.
 ROUNDED_SUMMANDS = {torch.float16: 2 * 2**-10, torch.bfloat16: 2 * 2**-7, torch.float32: 4 * 2**-22}
+# What tensor cores sum (csrc/cuda/backward_matrix.cuh) is of bfloat16. Products of the activations
+# and their gradients are rounded to one such number if they are of bfloat16, to two, which have 16
+# bits, if they are of float16: twice the error of that, again of the largest value. The three of a
+# float32 lose next to nothing, but there are more sums, each rounded to float32, than there were.
+MATRIX_SUMMANDS = {torch.float16: 2 * 2**-17, torch.bfloat16: 2 * 2**-9, torch.float32: 8 * 2**-24}
 
 
-def assert_close(actual, expected, summands: torch.dtype | None = None) -> None:
+def assert_close(actual, expected, summands: torch.dtype | float | None = None) -> None:
     """Compares tensors or dicts of them, at the tolerance of the actual one's type.
 
     Args:
-        summands: the type that the operator rounds its summands to, if they are not exact.
+        summands: the type that the operator rounds its summands to, if they are not exact; or what
+            may be lost of the largest value.
     """
     if isinstance(actual, dict):
         assert actual.keys() == expected.keys()
@@ -83,10 +89,22 @@ def assert_close(actual, expected, summands: torch.dtype | None = None) -> None:
         return
     rtol, atol = TOLERANCES[actual.dtype]
     if summands is not None and expected.numel():
-        atol = ROUNDED_SUMMANDS[summands] * expected.nan_to_num().abs().max().item()
+        share = summands if isinstance(summands, float) else ROUNDED_SUMMANDS[summands]
+        atol = share * expected.nan_to_num().abs().max().item()
     torch.testing.assert_close(
         actual, expected.to(actual.dtype), rtol=rtol, atol=atol, equal_nan=True
     )
+
+
+def assert_close_to_exact(actual: dict, expected: dict, case: "Case") -> None:
+    """Of the CUDA kernels' results: gradients at the tolerance that the kernel needs."""
+    dtype = actual["output"].dtype
+    usual = {"output", "grad_input"} if dtype == torch.bfloat16 else {"output"}
+    if not case.on_tensor_cores(dtype):
+        usual = set(actual)
+    assert_close(*({name: r[name] for name in usual & r.keys()} for r in (actual, expected)))
+    others = ({name: r[name] for name in r.keys() - usual} for r in (actual, expected))
+    assert_close(*others, summands=MATRIX_SUMMANDS.get(dtype))
 
 
 def off_knot_offset(shape, spread: float = 3.0, **options) -> Tensor:
@@ -134,6 +152,14 @@ class Case:
             "groups": self.channels if self.groups is None else self.groups,
             "clip": self.clip,
         }
+
+    def on_tensor_cores(self, dtype: torch.dtype) -> bool:
+        """Whether the CUDA kernels of the gradients are those, if all tensors are aligned."""
+        unit = ((1, 1), (1, 1)) == (self.stride, self.dilation)
+        offsets = self.kernel_offset and not self.data_offset and not self.modulated
+        vectors = self.channels % (16 // dtype.itemsize) == 0 and dtype != torch.float64
+        sizes = self.kernel == (3, 3) and self.scope in [(3, 3), (4, 4)]
+        return self.groups in (None, self.channels) and unit and offsets and vectors and sizes
 
     @property
     def output_size(self) -> tuple[int, int]:

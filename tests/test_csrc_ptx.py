@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import Case, assert_close, double
+from conftest import Case, assert_close, assert_close_to_exact, double
 from emulation import plugin
 from ptx import build
 from ptx.device import Device
@@ -76,6 +76,7 @@ def offset_plans(kernel: bool, data: bool) -> list[Plan]:
     if kernel:
         plans += [
             Plan(Case(channels=72, padding=(0, 0), **which), processors=1),
+            Plan(Case(channels=72, dilation=(1, 2), padding=(0, 1), **which), processors=1),
             Plan(Case(channels=128, scope=(5, 5), clip=False, **which), processors=132),
         ]
     # Dense and grouped, by vectors of channels and one by one.
@@ -95,9 +96,28 @@ def offset_plans(kernel: bool, data: bool) -> list[Plan]:
     return plans + [replace(plan, deterministic=True) for plan in plans if data]
 
 
+def matrix_plans() -> list[Plan]:
+    """More for the kernels on tensor cores: images that end within a tile, and tiles of channels.
+
+    Of each scope, in one half of the types, with 8, 16 and 32 lanes.
+    """
+    small, three = {"size": (5, 3)}, {"scope": (3, 3)}
+    cases = [
+        Case(batch=3, channels=8, size=(9, 17), padding=(2, 0), clip=False, **three),
+        Case(batch=3, channels=8, size=(17, 9), padding=(1, 2)),
+        Case(batch=3, channels=136, size=(10, 9), padding=(0, 2)),  # several tiles of channels
+        Case(channels=200, padding=(2, 2), **small, **three),
+        Case(channels=64, size=(3, 11), padding=(0, 0), clip=False),
+        Case(channels=128, padding=(1, 0), **small),
+    ]
+    plans = [Plan(case, processors=1) for case in cases]
+    return plans + [Plan(replace(cases[2], **three), processors=8)]
+
+
 def all_plans() -> list[Plan]:
     """What reaches every kernel of one type."""
     plans = [plan for k in (False, True) for d in (False, True) for plan in offset_plans(k, d)]
+    plans += matrix_plans()
     for size in (3, 4, 5):
         case = Case(channels=35, scope=(size, size), padding=(size - 3, 1), clip=size < 5)
         plans.append(Plan(case, "contiguous"))
@@ -109,6 +129,7 @@ def all_plans() -> list[Plan]:
         plans.append(Plan(Case(channels=40, size=(5, 4), scope=(9, 9), data_offset=data)))
     for offsets in ("knots", "nan", "inf", "-inf", "1e30"):
         plans.append(Plan(Case(channels=8), offsets=offsets))
+        plans.append(Plan(Case(channels=8, stride=(2, 1)), offsets=offsets))
         plans.append(Plan(Case(channels=8), "contiguous", offsets=offsets))
         for deterministic in (False, True):
             for groups in (8, 2):
@@ -150,7 +171,9 @@ def test_results(plan, dtype, ptx, monkeypatch):
     tensors = plan.tensors(dtype)
     expected = plugin.call("dk_detectron", double(tensors), plan.case)
     with settings(plan, monkeypatch):
-        actual, _ = ptx.call(tensors, plan.case)
+        actual, launches = ptx.call(tensors, plan.case)
+    names = " ".join(launch.name for launch in launches)
+    assert ("backward_matrix_kernel" in names) == plan.case.on_tensor_cores(dtype)
     if plan.offsets == "nan":
         # Which pixels a NaN location smears its gradient over is nobody's promise, nor over which
         # cells of a dense weight what it has read.
@@ -158,8 +181,9 @@ def test_results(plan, dtype, ptx, monkeypatch):
             del gradients["grad_input"]
             if plan.case.groups == 2:
                 del gradients["grad_weight"]
-    rounded = plan.case.groups not in (None, plan.case.channels) and dtype.itemsize == 2
-    assert_close(actual, expected, summands=dtype if rounded else None)
+    if plan.case.groups not in (None, plan.case.channels) and dtype.itemsize == 2:
+        return assert_close(actual, expected, summands=dtype)
+    assert_close_to_exact(actual, expected, plan.case)
 
 
 def test_no_entry_is_forgotten(ptx, monkeypatch):
