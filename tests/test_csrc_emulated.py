@@ -11,7 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import Case, assert_close, double, off_knot_offset
+from conftest import (
+    MATRIX_SUMMANDS,
+    Case,
+    assert_close,
+    assert_close_to_exact,
+    double,
+    off_knot_offset,
+)
 from emulation import plugin
 from emulation.plugin import call
 from fragments import check_copy, check_product, check_transpose
@@ -60,7 +67,7 @@ def check(case, dtype=torch.float32, layout=torch.contiguous_format, ignored=(),
         assert_same_bits(result, actual, f"{name} against {plugin.ORDERS[0]}")
     for name in ignored:
         del actual[name], expected[name]
-    assert_close(actual, expected)
+    assert_close_to_exact(actual, expected, case)
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -79,6 +86,26 @@ class TestEveryOrder:
     def test_types(self, dtype, layout, which):
         case = Case(channels=24, bias=False, **OFFSETS[which])
         check(case, dtype, layout)
+
+    @pytest.mark.parametrize("dtype", MATRIX_SUMMANDS, ids=lambda d: str(d)[6:])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(batch=3, channels=8, size=(5, 17), scope=(3, 3), padding=(2, 0), clip=False),
+            Case(channels=8, size=(17, 9), padding=(0, 2)),
+            Case(channels=24, size=(4, 8), scope=(3, 3), padding=(0, 0)),
+            Case(channels=72, size=(9, 10), padding=(2, 2), clip=False, bias=False),
+            Case(channels=144, size=(3, 5), scope=(3, 3), padding=(0, 2)),
+            Case(channels=144, size=(8, 9), padding=(2, 0)),
+        ],
+        ids=str,
+    )
+    def test_tensor_cores(self, case, dtype, monkeypatch):
+        """Images that end within a tile, or with it; blocks of several tiles, or one each."""
+        assert case.on_tensor_cores(dtype)
+        for processors in "1", "20":
+            monkeypatch.setenv("DK_EMULATED_PROCESSORS", processors)
+            check(case, dtype, torch.channels_last)
 
     @every_offset
     @pytest.mark.parametrize("batch", [0, 1, 3])
