@@ -161,7 +161,7 @@ def table() -> str:
     reports = [ptxas_report(path) for path in sources]
     ptxas = {plain_name(name): use for report in reports for name, use in report.items()}
     header = ["stage", "", "kernel", "registers", "spilled", "occupancy", "sectors", "wavefronts"]
-    header += ["issue", "exchange", "bound"]
+    header += ["issue", "tensor", "exchange", "bound"]
     lines = []
     for row in rows(Device(sources)):
         launch, use = row.launch, ptxas[row.launch.name]
@@ -177,6 +177,7 @@ def table() -> str:
                 f"{sectors.pieces / sectors.fewest:.2f}",
                 f"{waves.merged / waves.fewest:.2f}-{waves.pieces / waves.fewest:.2f}",
                 f"{row.issue / row.floor:.2f}",
+                f"{row.tensor / row.floor:.2f}",
                 "{:.2f}-{:.2f}".format(*(clocks / row.floor for clocks in row.exchange)),
                 "{:.2f}-{:.2f}".format(*row.bounds),
             ]
