@@ -103,7 +103,7 @@ def use_of(kernel: str) -> dict[str, int]:
     return use
 
 
-@pytest.mark.parametrize("name, registers, spilled", [("forward", 64, 16), ("backward", 128, 0)])
+@pytest.mark.parametrize("name, registers, spilled", [("forward", 64, 0), ("backward", 128, 0)])
 def test_registers(name, registers, spilled):
     """So many that half, and a quarter, of the threads that a multiprocessor takes are at work."""
     use = use_of(PASSES[name])
@@ -156,7 +156,7 @@ class Limits:
     """What is known of a kernel; the figures of a unit hold all nine taps.
 
     Attributes:
-        occupancy: what it is, at least: in blocks, two in forward and three in backward.
+        occupancy: what it is, at least: in blocks, four in forward and three in backward.
         issued: instructions of a unit as `ptx.costs` guesses them.
         loads: of a unit, of 16 bytes from shared memory: at each tap, four vectors, and as many of
             coefficients as these have parts.
@@ -172,20 +172,17 @@ class Limits:
     waste: tuple[float, float]
 
 
-# Of float32, the weights of a tap are sums of products of two parts in forward (3 of 4 count) and
-# of three in backward (6 of 9); so are backward's other sums. bfloat16 has but two of coefficients.
+# Of float32, the weights of a tap are sums of products of two parts (3 of 4 count); bfloat16 has but
+# two of coefficients.
 LIMITS = {
     "forward_matrix_kernel<float,4>": Limits(
-        128, 64, 0.25, 9 * 4 * 3, 9 * (4 + 2), 1210, (1.10, 1.0)
+        128, 64, 0.25, 9 * 4 * 3, 9 * (4 + 2), 1220, (1.10, 1.0)
     ),
     "forward_matrix_kernel<bfloat16,4>": Limits(
-        128, 188, 0.25, 9 * 8 * 2, 9 * (4 + 2), 2080, (1.19, 1.0)
-    ),
-    "backward_matrix_kernel<float,4>": Limits(
-        168, 284, 0.1875, 9 * 3 * 4 * 6, 9 * (4 + 3) + 9, 4320, (1.19, 1.23)
+        128, 160, 0.25, 9 * 8 * 2, 9 * (4 + 2), 2070, (1.19, 1.0)
     ),
     "backward_matrix_kernel<bfloat16,4>": Limits(
-        168, 332, 0.1875, 9 * (8 * 2 + 8 + 8), 9 * (4 + 2) + 9, 3810, (1.16, 1.95)
+        168, 160, 0.1875, 9 * (8 * 2 + 8 + 8), 9 * (4 + 2) + 9, 3800, (1.16, 1.95)
     ),
 }
 every_matrix_kernel = pytest.mark.parametrize("kernel", LIMITS)

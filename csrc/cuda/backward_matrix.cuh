@@ -255,9 +255,9 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
       // The same thread fills the same pairs of the next tile: no barrier.
     }
 
-    // The sums over the pixels of the block's upper warps and its lower ones.
+    // The sums over the pixels of the block's upper warps and its lower ones, in place of coefficients,
+    // which nobody reads any more.
     float* lower_sums = reinterpret_cast<float*>(memory) + own * V * 4 * kWarpSize + lane;
-    __syncthreads();
     if (i0 > 0) {
       DK_UNROLL
       for (int j = 0; j < 4 * V; ++j) lower_sums[j * kWarpSize] = scope_sum[j / 4][j % 4];
