@@ -172,8 +172,8 @@ class Limits:
     waste: tuple[float, float]
 
 
-# Of float32, the weights of a tap are sums of products of two parts (3 of 4 count); bfloat16 has but
-# two of coefficients.
+# Of float32, the weights of a tap are sums of products of two parts (3 of 4 count); bfloat16 has
+# but two of coefficients.
 LIMITS = {
     "forward_matrix_kernel<float,4>": Limits(
         128, 64, 0.25, 9 * 4 * 3, 9 * (4 + 2), 1220, (1.10, 1.0)
