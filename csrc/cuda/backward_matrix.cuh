@@ -255,8 +255,8 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
       // The same thread fills the same pairs of the next tile: no barrier.
     }
 
-    // The sums over the pixels of the block's upper warps and its lower ones, in place of coefficients,
-    // which nobody reads any more.
+    // The sums over the pixels of the block's upper warps and its lower ones, in place of
+    // coefficients, which nobody reads any more.
     float* lower_sums = reinterpret_cast<float*>(memory) + own * V * 4 * kWarpSize + lane;
     if (i0 > 0) {
       DK_UNROLL
@@ -265,14 +265,21 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
     __syncthreads();
     if (i0 == 0) {
       DK_UNROLL
-      for (int j = 0; j < V; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        const int cell = matrix_cell(g) + 2 * i, row = cell / 4, column = cell % 4;
+        if (row >= S || column >= S) continue;
+        float* to =
+            a.weight_partial + (int64_t(share.split) * (S * S) + row * S + column) * channels;
         DK_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          const int cell = matrix_cell(g) + k / 2 * 2, row = cell / 4, column = cell % 4;
-          const int channel = begin + matrix_channel<V>(j, 2 * q + k % 2);
-          if (row >= S || column >= S || channel >= channels) continue;
-          a.weight_partial[(int64_t(share.split) * (S * S) + row * S + column) * channels +
-                           channel] = scope_sum[j][k] + lower_sums[(4 * j + k) * kWarpSize];
+        for (int k = 0; k < 2; ++k) {
+          if (!own_vector[k]) continue;
+          Vector<float, V> total = result_vector<scalar_t>(scope_sum, i, k);
+          DK_UNROLL
+          for (int v = 0; v < V; ++v) {
+            const int j = k * (V / 2) + v / 2;
+            total.v[v] += lower_sums[(4 * j + 2 * i + v % 2) * kWarpSize];
+          }
+          store<V>(to + c[k], total);
         }
       }
     }
