@@ -1,13 +1,13 @@
-// The backward kernel on tensor cores: depthwise, channels_last, without data_offset, K = 3, S = 3
-// or
-// 4. Like backward_kernel, by input pixels q; of a tap t, which feeds output pixel p, with
-// x = input[q], g = grad_output[p]:
+// The backward kernel on tensor cores: depthwise, channels_last, in 16 bits, without data_offset,
+// K = 3, S = 3 or 4, stride and dilation 1. Like backward_kernel, by input pixels q; of a tap t,
+// which feeds output pixel p, with x = input[q] and g = grad_output[p]:
 //
-//   weight[q, c]       = sum over cells of coef[q, cell] * scope[c, cell],  grad_input[q] += g *
-//   weight grad_coef[q, cell] = sum over channels of (g * x)[q, c] * scope[c, cell]
-//   grad_scope[cell, c] += sum over pixels of coef[q, cell] * (g * x)[q, c]
+//   weight[q, c]        = sum over cells of coef[q, cell] * scope[c, cell]
+//   grad_input[q]      += g * weight[q]
+//   grad_coef[q, cell]  = sum over channels of (g * x)[q, c] * scope[c, cell]
+//   grad_scope[c, cell] = sum over pixels and taps of coef[q, cell] * (g * x)[q, c]
 //
-// are three products of matrices (matrix_taps.cuh). All are of bfloat16, which has float32's range.
+// Three are products of matrices (matrix_taps.cuh), of bfloat16, which has float32's range.
 #pragma once
 
 #include "backward.cuh"
@@ -76,9 +76,11 @@ struct CellMatrix {
   }
 };
 
+// The cell of a tap that feeds no pixel: of no row of the scope, nor of the one before.
+constexpr int kNotFed = -16;
+
 // The gradients of the four coefficients that a tap's pixel has, among those of all cells: thread q
 // has those of row q of the scope.
-constexpr int kNotFed = -16;  // the cell of such a tap: of no row of the scope, nor the one before
 DK_INLINE void store_cell_sums(Vector<float, 4>* to, int cell, int q, const float (&upper)[2],
                                const float (&lower)[2]) {
   const int row = q - cell / 4, column = cell % 4;

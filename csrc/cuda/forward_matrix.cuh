@@ -1,6 +1,5 @@
 // The forward kernel on tensor cores: depthwise, channels_last, without data_offset, K = 3, S = 3
-// or
-// 4. How it samples: matrix_taps.cuh.
+// or 4, stride and dilation 1. How it samples: matrix_taps.cuh.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +13,7 @@ namespace cuda {
 template <typename scalar_t>
 using forward_half_t =
     std::conditional_t<std::is_same_v<scalar_t, c10::BFloat16>, c10::BFloat16, c10::Half>;
+
 template <typename scalar_t, int S>
 __global__ void __launch_bounds__(kMatrixThreads, kForwardBlocks)
     forward_matrix_kernel(const ForwardArgs<scalar_t> a) {

@@ -5,15 +5,14 @@
 //   weight[pixel, channel] = sum over cells of coef[pixel, cell] * scope[channel, cell]
 //
 // are one product of matrices, of the inner size that tensor cores have: a scope of up to 4x4 has
-// 16 cells. Tensor cores multiply numbers of 16 bits. More precise ones are split into parts, x =
-// part 0
-// + part 1 + ..., each what the ones before leave of x; of the products of parts, those count that
-// are not below the last part. Sums are float32.
+// 16 cells. Tensor cores multiply numbers of 16 bits. More precise ones are split into two parts,
+// the rounded number and what that leaves of it; of the products of parts, that of the second ones
+// does not count. Sums are float32.
 //
-// A warp takes 16 pixels at a time, and of each, 8 vectors of channels. Thread (g, q) of mma.cuh
-// has pixels g and g + 8, and of both, vectors q and 4 + q. So the columns of the products are not
-// channels in their order, nor are the 16 inner ones cells: thread q has two at 2q and two at 2q +
-// 8, the four columns of row q of the scope.
+// A warp takes 16 pixels at a time, 8 of a row and those below, and of each, 8 vectors of channels.
+// Thread (g, q) of mma.cuh has pixels g and g + 8, and of both, vectors q and 4 + q. So the columns
+// of the products are not channels in their order, nor are the 16 inner ones cells: thread q has
+// two at 2q and two at 2q + 8, the four columns of row q of the scope.
 #pragma once
 
 #include "mma.cuh"
@@ -50,7 +49,8 @@ constexpr int kParts = std::is_same_v<scalar_t, half_t> ? 1 : 2;
 // Of coefficients.
 constexpr int kCoefParts = 2;
 
-// d += a * b of parts, up to part `kLast`; the small ones first, which lose less so.
+// d += a * b of parts whose numbers are `kLast` together, at most; the small ones first: so they
+// lose less.
 template <typename half_t, int kLast, int A, int B>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[A][4],
                                          const uint32_t (&b)[B][2]) {
