@@ -43,7 +43,7 @@ def check(tmp_path):
 def test_all_passes(check):
     result, summary, rows = check()
     assert result.returncode == 0, result.stdout
-    assert len(rows) == 12 and all("| passed |" in row for row in rows)
+    assert len(rows) == 15 and all("| passed |" in row for row in rows)
     assert "python tools/benchmark_ops.py --device cuda" in summary  # what it printed
     assert "nvidia-smi --query-gpu=name" in summary
     ours = "--kernel-name kernel_substring=dk4cuda "
@@ -62,7 +62,7 @@ def test_a_stage_that_fails_does_not_stop_the_others(check):
     assert [row for row in rows if "| passed |" not in row] == [
         "| no race in shared memory (compute-sanitizer) | **failed**: racecheck.log | 0 |"
     ]
-    assert len(rows) == 12
+    assert len(rows) == 15
 
 
 def test_what_is_left_out_is_said(check):

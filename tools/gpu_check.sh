@@ -84,9 +84,14 @@ for tool in memcheck initcheck racecheck synccheck; do
   fi
 done
 wait
-alone benchmark 150 "as accurate and as fast as measured below" \
-  "$python" tools/benchmark_ops.py --device cuda --quick --dtype bfloat16 \
-  --json "$out/benchmark_ops.json" --plot "$out/benchmark_ops.png"
+for options in "--dtype bfloat16" "--dtype float32" "--dense --dtype bfloat16" "--dense --dtype float32"; do
+  name="benchmark ${options//--/}"
+  name=${name/dtype /} name=${name// /_}
+  # shellcheck disable=SC2086  # options are several words
+  alone "$name" 150 "as accurate and as fast as measured below, $options" \
+    "$python" tools/benchmark_ops.py --device cuda --quick $options \
+    --json "$out/$name.json" --plot "$out/$name.png"
+done
 
 {
   printf '# What a GPU says of the CUDA kernels\n\n```\n'
@@ -94,7 +99,7 @@ alone benchmark 150 "as accurate and as fast as measured below" \
   printf '```\n\n| claim | result | seconds |\n|---|---|---|\n'
   for name in "${names[@]}"; do cat "$out/$name.row"; done
   printf '\n```\n'
-  cat "$out/benchmark.log"
+  for name in "${names[@]}"; do [[ $name != benchmark* ]] || cat "$out/$name.log"; done
   printf '```\n'
 } > "$out/summary.md"
 cat "$out/summary.md"
