@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -102,7 +103,7 @@ struct Fiber : Context {
   dim3 index;
   int tag = 0;            // of the warp barrier it waits at
   unsigned exchanges = 0, block_barriers = 0, warp_barriers = 0;
-  std::vector<Copy> copies;
+  std::deque<Copy> copies;
   const char* error = nullptr;
 };
 
@@ -313,7 +314,15 @@ void refuse(const char* what) {
   std::abort();
 }
 
-std::vector<Copy>& copies() { return block.current->copies; }
+void remember(const Copy& copy) { block.current->copies.push_back(copy); }
+
+bool recall(Copy* copy) {
+  auto& copies = block.current->copies;
+  if (copies.empty()) return false;
+  *copy = copies.front();
+  copies.pop_front();
+  return true;
+}
 
 void block_barrier() {
   char* barrier = block.barrier(0, block.current->block_barriers++);

@@ -66,7 +66,8 @@ struct Copy {
   void* to;
   unsigned char bytes[16];
 };
-std::vector<Copy>& copies();
+void remember(const Copy& copy);
+bool recall(Copy* copy);  // the oldest that is remembered, if there is one
 
 }  // namespace emulated
 
@@ -161,14 +162,12 @@ inline void copy_async(void* shared, const void* global, bool reads) {
   emulated::Copy copy{shared, {}};
   if (reads) std::memcpy(copy.bytes, global, sizeof(copy.bytes));
   std::memset(shared, 0xff, sizeof(copy.bytes));
-  emulated::copies().push_back(copy);
+  emulated::remember(copy);
 }
 
 inline void wait_for_copies() {
-  for (const emulated::Copy& copy : emulated::copies()) {
-    std::memcpy(copy.to, copy.bytes, sizeof(copy.bytes));
-  }
-  emulated::copies().clear();
+  emulated::Copy copy;
+  while (emulated::recall(&copy)) std::memcpy(copy.to, copy.bytes, sizeof(copy.bytes));
 }
 
 }  // namespace cuda
