@@ -25,6 +25,7 @@ from fragments import check_copy, check_product, check_transpose
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
+F32 = torch.float32
 OFFSETS = {
     "kernel": {"kernel_offset": True, "data_offset": False},
     "data": {"kernel_offset": False, "data_offset": True, "scope": (3, 3)},
@@ -87,7 +88,7 @@ class TestEveryOrder:
         case = Case(channels=24, bias=False, **OFFSETS[which])
         check(case, dtype, layout)
 
-    @pytest.mark.parametrize("dtype", MATRIX_SUMMANDS, ids=lambda d: str(d)[6:])
+    @pytest.mark.parametrize("dtype", [F32, *MATRIX_SUMMANDS], ids=lambda d: str(d)[6:])
     @pytest.mark.parametrize(
         "case",
         [
@@ -101,8 +102,11 @@ class TestEveryOrder:
         ids=str,
     )
     def test_tensor_cores(self, case, dtype, monkeypatch):
-        """Images that end within a tile, or with it; blocks of several tiles, or one each."""
-        assert case.on_tensor_cores(dtype)
+        """Images that end within a tile, or with it; blocks of several tiles, or one each.
+
+        Of float32, forward.
+        """
+        assert case.on_tensor_cores(torch.bfloat16)
         for processors in "1", "20":
             monkeypatch.setenv("DK_EMULATED_PROCESSORS", processors)
             check(case, dtype, torch.channels_last)

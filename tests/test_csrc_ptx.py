@@ -33,7 +33,8 @@ class Plan:
     Attributes:
         processors: of the device. Few: a block has several tiles of pixels and of channels. Many:
             one each, and the weight's gradient has many summands.
-        offsets: "knots" are on cells and pixels; of a number, two are that.
+        offsets: "knots" are on cells and pixels; all parts of "fine" ones' coefficients count; of a
+            number, two are that.
     """
 
     case: Case
@@ -58,6 +59,8 @@ class Plan:
                 continue
             if self.offsets == "knots":
                 tensors[name] = (tensors[name] * 2).round() / 2  # a scope of 4 rests between cells
+            elif self.offsets == "fine":
+                tensors[name] += torch.rand_like(tensors[name]) / 64
             else:
                 tensors[name][0, 5, 2, 3] = tensors[name][1, 8, 0, 0] = float(self.offsets)
         return tensors
@@ -274,10 +277,8 @@ def products_to_lose(entry) -> dict[int, Instruction]:
     ],
 )
 def test_a_lost_product_is_seen(name, case, ptx, monkeypatch):
-    plan = Plan(case, processors=1)
+    plan = Plan(case, processors=1, offsets="fine")
     tensors = plan.tensors(torch.float32)
-    offset = tensors["kernel_offset"]
-    offset += torch.rand_like(offset) / 64  # all parts of a coefficient are to count
     expected = plugin.call("dk_detectron", double(tensors), case)
     entry = ptx.entry(name)
     for number, left in products_to_lose(entry).items():
@@ -289,10 +290,9 @@ def test_a_lost_product_is_seen(name, case, ptx, monkeypatch):
 
 def test_every_product_of_backward_counts(ptx, monkeypatch):
     """Of float16, in which the loss of a part's product is smaller than the tolerance."""
-    plan = Plan(Case(batch=1, channels=128, size=(9, 8)), processors=1)  # every product has some
+    case = Case(batch=1, channels=128, size=(9, 8))  # every product has some channels
+    plan = Plan(case, processors=1, offsets="fine")
     tensors = plan.tensors(torch.float16)
-    offset = tensors["kernel_offset"]
-    offset += torch.rand_like(offset) / 64  # all parts of a coefficient are to count
     entry = ptx.entry("backward_matrix_kernel<half,4>")
     with settings(plan, monkeypatch):
         whole, _ = ptx.call(tensors, plan.case)

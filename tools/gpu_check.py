@@ -148,7 +148,7 @@ def check_compiled():
     """Layers of every kind compile whole, once for all sizes of images, and compute the same."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    depthwise = [make(16, 16, 3, padding=1, groups=16) for make in KINDS.values()]
+    depthwise = [layer(16, 16, 3, padding=1, groups=16) for layer in KINDS.values()]
     layers = nn.Sequential(*depthwise, KINDS["local"](16, 24, 3, padding=1)).cuda()
     for parameter in layers.parameters():  # generators start at zero
         nn.init.normal_(parameter, std=0.1)

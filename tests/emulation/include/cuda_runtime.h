@@ -11,7 +11,6 @@
 #include <functional>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #define __global__
 #define __host__
