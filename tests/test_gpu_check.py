@@ -43,16 +43,17 @@ def check(tmp_path):
 def test_all_passes(check):
     result, summary, rows = check()
     assert result.returncode == 0, result.stdout
-    assert len(rows) == 15 and all("| passed |" in row for row in rows)
+    assert len(rows) == 16 and all("| passed |" in row for row in rows)
     assert "python tools/benchmark_ops.py --device cuda" in summary  # what it printed
     assert "nvidia-smi --query-gpu=name" in summary
     ours = "--kernel-name kernel_substring=dk4cuda "
-    for tool, only, what in (
+    for name, only, what in (
         ("memcheck", "", "short"), ("initcheck", "", "unwritten"),
-        ("racecheck", ours, "short"), ("synccheck", ours, "short"),
+        ("racecheck", ours, "unwritten"), ("racecheck_dense", ours, "short"),
+        ("synccheck", ours, "short"),
     ):  # fmt: skip
-        log = (Path(result.stdout.split("please send ")[1]).parent / f"{tool}.log").read_text()
-        assert f"--tool {tool} --error-exitcode 9 {only}/" in log
+        log = (Path(result.stdout.split("please send ")[1]).parent / f"{name}.log").read_text()
+        assert f"--tool {name.removesuffix('_dense')} --error-exitcode 9 {only}/" in log
         assert log.rstrip().endswith(f"tools/gpu_check.py {what}")
 
 
@@ -60,12 +61,13 @@ def test_a_stage_that_fails_does_not_stop_the_others(check):
     result, _, rows = check(broken="--tool racecheck")
     assert result.returncode == 1 and "failed after" in result.stdout
     assert [row for row in rows if "| passed |" not in row] == [
-        "| no race in shared memory (compute-sanitizer) | **failed**: racecheck.log | 0 |"
+        f"| no race in shared memory, {kind} (compute-sanitizer) | **failed**: {name}.log | 0 |"
+        for kind, name in (("depthwise", "racecheck"), ("dense", "racecheck_dense"))
     ]
-    assert len(rows) == 15
+    assert len(rows) == 16
 
 
 def test_what_is_left_out_is_said(check):
     result, _, rows = check(sanitizer=False)
     assert result.returncode == 0
-    assert sum("| not installed |" in row for row in rows) == 4
+    assert sum("| not installed |" in row for row in rows) == 5
