@@ -62,30 +62,29 @@ beside graph 300 "runs on any stream, and captured in a CUDA graph" "$python" to
 beside large 300 "tensors of more than 2^31 elements" "$python" tools/gpu_check.py large
 beside compiled 300 "layers of every kind compile whole, once for all sizes of images" \
   "$python" tools/gpu_check.py compiled
-declare -A found=(
-  [memcheck]="no access out of bounds or misaligned" [initcheck]="nothing unwritten is read, depthwise"
-  [racecheck]="no race in shared memory, depthwise"
-  [racecheck_dense]="no race in shared memory, dense" [synccheck]="no barrier that some threads miss"
-)
-# Of our kernels alone, by their mangled names: in those of cuBLAS racecheck reports races, since it does
-# not see the barriers of asynchronous copies; nor does initcheck see what these write.
-ours="--kernel-name kernel_substring=dk4cuda"
-declare -A filter=([racecheck]=$ours [racecheck_dense]=$ours [synccheck]=$ours)
-# racecheck twice: on an H200 it dies itself, in the kernels of dense convolutions.
-declare -A check=([initcheck]=unwritten [racecheck]=unwritten)
-for name in memcheck initcheck racecheck racecheck_dense synccheck; do
+sanitize() { # name, tool, claim, check, options...
+  local name=$1 tool=$2 claim="$3 (compute-sanitizer)" check=$4
+  shift 4
   if command -v compute-sanitizer > /dev/null; then
     # The caching allocator would hide accesses between tensors, and what was never written.
-    # shellcheck disable=SC2086  # the filter is two words, or none
-    beside "$name" 300 "${found[$name]} (compute-sanitizer)" \
-      env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "${name%_dense}" \
-      --error-exitcode 9 ${filter[$name]-} "$python" tools/gpu_check.py "${check[$name]-short}"
+    beside "$name" 300 "$claim" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+      --error-exitcode 9 "$@" "$python" tools/gpu_check.py "$check"
   else
     echo "=== $name: left out, compute-sanitizer is not installed"
     names+=("$name")
-    echo "| ${found[$name]} (compute-sanitizer) | not installed | 0 |" > "$out/$name.row"
+    echo "| $claim | not installed | 0 |" > "$out/$name.row"
   fi
-done
+}
+
+# Of our kernels alone, by their mangled names: in those of cuBLAS racecheck reports races, since it does
+# not see the barriers of asynchronous copies; nor does initcheck see what these write.
+ours=(--kernel-name kernel_substring=dk4cuda)
+sanitize memcheck memcheck "no access out of bounds or misaligned" short
+sanitize initcheck initcheck "nothing unwritten is read, depthwise" unwritten
+# Two rows: on an H200 racecheck itself dies in the kernels of dense convolutions.
+sanitize racecheck racecheck "no race in shared memory, depthwise" unwritten "${ours[@]}"
+sanitize racecheck_dense racecheck "no race in shared memory, dense" short "${ours[@]}"
+sanitize synccheck synccheck "no barrier that some threads miss" short "${ours[@]}"
 wait
 for options in "--dtype bfloat16" "--dtype float32" "--dense --dtype bfloat16" "--dense --dtype float32"; do
   name="benchmark ${options//--/}"
