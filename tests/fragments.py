@@ -73,6 +73,18 @@ def check_transpose(run: Callable):
     np.testing.assert_array_equal(columns, _packed(matrices.transpose(0, 2, 1), _rows_places()))
 
 
+def check_sum(run: Callable):
+    """Of whole numbers: exact in any order."""
+    generator = np.random.default_rng(0)
+    vectors = generator.integers(-8, 9, (WARPS * 32, 4)).astype(np.float32)
+    to = generator.integers(0, 5, (WARPS * 32, 1)).astype(np.uint32)
+    sums = np.ones_like(vectors)
+    expected = sums.copy()
+    np.add.at(expected, to[:, 0], vectors)
+    run("sum", vectors.view(np.uint32), to, sums)
+    np.testing.assert_array_equal(sums, expected)
+
+
 def check_copy(run: Callable):
     generator = np.random.default_rng(0)
     shape = (WARPS * 32, 4)

@@ -21,7 +21,7 @@ from conftest import (
 )
 from emulation import plugin
 from emulation.plugin import call
-from fragments import check_copy, check_product, check_transpose
+from fragments import check_copy, check_product, check_sum, check_transpose
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -285,6 +285,12 @@ def test_tensor_cores_want_the_whole_warp(name, run_product):
     registers = np.zeros((3, 64, 4), np.uint32)
     with pytest.raises(RuntimeError, match="16 at a warp barrier, 48 have returned"):
         run_product(f"{name}_of_half_a_warp", *registers)
+
+
+@pytest.mark.parametrize("order", plugin.ORDERS)
+def test_sums_of_vectors(order, run_product):
+    with plugin.order(order):
+        check_sum(run_product)
 
 
 @pytest.mark.parametrize("order", plugin.ORDERS)

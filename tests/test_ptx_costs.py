@@ -95,6 +95,11 @@ def test_accesses_of_a_pixel_in_backward(device):
             assert cost.pieces == cost.fewest, line
 
 
+def test_the_input_gradient_is_added_by_whole_vectors(device):
+    code = device.entry("backward_data_kernel<float,4,3,4,1>").code
+    assert {i.opcode for i in code if i.parts[0] in ("atom", "red")} == {"red.global.add.v4.f32"}
+
+
 def use_of(kernel: str) -> dict[str, int]:
     """Of registers, and bytes spilled."""
     source = f"{kernel.split('_')[0]}_{re.split('[<,]', kernel)[1]}.cu"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fragments import check_copy, check_product, check_transpose
+from fragments import check_copy, check_product, check_sum, check_transpose
 from ptx import build, machine
 from ptx.counts import Cost, Counts
 from ptx.memory import UNWRITTEN, WRITTEN, Fault, Memory, Shadow
@@ -145,6 +145,28 @@ def test_tensor_cores_want_the_whole_warp(name, place, products):
     with pytest.raises(Fault, match=r"by part of a warp \(32 threads\)") as fault:
         run_product(products[name], *np.zeros((3, 64, 4), np.uint32))
     (line,) = lines_of_fault(place, PRODUCTS)
+    assert line in str(fault.value)
+
+
+def test_sums_of_vectors(products):
+    """As one instruction."""
+    (instruction,) = (i for i in products["sum"].code if i.parts[0] in ("atom", "red"))
+    assert instruction.opcode == "red.global.add.v4.f32"
+    check_sum(lambda name, *registers: run_product(products[name], *registers))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("beyond", r"global memory at 1536: 16 bytes out of bounds \(1 threads\)"),
+        ("misaligned", r"global memory at 1028: not aligned to 16 bytes \(24 threads\)"),
+        ("read_at_once", "race: thread 0 touches what thread 1 has read"),
+    ],
+)
+def test_fault_of_a_sum_is_seen_at_its_line(name, message, products):
+    with pytest.raises(Fault, match=message) as fault:
+        run_product(products[f"sum_{name}"], *np.zeros((3, 32, 4), np.uint32))
+    (line,) = lines_of_fault(f"sum_{name}", PRODUCTS)
     assert line in str(fault.value)
 
 

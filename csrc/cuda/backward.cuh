@@ -299,9 +299,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int k = 0; k < 4; ++k) {
               grad_coef[k] = dot(gw, x[k]);
               if (!a.grad_input_sum || data_coef.v[k] == T(0)) continue;
-              T* to = a.grad_input_sum + from + pixel_steps[k];
-              DK_UNROLL
-              for (int v = 0; v < V; ++v) atomicAdd(to + v, data_coef.v[k] * gw.v[v]);
+              atomic_add(a.grad_input_sum + from + pixel_steps[k], scaled(data_coef.v[k], gw));
             }
           }
           // All threads of the pixel have read its coefficients: their gradient takes the place.

@@ -285,15 +285,15 @@ __global__ void __launch_bounds__(kThreads)
   store<V>(to, sum);
 }
 
-// One thread per tap of an output pixel and channel.
-template <typename scalar_t>
+// One thread per tap of an output pixel and vector of channels.
+template <typename scalar_t, int V>
 __global__ void __launch_bounds__(kThreads)
     scatter_taps_kernel(const ColumnsBackwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   const Sizes<0, 0> size(p);
   const int channels = static_cast<int>(p.channels);
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t element = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   if (element >= a.count * size.taps() * channels) return;
   int64_t n;
   int t;
@@ -303,9 +303,10 @@ __global__ void __launch_bounds__(kThreads)
   const Steps steps(p.in_h, p.in_w, channels);
   T* to = a.grad_input + ((n * p.in_h + sample.h.cell) * p.in_w + sample.w.cell) * channels +
           element % channels;
+  const Vector<T, V> grad = load<V>(a.grad_taps + element);
   DK_UNROLL
   for (int k = 0; k < 4; ++k) {
-    if (coef.v[k] != T(0)) atomicAdd(to + steps[k], coef.v[k] * a.grad_taps[element]);
+    if (coef.v[k] != T(0)) atomic_add(to + steps[k], scaled(coef.v[k], grad));
   }
 }
 
@@ -432,8 +433,12 @@ void launch_add_taps(const ColumnsBackwardArgs<scalar_t>& a, int64_t begin, int6
 
 template <typename scalar_t>
 void launch_scatter_taps(const ColumnsBackwardArgs<scalar_t>& a, cudaStream_t stream) {
-  const int64_t elements = a.count * a.params.taps() * a.params.channels;
-  launch(scatter_taps_kernel<scalar_t>, blocks_of(elements), kThreads, 0, stream, a);
+  const ConvParams& p = a.params;
+  dispatch_vector<opmath_t<scalar_t>>(p, [&](auto v) {
+    constexpr int V = decltype(v)::value;
+    launch(scatter_taps_kernel<scalar_t, V>, blocks_of(a.count * p.taps() * (p.channels / V)),
+           kThreads, 0, stream, a);
+  });
 }
 
 template <typename scalar_t>

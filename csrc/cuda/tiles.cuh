@@ -57,6 +57,14 @@ DK_INLINE void add_scaled(Vector<T, V>& sum, T factor, const Vector<T, V>& x) {
 }
 
 template <typename T, int V>
+DK_INLINE Vector<T, V> scaled(T factor, const Vector<T, V>& x) {
+  Vector<T, V> y;
+  DK_UNROLL
+  for (int v = 0; v < V; ++v) y.v[v] = factor * x.v[v];
+  return y;
+}
+
+template <typename T, int V>
 DK_INLINE Vector<T, V> product(const Vector<T, V>& a, const Vector<T, V>& b) {
   Vector<T, V> x;
   DK_UNROLL
@@ -70,6 +78,23 @@ DK_INLINE T dot(const Vector<T, V>& a, const Vector<T, V>& b) {
   DK_UNROLL
   for (int v = 1; v < V; ++v) sum += a.v[v] * b.v[v];
   return sum;
+}
+
+// to[v] += x[v], atomically each. `to` is aligned to a vector: since compute capability 9.0, one of
+// four floats is one instruction.
+template <typename T, int V>
+__device__ __forceinline__ void atomic_add(T* to, const Vector<T, V>& x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (std::is_same_v<T, float> && V == 4) {
+    asm volatile(
+        "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+        "f"(x.v[0]), "f"(x.v[1]), "f"(x.v[2]), "f"(x.v[3])
+        : "memory");
+    return;
+  }
+#endif
+  DK_UNROLL
+  for (int v = 0; v < V; ++v) atomicAdd(to + v, x.v[v]);
 }
 
 // ---- sizes --------------------------------------------------------------------------------------

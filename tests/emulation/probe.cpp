@@ -27,6 +27,7 @@ extern "C" const char* dk_emulated_product(const char* name, unsigned threads, c
       {"product_half", product_half},
       {"product_bfloat16", product_bfloat16},
       {"transpose", transpose},
+      {"sum", sum},
       {"product_of_half_a_warp", product_of_half_a_warp},
       {"transpose_of_half_a_warp", transpose_of_half_a_warp},
       {"copy", copy},

@@ -21,8 +21,8 @@ _TRANSPOSE = "movmatrix.sync.aligned.m8n8.trans.b16"
 
 
 def _names(operand: str) -> list[str]:
-    """Of a register, or of a vector of them in braces."""
-    return re.findall(r"[%\w]+", operand)
+    """Of a register, or of a vector of them in braces; numbers as they are written."""
+    return re.findall(r"[%\w-]+", operand)
 
 
 class Decoder:
@@ -212,8 +212,7 @@ class Decoder:
         return transfer
 
     def _stored(self, view, values: str, dtype):
-        texts = re.findall(r"[%\w-]+", values)
-        sources = [self.registers.broadcast(text, dtype) for text in texts]
+        sources = [self.registers.broadcast(name, dtype) for name in _names(values)]
 
         def transfer(index, active, mask):
             for i, source in enumerate(sources):
@@ -221,12 +220,13 @@ class Decoder:
 
         return transfer
 
-    def _added(self, view, value: str, target: str, dtype):
-        source = self.registers.broadcast(value, dtype)
+    def _added(self, view, values: str, target: str, dtype):
+        sources = [self.registers.broadcast(name, dtype) for name in _names(values)]
         before = self._loaded(view, target, dtype)
 
         def transfer(index, active, mask):
             before(index, active, mask)
-            np.add.at(view, index, source[active])
+            for i, source in enumerate(sources):
+                np.add.at(view, index + i, source[active])
 
         return transfer

@@ -1,6 +1,6 @@
-// For tests of what csrc/cuda/mma.cuh has, as PTX and emulated: each thread reads its registers
-// from the arguments, and writes its results there. Faults are at the lines marked so: half a warp
-// at a product, and what copies must not do.
+// For tests of what csrc/cuda/mma.cuh has, and of sums of vectors, as PTX and emulated: each thread
+// reads its registers from the arguments, and writes its results there. Faults are at the lines
+// marked so: half a warp at a product, and what copies and sums must not do.
 #include "cuda/mma.cuh"
 
 #ifdef __CUDACC__
@@ -47,6 +47,34 @@ KERNEL transpose_of_half_a_warp(const uint32_t* rows, const uint32_t*, float* co
   const uint32_t column = dk::cuda::transposed(rows[thread()]);  // fault
   reinterpret_cast<uint32_t*>(columns)[thread()] = column;
 }
+
+namespace {
+__device__ dk::cuda::Vector<float, 4> vector_of(const uint32_t* words) {
+  return *reinterpret_cast<const dk::cuda::Vector<float, 4>*>(words + 4 * thread());
+}
+}  // namespace
+
+// Each thread adds its vector to that of the thread that `to` names.
+KERNEL sum(const uint32_t* vectors, const uint32_t* to, float* d) {
+  dk::cuda::atomic_add(d + 4 * to[thread()], vector_of(vectors));
+}
+
+#ifdef __CUDACC__
+KERNEL sum_beyond(const uint32_t* vectors, const uint32_t*, float* d) {
+  dk::cuda::atomic_add(d + 4 * (thread() + 1), vector_of(vectors));  // fault
+}
+
+KERNEL sum_misaligned(const uint32_t* vectors, const uint32_t*, float* d) {
+  dk::cuda::atomic_add(d + thread(), vector_of(vectors));  // fault
+}
+
+KERNEL sum_read_at_once(const uint32_t* vectors, const uint32_t*, float* d) {
+  const float other = d[4 * (thread() ^ 1) + 3];
+  auto x = vector_of(vectors);
+  x.v[0] += other;
+  dk::cuda::atomic_add(d + 4 * thread(), x);  // fault
+}
+#endif
 
 #ifndef DK_SHARED_MEMORY
 extern __shared__ __align__(16) unsigned char copied[];
