@@ -49,7 +49,12 @@ def _halves(generator, shape, name: str) -> tuple[np.ndarray, np.ndarray]:
     if name == "half":
         return x.astype(np.float16).view(np.uint16), x.astype(np.float16).astype(np.float64)
     bits = (x.view(np.uint32) >> 16).astype(np.uint16)
-    return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits, _wide(bits).astype(np.float64)
+
+
+def _wide(bits: np.ndarray) -> np.ndarray:
+    """Of bfloat16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def check_product(run: Callable, name: str):
@@ -71,6 +76,28 @@ def check_transpose(run: Callable):
     rows = _packed(matrices, _rows_places())
     run("transpose", rows, rows, columns)
     np.testing.assert_array_equal(columns, _packed(matrices.transpose(0, 2, 1), _rows_places()))
+
+
+def check_pairs(run: Callable, name: str):
+    """Products of pairs of numbers, and a summand: within one rounding."""
+    generator = np.random.default_rng(0)
+    (ab_bits, ab), (c_bits, c) = (_halves(generator, (WARPS * 32, n), name) for n in (4, 2))
+    out = np.zeros((WARPS * 32, 1), np.uint32)
+    run(f"sums_{name}", ab_bits.view("<u4"), c_bits.view("<u4"), out)
+    expected = ab[:, :2] * ab[:, 2:] + c
+    bits = out.view(np.uint16)
+    sums = bits.view(np.float16) if name == "half" else _wide(bits)
+    rounding = 2.0**-11 if name == "half" else 2.0**-8
+    np.testing.assert_allclose(sums.astype(np.float64), expected, rtol=rounding, atol=1e-5)
+
+
+def check_doubled(run: Callable):
+    pairs = np.random.default_rng(0).integers(0, 1 << 16, (WARPS * 32, 2)).astype(np.uint16)
+    out = np.zeros((WARPS * 32, 1), np.uint32)
+    run("doubled", pairs.view("<u4"), pairs.view("<u4"), out)
+    which = np.arange(WARPS * 32)[:, None] % 2
+    expected = np.take_along_axis(pairs, which, 1).repeat(2, 1)
+    np.testing.assert_array_equal(out.view(np.uint16), expected)
 
 
 def check_sum(run: Callable):

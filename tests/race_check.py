@@ -27,8 +27,14 @@ def cases():
             )  # fmt: skip
 
 
-def run(namespace: str, case: Case, layout: torch.memory_format, deterministic: bool):
-    tensors = case.tensors(torch.float32)
+def run(
+    namespace: str,
+    case: Case,
+    layout: torch.memory_format,
+    deterministic: bool,
+    dtype: torch.dtype = torch.float32,
+):
+    tensors = case.tensors(dtype)
     tensors["input"] = tensors["input"].contiguous(memory_format=layout)
     torch.use_deterministic_algorithms(deterministic)
     plugin.call(namespace, tensors, case)
@@ -44,6 +50,9 @@ def main(namespace: str):
             run(namespace, case, torch.contiguous_format, False)
         if case.data_offset:  # a gather instead of a scatter
             run(namespace, case, torch.channels_last, True)
+    # Dense, without columns in memory: two tiles of outputs, several of pixels and of channels.
+    case = Case(batch=1, channels=24, out_channels=72, groups=1, size=(6, 9))
+    run(namespace, case, torch.channels_last, False, torch.bfloat16)
     print("no races")
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    DENSE,
     MATRIX_SUMMANDS,
+    ODD,
     Case,
     assert_close,
     assert_close_to_exact,
@@ -21,7 +23,14 @@ from conftest import (
 )
 from emulation import plugin
 from emulation.plugin import call
-from fragments import check_copy, check_product, check_sum, check_transpose
+from fragments import (
+    check_copy,
+    check_doubled,
+    check_pairs,
+    check_product,
+    check_sum,
+    check_transpose,
+)
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -33,7 +42,6 @@ OFFSETS = {
     "neither": {"kernel_offset": False, "data_offset": False, "scope": (3, 3)},
 }
 every_offset = pytest.mark.parametrize("which", OFFSETS)
-ODD = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,6 +189,12 @@ class TestEveryOrder:
         check(Case(**sizes, **OFFSETS[which]), torch.float64, layout)
         check(Case(batch=3, **sizes, **{**ODD, **OFFSETS[which]}), torch.float64, layout)
 
+    @pytest.mark.parametrize("dtype", MATRIX_SUMMANDS, ids=lambda d: str(d)[6:])
+    @pytest.mark.parametrize("case", DENSE, ids=str)
+    def test_dense_on_tensor_cores(self, case, dtype):
+        assert case.in_registers(dtype)
+        check(case, dtype, torch.channels_last)
+
     @pytest.mark.parametrize("data", [False, True], ids=["kernel", "both"])
     @pytest.mark.parametrize(
         "kernel, scope", [((1, 1), (2, 2)), ((3, 3), (5, 5)), ((2, 3), (4, 7)), ((3, 3), (19, 23))]
@@ -195,6 +209,19 @@ class TestEveryOrder:
         tensors = case.tensors(torch.float32)
         shifted = torch.empty(tensors["input"].numel() + 1)[1:].view(2, 6, 7, 8).permute(0, 3, 1, 2)
         check(case, input=shifted.copy_(tensors["input"]))
+
+    @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=lambda d: str(d)[6:])
+    def test_misaligned_dense_storage(self, dtype):
+        """Only under AddressSanitizer does it show if the kernels read it as it is."""
+        case = DENSE[0]
+        tensors = case.tensors(dtype)
+        image, weight = (
+            torch.empty(tensors[name].numel() + 1, dtype=dtype)[1:] for name in ("input", "weight")
+        )
+        image = image.view(2, 6, 7, 8).permute(0, 3, 1, 2).copy_(tensors["input"])
+        weight = weight.view(8, 8, 4, 4).copy_(tensors["weight"])
+        check(case, dtype, torch.channels_last, input=image)
+        check(case, dtype, torch.channels_last, weight=weight)
 
     @every_offset
     def test_misaligned_weight(self, which):
@@ -278,6 +305,12 @@ def test_tensor_cores(order, run_product):
         check_product(run_product, "half")
         check_product(run_product, "bfloat16")
         check_transpose(run_product)
+
+
+def test_arithmetic_of_pairs(run_product):
+    check_pairs(run_product, "half")
+    check_pairs(run_product, "bfloat16")
+    check_doubled(run_product)
 
 
 @pytest.mark.parametrize("name", ["product", "transpose"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import Case, assert_close, assert_close_to_exact, double
+from conftest import DENSE, ODD, Case, assert_close_to_exact, double
 from emulation import plugin
 from ptx import build
 from ptx.device import Device
@@ -69,7 +69,7 @@ class Plan:
 def offset_plans(kernel: bool, data: bool) -> list[Plan]:
     """Every kernel for channels_last with these offsets."""
     which = {"kernel_offset": kernel, "data_offset": data}
-    odd = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), **which}
+    odd = ODD | which
     scope = (4, 2) if kernel else (2, 3)
     plans = [
         Plan(Case(channels=40, scope=(3, 3), **which)),
@@ -121,6 +121,7 @@ def all_plans() -> list[Plan]:
     """What reaches every kernel of one type."""
     plans = [plan for k in (False, True) for d in (False, True) for plan in offset_plans(k, d)]
     plans += matrix_plans()
+    plans += [Plan(case) for case in DENSE]
     for size in (3, 4, 5):
         case = Case(channels=35, scope=(size, size), padding=(size - 3, 1), clip=size < 5)
         plans.append(Plan(case, "contiguous"))
@@ -134,6 +135,7 @@ def all_plans() -> list[Plan]:
         plans.append(Plan(Case(channels=8), offsets=offsets))
         plans.append(Plan(Case(channels=8, stride=(2, 1)), offsets=offsets))
         plans.append(Plan(Case(channels=8), "contiguous", offsets=offsets))
+        plans.append(Plan(DENSE[0], offsets=offsets))
         for deterministic in (False, True):
             for groups in (8, 2):
                 case = Case(channels=8, groups=groups, data_offset=True)
@@ -177,15 +179,14 @@ def test_results(plan, dtype, ptx, monkeypatch):
         actual, launches = ptx.call(tensors, plan.case)
     names = " ".join(launch.name for launch in launches)
     assert ("backward_matrix_kernel" in names) == plan.case.on_tensor_cores(dtype)
+    assert ("dense_matrix_kernel" in names) == plan.case.in_registers(dtype)
     if plan.offsets == "nan":
         # Which pixels a NaN location smears its gradient over is nobody's promise, nor over which
         # cells of a dense weight what it has read.
         for gradients in actual, expected:
             del gradients["grad_input"]
-            if plan.case.groups == 2:
+            if not plan.case.depthwise:
                 del gradients["grad_weight"]
-    if plan.case.groups not in (None, plan.case.channels) and dtype.itemsize == 2:
-        return assert_close(actual, expected, summands=dtype)
     assert_close_to_exact(actual, expected, plan.case)
 
 
@@ -201,7 +202,7 @@ def test_no_entry_is_forgotten(ptx, monkeypatch):
 # ---- faults in the real kernels -----------------------------------------------------------------
 
 NOTHING = Instruction("mov.pred", ("%nothing", "0"))
-RACE = r"^(forward|backward|columns|tiles|matrix|mma)\w*\.cuh:\d+.* race: "
+RACE = r"^(forward|backward|columns|dense|tiles|matrix|mma)\w*\.cuh:\d+.* race: "
 # On one processor, a block of the backward kernels has all tiles of channels, and there are more
 # tiles of pixels than blocks.
 SEVERAL_TILES = {"channels": 68, "size": (12, 11)}
@@ -233,6 +234,7 @@ def changed(entry, number: int, instruction: Instruction, monkeypatch):
             "columns_backward_kernel<float,4,1,1>",
             {"channels": 64, "groups": 2, "data_offset": True},
         ),
+        ("dense_matrix_kernel<bfloat16,1>", {"channels": 24, "groups": 1}),
     ],
 )
 def test_every_barrier_is_missed(name, options, ptx, monkeypatch):
@@ -288,12 +290,19 @@ def test_a_lost_product_is_seen(name, case, ptx, monkeypatch):
             assert_close_to_exact(actual, expected, case)
 
 
-def test_every_product_of_backward_counts(ptx, monkeypatch):
-    """Of float16, in which the loss of a part's product is smaller than the tolerance."""
-    case = Case(batch=1, channels=128, size=(9, 8))  # every product has some channels
+@pytest.mark.parametrize(
+    "name, case",
+    [
+        # Every product has some channels, or outputs.
+        ("backward_matrix_kernel<half,4>", Case(batch=1, channels=128, size=(9, 8))),
+        ("dense_matrix_kernel<half,1>", Case(batch=1, channels=64, groups=1, size=(9, 8))),
+    ],
+)
+def test_every_product_of_float16_counts(name, case, ptx, monkeypatch):
+    """Where the loss of one is smaller than the tolerance."""
     plan = Plan(case, processors=1, offsets="fine")
     tensors = plan.tensors(torch.float16)
-    entry = ptx.entry("backward_matrix_kernel<half,4>")
+    entry = ptx.entry(name)
     with settings(plan, monkeypatch):
         whole, _ = ptx.call(tensors, plan.case)
     for number, left in products_to_lose(entry).items():

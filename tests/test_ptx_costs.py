@@ -256,6 +256,61 @@ def test_images_and_coefficients_without_bank_conflicts(kernel, matrix_launches)
             assert cost.pieces == cost.fewest, line
 
 
+# ---- the kernel that makes columns in registers ------------------------------------------------
+
+DENSE_CASE = Case(batch=1, channels=16, out_channels=64, groups=1, size=(16, 16), bias=False)
+DENSE_KERNEL = "dense_matrix_kernel<bfloat16,1>"
+CHANNELS_OF_WARPS = 16 * 16 // 32 * 16  # a warp takes 32 pixels and 64 outputs
+
+
+@pytest.fixture(scope="module")
+def dense_launch() -> tuple[Device, Launch]:
+    device = Device([build.ROOT / "csrc" / "cuda" / "dense_bfloat16.cu"])
+
+    def chosen(launch):
+        return range(launch.grid if launch.name == DENSE_KERNEL else 0)
+
+    torch.manual_seed(0)
+    tensors = DENSE_CASE.tensors(torch.bfloat16)
+    tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+    _, launches = device.call(tensors, DENSE_CASE, only=chosen, counting=True, races=False)
+    (launch,) = (launch for launch in launches if chosen(launch))
+    return device, launch
+
+
+def test_dense_registers(dense_launch):
+    """Three blocks at once."""
+    use, launch = use_of(DENSE_KERNEL), dense_launch[1]
+    assert use["registers"] <= 168 and use["spilled"] <= 96
+    assert occupancy(use["registers"], launch.block, launch.shared_bytes) == 3 * 4 / 64
+
+
+def test_instructions_of_a_dense_channel(dense_launch):
+    """Pixels that taps of several rows read are loaded once; nothing else is done for a channel."""
+    device, launch = dense_launch
+    entry = device.entry(DENSE_KERNEL)
+    counted = dict.fromkeys(("mma", "fma"), 0)
+    for number, warps in launch.counts.warps.items():
+        name = entry.code[number].parts[0]
+        if name == "mma" or entry.code[number].opcode == "fma.rn.bf16x2":
+            counted[name] += warps
+    assert counted == {"mma": 16 * CHANNELS_OF_WARPS, "fma": 4 * 9 * 2 * CHANNELS_OF_WARPS}
+    issue = sum(n * issued(entry.code[i]) for i, n in launch.counts.warps.items())
+    assert issue / CHANNELS_OF_WARPS < 300  # with what is done once for all channels
+
+
+def test_what_a_dense_channel_reads_of_shared_memory(dense_launch):
+    """Six rows of pixels, three at a time, for two channels; weights; without bank conflicts."""
+    device, launch = dense_launch
+    requests = {"ld.shared.u32": 0, "ld.shared.v2.u32": 0}
+    for (opcode, line), cost in launch.counts.by_line(device.entry(DENSE_KERNEL)).items():
+        if opcode in requests and cost.requests >= CHANNELS_OF_WARPS:
+            requests[opcode] += cost.requests
+            assert cost.pieces == cost.fewest, line
+    expected = {"ld.shared.u32": 6 * 3 / 2, "ld.shared.v2.u32": 8}
+    assert requests == {opcode: n * CHANNELS_OF_WARPS for opcode, n in expected.items()}
+
+
 # ---- the model ----------------------------------------------------------------------------------
 
 

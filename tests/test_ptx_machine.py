@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fragments import check_copy, check_product, check_sum, check_transpose
+from fragments import (
+    check_copy,
+    check_doubled,
+    check_pairs,
+    check_product,
+    check_sum,
+    check_transpose,
+)
 from ptx import build, machine
 from ptx.counts import Cost, Counts
 from ptx.memory import UNWRITTEN, WRITTEN, Fault, Memory, Shadow
@@ -246,24 +253,45 @@ def test_packing_of_numbers_of_16_bits(products):
         assert actual[1:] == [bits & 0xFFFFFFFF for bits in expected]
 
 
-def test_pairs_of_bfloat16(products):
-    """Products are torch's, -0 too; a * b + c is rounded once."""
-    a, b, c = torch.randn(3, 32, 2).bfloat16()
+def words_of(pairs: torch.Tensor) -> np.ndarray:
+    return pairs.view(torch.int32).numpy().view(np.uint32)
+
+
+def test_products_of_pairs(products):
+    """Of bfloat16: torch's, -0 too."""
+    a, b = torch.randn(2, 32, 2).bfloat16()
     nan, inf = float("nan"), float("inf")
     strange = [(0, -1), (-0.0, 1), (nan, 1), (inf, 0), (inf, -1), (3e38, 3e38), (1e-30, 1e-9)]
     strange += [(1e-20, 1e-20), (1e-20, 1.5e-20), (1e-30, 1e-30)]
     a[:5], b[:5] = torch.tensor(strange).bfloat16().reshape(5, 2, 2).unbind(2)
-    # Halfway between two, but for what float has no room for.
-    a[5], b[5], c[5] = torch.tensor([(129, 127), (3, 3), (-(2**-20), 2**-20)]).bfloat16()
-    words = [pairs.view(torch.int32).numpy().view(np.uint32) for pairs in (a, b, c)]
-    result = np.zeros((32, 2), np.uint32)
-    run_product(products["pairs"], np.hstack(words[:2]), words[2], result)
-    pairs = torch.from_numpy(result.view(np.uint16).view(np.int16)).view(torch.bfloat16)
-    product, total = pairs.split(2, 1)
+    result = np.zeros((32, 1), np.uint32)
+    run_product(products["pairs"], np.hstack([words_of(a), words_of(b)]), words_of(a), result)
+    product = torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
     expected = a * b
     torch.testing.assert_close(product, expected, rtol=0, atol=0, equal_nan=True)
     numbers = ~expected.isnan()
     assert product.signbit()[numbers].equal(expected.signbit()[numbers])
-    assert total[5].tolist() == [386, 382]
-    exact = a[6:].double() * b[6:].double() + c[6:].double()
-    torch.testing.assert_close(total[6:].double(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, factors, expected",
+    [
+        ("bfloat16", torch.bfloat16, [(129, 127), (3, 3)], [386, 382]),
+        ("half", torch.float16, [(683, 683), (3, 3)], [2050, 2048]),
+    ],
+)
+def test_sums_of_pairs(name, dtype, factors, expected, products):
+    """Rounded once, also halfway between two but for what float has no room for."""
+    check_pairs(lambda kernel, *registers: run_product(products[kernel], *registers), name)
+    a, b = (torch.tensor([numbers] * 32, dtype=dtype) for numbers in factors)
+    c = torch.tensor([(2**-14, -(2**-14))] * 32, dtype=dtype)
+    if name == "bfloat16":
+        c.mul_(2**-6).neg_()
+    result = np.zeros((32, 1), np.uint32)
+    factors = np.hstack([words_of(a), words_of(b)])
+    run_product(products[f"sums_{name}"], factors, words_of(c), result)
+    assert torch.from_numpy(result.view(np.int16)).view(dtype)[0].tolist() == expected
+
+
+def test_doubled(products):
+    check_doubled(lambda name, *registers: run_product(products[name], *registers))

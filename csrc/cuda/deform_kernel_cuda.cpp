@@ -15,6 +15,7 @@ using cuda::BackwardArgs;
 using cuda::ChannelTiles;
 using cuda::current_stream;
 using cuda::ForwardArgs;
+using cuda::is_aligned;
 using cuda::kHeldPixels;
 using cuda::kPixels;
 using cuda::kWarpSize;
@@ -43,9 +44,10 @@ ChannelTiles channel_tiles(int64_t channels, int vector) {
   return best;
 }
 
-// Vectors need every pixel, and the scope, to begin at a multiple of 16 bytes.
-bool is_aligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+// The input as the kernels read it; those of dense convolutions read vectors without asking.
+Tensor laid_out(const ConvParams& p, const Tensor& input, MemoryFormat format) {
+  const Tensor x = stable::contiguous(input, format);
+  return p.depthwise() || is_aligned(x) ? x : stable::clone(x);
 }
 
 // Whether the kernels on tensor cores take the call. Those multiply bfloat16 since compute
@@ -109,7 +111,7 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
     fill_with_bias(output, bias);
   } else if (output.numel() > 0) {
     check_sizes(p);
-    const Tensor x = stable::contiguous(input, format), w = stable::contiguous(weight);
+    const Tensor x = laid_out(p, input, format), w = stable::contiguous(weight);
     std::optional<Tensor> b;
     if (bias) b = stable::contiguous(*bias);
     DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d", [&] {
@@ -124,8 +126,8 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                               output.mutable_data_ptr<scalar_t>(),
                               {}};
       if (!p.depthwise()) {
-        return cuda::dense_forward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x,
-                                             weight, bias, output);
+        return cuda::dense_forward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x, w, b,
+                                             output);
       }
       const cudaStream_t stream = current_stream(input);
       if (nchw) return cuda::launch_forward_nchw(a, stream);
@@ -260,7 +262,7 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
     // The weight's gradient sums over pixels: only with channels next to each other can every
     // thread keep its own. Three conversions cost less than summing across threads, cell by cell.
     const auto format = MemoryFormat::ChannelsLast;
-    const Tensor x = stable::contiguous(input, format);
+    const Tensor x = laid_out(p, input, format);
     const Tensor grad = stable::contiguous(grad_output, format);
     const Tensor w = stable::contiguous(weight);
     DK_DISPATCH(input.scalar_type(), "deform_kernel_conv2d_backward", [&] {

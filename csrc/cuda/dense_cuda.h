@@ -3,6 +3,7 @@
 
 #include "../dense.h"
 #include "columns.h"
+#include "dense_matrix.h"
 #include "launch.cuh"
 
 namespace dk {
@@ -98,10 +99,55 @@ struct DenseBackend {
   }
 };
 
-// `input` and `output` are channels_last; the offsets' tensors are those that `a` reads.
+// Whether the kernel that makes columns in registers takes the call.
+template <typename scalar_t>
+bool has_dense_matrix_kernel(const ColumnsBackwardArgs<scalar_t>& a) {
+  const ConvParams& p = a.params;
+  // Small enough for 32 bits; of strides, so large that a window has no room.
+  constexpr int64_t most = 256, most_channels = int64_t(1) << 25;
+  return p.groups == 1 && a.kernel_offset.data && !a.data_offset.data && p.taps() <= kMatrixTaps &&
+         std::max(p.scope_h, p.scope_w) <= kScopeRows && p.channels % kDenseChannels == 0 &&
+         p.out_channels % kDenseChannels == 0 &&
+         std::max(p.channels, p.out_channels) <= most_channels &&
+         p.batch * std::max(p.in_h * p.in_w, p.out_h * p.out_w) < int64_t(1) << 31 &&
+         std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) <= most &&
+         DenseLayout(DenseWindow<false>(p).pixels()).bytes() <=
+             device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) &&
+         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
+}
+
+// In a scope of 4x4, zeros around a smaller one.
+inline Tensor padded_weight(const ConvParams& p, const Tensor& weight) {
+  if (p.scope_h == kScopeRows && p.scope_w == kScopeRows && is_aligned(weight)) return weight;
+  Tensor padded = stable::new_zeros(weight, {p.out_channels, p.channels, kScopeRows, kScopeRows});
+  Tensor rows = stable::narrow(padded, 2, 0, p.scope_h);
+  Tensor inner = stable::narrow(rows, 3, 0, p.scope_w);
+  stable::copy_(inner, weight);
+  return padded;
+}
+
+// `weight` and `bias` are contiguous.
+template <typename scalar_t>
+void dense_matrix_forward(const ColumnsBackwardArgs<scalar_t>& a, const Tensor& input,
+                          const Tensor& weight, const std::optional<Tensor>& bias,
+                          const Tensor& output) {
+  const Tensor padded = padded_weight(a.params, weight);
+  launch_dense_matrix<scalar_t>({a.params, a.input, padded.const_data_ptr<scalar_t>(),
+                                 bias ? bias->const_data_ptr<scalar_t>() : nullptr, a.kernel_offset,
+                                 output.mutable_data_ptr<scalar_t>()},
+                                current_stream(input));
+}
+
+// `input`, which is aligned, and `output` are channels_last, `weight` and `bias` contiguous; the
+// offsets' tensors are those that `a` reads.
 template <typename scalar_t>
 void dense_forward(const ColumnsBackwardArgs<scalar_t>& a, const Tensor& input,
                    const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& output) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (has_dense_matrix_kernel(a)) {
+      return dense_matrix_forward(a, input, weight, bias, output);
+    }
+  }
   DenseBackend<scalar_t> backend(a, input);
   dense::forward(a.params, backend, weight, bias, output);
 }

@@ -19,8 +19,9 @@ constexpr int kPixels = 32;
 // Neighbouring pixels that a thread takes at once. For a tap they mostly read the same cells.
 constexpr int kHeldPixels = 4;
 
-// Of the kernels on tensor cores: rows and columns of a tile of pixels, a block's threads, and of
-// backward, lanes.
+// Of the kernels on tensor cores: the most taps, and rows of the scope; rows and columns of a tile
+// of pixels, a block's threads, and of backward, lanes.
+constexpr int kMatrixTaps = 9, kScopeRows = 4;
 constexpr int kMatrixRows = 4, kMatrixColumns = 8, kMatrixThreads = 128, kBackwardLanes = 16;
 // Their blocks at once on a multiprocessor, by registers: of 128 a thread, of 168 and, of float16,
 // whose numbers are split, of 255 (measured: docs/cuda.md).

@@ -16,8 +16,10 @@
 
 #ifdef __CUDA_ARCH__
 #define DK_UNROLL _Pragma("unroll")
+#define DK_ROLLED _Pragma("unroll 1")
 #else
 #define DK_UNROLL
+#define DK_ROLLED
 #endif
 
 namespace dk {
@@ -35,6 +37,11 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
   return value;
+}
+
+// Vectors need every pixel, and the scope, to begin at a multiple of 16 bytes.
+inline bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
 inline void check_launch(cudaError_t error) {

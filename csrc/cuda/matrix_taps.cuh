@@ -20,7 +20,7 @@
 namespace dk {
 namespace cuda {
 
-constexpr int kMatrixTaps = 9, kRowPixels = 2 * kMatrixColumns, kWarpVectors = 8, kScopeRows = 4;
+constexpr int kRowPixels = 2 * kMatrixColumns, kWarpVectors = 8;
 
 // Channel of column `column` of product `j`, counted from the warp's first.
 template <int V>

@@ -47,16 +47,41 @@ DK_INLINE uint32_t packed(float first, float second) {
 #endif
 }
 
-// Products of the numbers in two registers, rounded to bfloat16.
-DK_INLINE uint32_t multiplied(uint32_t a, uint32_t b) {
+// a * b + c of the numbers in three registers, rounded to half_t.
+template <typename half_t>
+DK_INLINE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  uint32_t word;  // plus -0, as multiplication alone takes sm_90
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(0x80008000u));
+  uint32_t word;
+  if constexpr (std::is_same_v<half_t, c10::BFloat16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  }
   return word;
 #else
-  using half_t = c10::BFloat16;
-  return packed<half_t>(unpacked<half_t>(a, 0) * unpacked<half_t>(b, 0),
-                        unpacked<half_t>(a, 1) * unpacked<half_t>(b, 1));
+  const auto sum = [&](int which) {
+    return unpacked<half_t>(a, which) * unpacked<half_t>(b, which) + unpacked<half_t>(c, which);
+  };
+  return packed<half_t>(sum(0), sum(1));
+#endif
+}
+
+// Products of the numbers in two registers, rounded to bfloat16: plus -0, as multiplication alone
+// takes sm_90.
+DK_INLINE uint32_t multiplied(uint32_t a, uint32_t b) {
+  return multiply_add<c10::BFloat16>(a, b, 0x80008000u);
+}
+
+// The first or the second of two packed numbers, twice.
+DK_INLINE uint32_t doubled(uint32_t word, int which) {
+#if defined(__CUDA_ARCH__)
+  uint16_t half[2];  // unpacked so, since ptxas lets arithmetic read one half twice
+  uint32_t two;
+  asm("mov.b32 {%0, %1}, %2;" : "=h"(half[0]), "=h"(half[1]) : "r"(word));
+  asm("mov.b32 %0, {%1, %1};" : "=r"(two) : "h"(half[which]));
+  return two;
+#else
+  return (which ? word >> 16 : word & 0xffffu) * 0x10001u;
 #endif
 }
 

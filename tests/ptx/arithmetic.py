@@ -1,8 +1,8 @@
 """What the instructions of PTX compute, on arrays with one element per thread.
 
-Not the hardware's arithmetic to the last bit: fma.f32 and fma.bf16x2 are rounded twice (to double,
-then to their type), and fma.f64 goes through long double. Everything else is exact or IEEE's; so is
-fma.bf16x2 where it multiplies (c is -0), as products of bfloat16 are exact in double.
+Not the hardware's arithmetic to the last bit: fma.f32, fma.f16x2 and fma.bf16x2 are rounded twice
+(to double, then to their type), and fma.f64 goes through long double. Everything else is exact or
+IEEE's; so is fma.bf16x2 where it multiplies (c is -0), as products of bfloat16 are exact in double.
 """
 
 import numpy as np
@@ -100,11 +100,12 @@ def _convert_two(target: str, rounding: set[str]):
     return converted
 
 
-def _halves(pairs):
-    """The lower and the upper of two bfloat16 numbers in a register, in double."""
-    widen = convert("bf16", "f32", set())
+def _halves(pairs, half: str):
+    """The lower and the upper of two numbers in a register, in double."""
+    widen = convert(half, "f32", set())
     for shift in np.uint32(0), np.uint32(16):
-        yield widen((pairs >> shift).astype(np.uint16)).astype(np.float64)
+        bits = (pairs >> shift).astype(np.uint16)
+        yield widen(bits.view(TYPES[half])).astype(np.float64)
 
 
 def _rounded_to_odd(a):
@@ -119,14 +120,16 @@ def _rounded_to_odd(a):
     return np.where((near == a) | np.isnan(a), near, odd)
 
 
-def _fma_two(a, b, c):
-    """Of two bfloat16 numbers in a register each."""
-    join = _convert_two("bf16", {"rn"})
-    low, high = (
-        _rounded_to_odd(x * y + z)
-        for x, y, z in zip(_halves(a), _halves(b), _halves(c), strict=True)
-    )
-    return join(high, low)
+def _fma_two(half: str):
+    """Of two numbers of 16 bits in a register each."""
+    join = _convert_two(half, {"rn"})
+
+    def fma(*registers):
+        factors = zip(*(_halves(pairs, half) for pairs in registers), strict=True)
+        low, high = (_rounded_to_odd(a * b + c) for a, b, c in factors)
+        return join(high, low)
+
+    return fma
 
 
 def convert(source: str, target: str, rounding: set[str]):
@@ -167,8 +170,8 @@ def convert(source: str, target: str, rounding: set[str]):
 def arithmetic(opcode: str, parts: list[str], dtype):
     """What an instruction computes: function, dtypes of its sources, dtype of its result."""
     name = parts[0]
-    if opcode == "fma.rn.bf16x2":
-        return _fma_two, [dtype] * 3, dtype
+    if opcode in ("fma.rn.bf16x2", "fma.rn.f16x2"):
+        return _fma_two(parts[-1].removesuffix("x2")), [dtype] * 3, dtype
     floating = dtype.kind == "f"
     word, truth = TYPES["u32"], TYPES["pred"]
     if name in ("add", "sub", "mul", "fma", "div") and floating and parts[1:-1] not in ([], ["rn"]):

@@ -15,6 +15,7 @@ takes longest is the bound.
 import importlib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def issued(instruction: Instruction) -> int:
     if parts[0] in ("div", "rem"):
         return 50 if wide else 20
     if parts[0] == "mov":  # halves of a register are read where they are, put together by one
-        return "{" in instruction.operands[1]
+        halves = set(re.findall(r"%\w+", instruction.operands[1]))
+        return "{" in instruction.operands[1] and len(halves) > 1  # one half twice: as it is
     if parts[0] == "cvt" and parts[-1][0] == "u":
         return 0
     if parts[0] in ("mul", "mad") and "wide" not in parts:
@@ -186,6 +188,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    from .dense_costs import dense_table
+    from .dense_costs import dense_tables
 
-    print(table(), dense_table(), sep="\n\n")
+    print(table(), dense_tables(), sep="\n\n")

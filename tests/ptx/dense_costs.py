@@ -1,8 +1,9 @@
 """A model of the dense operator on CUDA, over torch's convolution of the same size: not measured.
 
-Its kernels (columns.cuh) are counted on their PTX as in costs.py; matrix products, ours and those
-of the rigid convolution, take their multiply-adds at an H100's peak or their bytes at its memory's
-full speed, whichever is longer. Columns of more than a cache travel to memory and back.
+Its kernels (columns.cuh, dense_matrix.cuh) are counted on their PTX as in costs.py; torch's matrix
+products, ours and those of the rigid convolution, take their multiply-adds at an H100's peak or
+their bytes at its memory's full speed, whichever is longer. Columns of more than a cache travel to
+memory and back.
 """
 
 import os
@@ -38,6 +39,7 @@ class Dense:
         self.columns = self.activations * self.case.scope[0] ** 2
         self.grad_taps = pixels * channels * self.case.kernel[0] ** 2 * 4
         self.offsets = pixels * 2 * self.case.kernel[0] ** 2 * 4
+        self.weight = channels**2 * self.case.scope[0] ** 2 * self.dtype.itemsize
         self.macs = pixels * channels**2  # of a kernel of one cell
 
     def product(self, cells: int, moved: int) -> float:
@@ -45,8 +47,11 @@ class Dense:
         return max(self.macs * cells / PEAK[self.dtype], moved / BYTES_PER_CLOCK)
 
     def products(self, backward: bool) -> float:
+        """Torch's, of columns in memory."""
         one = self.product(self.case.scope[0] ** 2, self.columns + self.activations)
-        return 2 * one if backward else one
+        if backward:
+            return 2 * one
+        return 0 if self.case.in_registers(self.dtype) else one
 
     def rigid(self, backward: bool) -> float:
         one = self.product(self.case.kernel[0] ** 2, 2 * self.activations)
@@ -58,45 +63,89 @@ class Dense:
             "columns": self.activations + self.offsets + self.columns,
             "columns_backward": self.columns + self.activations + 2 * self.offsets + self.grad_taps,
             "add_taps": self.grad_taps + 2 * 4 * self.activations // self.dtype.itemsize,
+            "dense_matrix": 2 * self.activations + self.offsets + self.weight,
         }[kernel]
 
 
-def kernels(device: Device, dense: Dense) -> dict[bool, float]:
-    """Clocks of the columns and of their gradients, forward and (True) backward."""
+@dataclass
+class Busy:
+    """Of all launches of a kernel, clocks: see costs.Row."""
+
+    issue: float = 0
+    tensor: float = 0
+    exchange: float = 0
+    floor: float = 0
+
+    @property
+    def bound(self) -> float:
+        return max(self.issue, self.tensor, self.exchange, self.floor)
+
+
+def kernels(device: Device, dense: Dense) -> dict[str, Busy]:
     tensors = dense.case.tensors(dense.dtype)
     tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
     shape = list(tensors["kernel_offset"].shape)
     offset = benchmark_ops().draw_offsets("trained", shape, 3, 4)
     tensors["kernel_offset"] = offset.to(dense.dtype)
     _, launches = device.call(tensors, dense.case, only=main_blocks, counting=True, races=False)
-    busy: dict[str, float] = {}
+    busy: dict[str, Busy] = {}
     for launch in launches:
         name = launch.name.split("_kernel")[0]
         row = modelled(device, "", dense.case, dense.dtype, launch)
-        busy[name] = busy.get(name, 0.0) + max(row.issue, row.tensor, row.exchange[1])
-    busy["columns"] /= 2  # backward has made them again
-    clocks = {k: max(v, dense.least_bytes(k) / BYTES_PER_CLOCK) for k, v in busy.items()}
-    return {False: clocks["columns"], True: sum(clocks.values())}
+        all_launches = busy.setdefault(name, Busy(floor=dense.least_bytes(name) / BYTES_PER_CLOCK))
+        all_launches.issue += row.issue
+        all_launches.tensor += row.tensor
+        all_launches.exchange += row.exchange[1]
+    if "dense_matrix" not in busy:  # backward has made the columns again
+        columns = busy["columns"]
+        busy["columns"] = Busy(
+            columns.issue / 2, columns.tensor / 2, columns.exchange / 2, columns.floor
+        )
+    return busy
 
 
-def dense_table() -> str:
+def passes(busy: dict[str, Busy]) -> dict[bool, float]:
+    """Clocks of our kernels, forward and (True) backward."""
+    backward = busy.keys() - {"dense_matrix"}
+    return {
+        False: busy["dense_matrix" if "dense_matrix" in busy else "columns"].bound,
+        True: sum(busy[name].bound for name in backward),
+    }
+
+
+def microseconds(clocks: float) -> str:
+    return f"{clocks / CLOCKS_PER_SECOND * 1e6:.0f}"
+
+
+def dense_tables() -> str:
+    """Of all passes, and of the kernel that makes no columns in memory."""
     os.environ["DK_EMULATED_PROCESSORS"] = str(PROCESSORS)
     torch.manual_seed(0)
-    device = Device(
-        [p for p in kernel_sources() if p.stem in ("columns_float", "columns_bfloat16")]
-    )
-    lines = []
+    names = ("columns_float", "columns_bfloat16", "dense_bfloat16")
+    device = Device([p for p in kernel_sources() if p.stem in names])
+    lines, matrix_lines = [], []
     for w in benchmark_ops().stages(1, 800, 1216):
         case = Case(
             batch=1, channels=w.c // 2, out_channels=w.c // 2, groups=1, size=(w.h, w.w), bias=False
         )
         for dtype in PEAK:
             dense = Dense(case, dtype)
-            for backward, clocks in kernels(device, dense).items():
+            busy = kernels(device, dense)
+            for backward, clocks in passes(busy).items():
                 products, rigid = dense.products(backward), dense.rigid(backward)
-                times = [f"{c / CLOCKS_PER_SECOND * 1e6:.0f}" for c in (clocks, products, rigid)]
                 name = "backward" if backward else "forward"
                 over = f"{(clocks + products) / rigid:.1f}"
+                times = map(microseconds, (clocks, products, rigid))
                 lines.append([w.name, str(dtype)[6:], name, *times, over])
-    header = ["stage", "", "", "columns, µs", "products, µs", "rigid, µs", "over rigid"]
-    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+            if matrix := busy.get("dense_matrix"):
+                parts = [matrix.issue, matrix.tensor, matrix.exchange, matrix.floor]
+                matrix_lines.append([w.name, *map(microseconds, parts)])
+    header = ["stage", "", "", "kernels, µs", "torch's products, µs", "rigid, µs", "over rigid"]
+    parts = ["issue", "tensor", "exchange", "bytes"]
+    return "\n\n".join(
+        tabulate(table, names, tablefmt="github", disable_numparse=True)
+        for table, names in (
+            (lines, header),
+            (matrix_lines, ["stage", *(f"{part}, µs" for part in parts)]),
+        )
+    )

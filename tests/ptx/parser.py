@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 # Types of registers and of memory; bfloat16 is kept as its bits.
-TYPES = {"pred": np.bool_, "f16": "f2", "bf16": "u2", "f32": "f4", "f64": "f8", "bf16x2": "u4"}
+TYPES = {"pred": np.bool_, "f16": "f2", "bf16": "u2", "f32": "f4", "f64": "f8"}
+TYPES |= {"f16x2": "u4", "bf16x2": "u4"}
 for size in (1, 2, 4, 8):
     TYPES |= {f"b{8 * size}": f"u{size}", f"u{8 * size}": f"u{size}", f"s{8 * size}": f"i{size}"}
 TYPES = {name: np.dtype(dtype) for name, dtype in TYPES.items()}

@@ -59,6 +59,33 @@ KERNEL sum(const uint32_t* vectors, const uint32_t* to, float* d) {
   dk::cuda::atomic_add(d + 4 * to[thread()], vector_of(vectors));
 }
 
+namespace {
+__device__ void write_word(float* d, uint32_t word) {
+  reinterpret_cast<uint32_t*>(d)[thread()] = word;
+}
+
+template <typename half_t>
+__device__ void sums_of_pairs(const uint32_t* factors, const uint32_t* summands, float* d) {
+  const int n = thread();
+  write_word(d, dk::cuda::multiply_add<half_t>(factors[2 * n], factors[2 * n + 1], summands[n]));
+}
+}  // namespace
+
+// a * b + c of pairs of numbers.
+KERNEL sums_half(const uint32_t* factors, const uint32_t* summands, float* d) {
+  sums_of_pairs<c10::Half>(factors, summands, d);
+}
+
+KERNEL sums_bfloat16(const uint32_t* factors, const uint32_t* summands, float* d) {
+  sums_of_pairs<c10::BFloat16>(factors, summands, d);
+}
+
+// One number of a pair, twice: the second of every other thread's.
+KERNEL doubled(const uint32_t* pairs, const uint32_t*, float* d) {
+  const uint32_t pair = pairs[thread()];
+  write_word(d, thread() % 2 ? dk::cuda::doubled(pair, 1) : dk::cuda::doubled(pair, 0));
+}
+
 #ifdef __CUDACC__
 KERNEL sum_beyond(const uint32_t* vectors, const uint32_t*, float* d) {
   dk::cuda::atomic_add(d + 4 * (thread() + 1), vector_of(vectors));  // fault
@@ -178,13 +205,9 @@ __device__ float bits_of(pair_t pair) {
 }
 }  // namespace
 
-// Pairs of bfloat16: multiplied, and a * b + c.
-KERNEL pairs(const uint32_t* factors, const uint32_t* summands, float* d) {
-  const uint32_t a = factors[2 * thread()], b = factors[2 * thread() + 1];
-  uint32_t sum;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(summands[thread()]));
-  d[2 * thread()] = __uint_as_float(dk::cuda::multiplied(a, b));
-  d[2 * thread() + 1] = __uint_as_float(sum);
+// Of bfloat16: multiplied.
+KERNEL pairs(const uint32_t* factors, const uint32_t*, float* d) {
+  write_word(d, dk::cuda::multiplied(factors[2 * thread()], factors[2 * thread() + 1]));
 }
 
 // What puts numbers of 16 bits together: of two floats, and a selector or shift.
