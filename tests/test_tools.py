@@ -128,6 +128,44 @@ def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys):
     assert "wrong (inaccurate: not ranked)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what", ["output", "kernel_offset", "scope"])
+def test_what_is_timed_is_what_is_compared(benchmark_ops, monkeypatch, what):
+    """Of a call that goes wrong for the last image alone, and only if that is large."""
+
+    def wrong(w, t):
+        output, by = benchmark_ops.ours(w, t)
+        if w.n * w.w < 100:
+            return output, by
+        if what == "output":
+            return output + torch.eye(w.w)[-1] * (torch.arange(w.n) == 1).view(-1, 1, 1, 1), by
+        # The value stays.
+        some = t[what][-1, -1, 0, 0]
+        return output + some - some.detach(), by
+
+    monkeypatch.setitem(benchmark_ops.CONTENDERS, "wrong", wrong)
+    for w, right in (30, True), (50, False):
+        workload = benchmark_ops.Workload("large", 2, 8, 3, w, offsets="normal 0.3")
+        names = ["rigid", "ours", "wrong"]
+        rows = benchmark_ops.measure(workload, names, "cpu", torch.float32, 1)
+        assert [r["accurate"] for r in rows] == [True] * 4 + [right] * 2
+
+
+@pytest.mark.parametrize("name", ["rigid", "composed", "torchvision DCN"])
+def test_image_by_image_is_all_at_once(benchmark_ops, name):
+    contender = benchmark_ops.CONTENDERS[name]
+    workload = benchmark_ops.Workload("batch", 3, 4, 6, 7, groups=2, data_offset=True)
+    tensors = benchmark_ops.draw_inputs(workload, "cpu", torch.float64)
+    tensors = {
+        name: t.detach().double().requires_grad_(name != "grad") for name, t in tensors.items()
+    }
+    calls = benchmark_ops.Calls(contender, workload, tensors)
+    results = [calls.forward(), *calls.backward()]
+    exact = benchmark_ops.exact_results(contender, workload, tensors)
+    assert [x.shape for x in exact] == [x.shape for x in results]
+    for a, b in zip(results, exact, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_workloads_of_dense_convolutions(benchmark_ops):
     quick, all_of_them = (benchmark_ops.workloads(quick, True, "cpu") for quick in (True, False))
     assert [(w.c, w.groups, w.scope) for w in quick] == [(64 * 2**i, 1, 4) for i in range(4)]
