@@ -137,6 +137,21 @@ def test_what_tests_see_and_what_they_do_not(project):
     assert "3 faults, 1 of them change no result; the tests see 2 of 2" in said
 
 
+def test_a_choice_of_files(project):
+    assert mutation.paths_of("add", ["sub.py"]) == []
+    assert mutation.paths_of("add", ["sub.py", "a*.py"]) == mutation.paths_of("add") == ["add.py"]
+    assert mutation.judged("add", 9, 0, project / "build" / "report.jsonl", ["sub.py"]) == []
+
+
+def test_no_source_is_left_out():
+    """What registers the operators runs nowhere but on a GPU."""
+    csrc = {path for path in (mutation.ROOT / "csrc").rglob("*.*") if path.suffix != ".cu"}
+    names = {str(path.relative_to(mutation.ROOT)) for path in csrc}
+    left = names - {*mutation.paths_of("cuda"), *mutation.paths_of("cpu")}
+    with_faults = {path for path in left if faults(mutation.ROOT, path)}
+    assert with_faults == {"csrc/cuda/register_cuda.cpp"}
+
+
 def test_tests_must_pass_before(project):
     (project / "check.py").write_text("raise SystemExit('broken')")
     with pytest.raises(SystemExit, match=r"expected tests that pass [^\n]*\n[^\n]*\nbroken"):

@@ -1,4 +1,4 @@
-"""python -m mutation [cuda] [cpu] [ops] [--count N] [--seed N] [--report FILE]
+"""python -m mutation [cuda] [cpu] [ops] [--files GLOB ...] [--count N] [--seed N] [--report FILE]
 
 With PYTHONPATH=tests, from the root. Works in a copy of the project, build/mutation/tree; goes on
 where it was stopped; prints what share of the faults the tests see, and each that they do not.
@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,7 +50,7 @@ class Target:
 
 TARGETS = {
     "cuda": Target(
-        ("csrc/bilinear.h", "csrc/cuda/*.cuh", "csrc/cuda/depthwise.h", "csrc/cuda/deform*.cpp"),
+        ("csrc/*.h", "csrc/cuda/*.cuh", "csrc/cuda/*.h", "csrc/cuda/deform*.cpp"),
         f"{sys.executable} -m emulation.build",
         (
             f"DK_EMULATED_ORDERS='forward reverse' {PYTEST} tests/test_csrc_emulated.py",
@@ -58,7 +60,7 @@ TARGETS = {
         ),
     ),
     "cpu": Target(
-        ("csrc/deform_kernel.*", "csrc/cpu/*.h", "csrc/cpu/deform*.cpp"),
+        ("csrc/*.h", "csrc/deform_kernel.cpp", "csrc/cpu/*.h", "csrc/cpu/deform*.cpp"),
         # First with the fault in the instruction set that the tests run, as if it were alone there.
         f"{sys.executable} -m extension.build quick {ROOT}",
         (
@@ -173,10 +175,18 @@ def reason_of_equivalence(fault: Fault) -> str | None:
     return None
 
 
-def judged(name: str, count: int, seed: int, report: Path) -> list[dict]:
+def paths_of(name: str, files: Sequence[str] = ("*",)) -> list[str]:
+    """The sources of a target whose names match one of the patterns."""
+    found = {path for glob in TARGETS[name].sources for path in ROOT.glob(glob)}
+    chosen = [path for path in sorted(found) if any(fnmatch(path.name, glob) for glob in files)]
+    return [str(path.relative_to(ROOT)) for path in chosen]
+
+
+def judged(
+    name: str, count: int, seed: int, report: Path, files: Sequence[str] = ("*",)
+) -> list[dict]:
     """What became of ``count`` faults that compile; the report has each as soon as it is known."""
-    target, tree = TARGETS[name], copy_project()
-    paths = sorted({str(p.relative_to(ROOT)) for glob in target.sources for p in ROOT.glob(glob)})
+    target, tree, paths = TARGETS[name], copy_project(), paths_of(name, files)
     order = draw([fault for path in paths for fault in faults(ROOT, path)], 10 * count, seed)
     known = (
         [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
@@ -232,12 +242,15 @@ def summary(name: str, entries: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(prog="mutation", description=__doc__)
     parser.add_argument("targets", nargs="*", choices=[[], *TARGETS], default=[*TARGETS])
+    parser.add_argument("--files", nargs="+", default=["*"], metavar="GLOB", help="of the sources")
     parser.add_argument("--count", type=int, default=60, help="of each target (default: 60)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, default=FOLDER / "report.jsonl")
     args = parser.parse_args()
     args.report.parent.mkdir(parents=True, exist_ok=True)
-    results = {name: judged(name, args.count, args.seed, args.report) for name in args.targets}
+    results = {
+        name: judged(name, args.count, args.seed, args.report, args.files) for name in args.targets
+    }
     print("\n".join(summary(name, entries) for name, entries in results.items()))
 
 
