@@ -44,6 +44,17 @@ def _repeatable(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture
+def deterministic(request):
+    """As asked of torch: every sum in one order, and what nothing has written to is NaN.
+
+    An indirect parameter of False: not.
+    """
+    torch.use_deterministic_algorithms(getattr(request, "param", True))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 # The offsets of a Case, and the two paths of the compiled operator for its three channels:
 # depthwise has direct kernels, dense goes through a matrix product.
 NEITHER = {"kernel_offset": False, "data_offset": False}

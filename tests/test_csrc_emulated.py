@@ -49,14 +49,6 @@ def _emulated_operators():
     plugin.load()
 
 
-@pytest.fixture
-def deterministic():
-    """As asked of torch, which then also fills every torch.empty with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def assert_same_bits(actual, expected, hint):
     for name in expected:
         same = torch.equal(actual[name].nan_to_num(123.0), expected[name].nan_to_num(123.0))

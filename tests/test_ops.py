@@ -74,11 +74,10 @@ def device(request):
 
 
 @pytest.fixture
-def same_sums(device):
+def same_sums(device, request):
     """Bit for bit the same also where, on CUDA, atomics would add in any order."""
-    torch.use_deterministic_algorithms(device == "cuda")
-    yield
-    torch.use_deterministic_algorithms(False)
+    if device == "cuda":
+        request.getfixturevalue("deterministic")
 
 
 ASYMMETRIC = {"size": (8, 9), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
@@ -828,14 +827,10 @@ def test_nan_shows_in_its_output_location_only(name, padding, axis, groups, func
         assert_close(actual[offset][elsewhere], expected[offset][elsewhere])
 
 
-@pytest.fixture(params=[False, True], ids=["any-order", "deterministic"])
-def deterministic(request):
-    torch.use_deterministic_algorithms(request.param)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @every_path
+@pytest.mark.parametrize(
+    "deterministic", [False, True], ids=["any-order", "deterministic"], indirect=True
+)
 @pytest.mark.parametrize("which", [DATA, BOTH], ids=["data", "both"])
 def test_an_infinite_gradient_reaches_what_was_read_only(which, groups, deterministic, device):
     """Not the pixels beside, which have a coefficient of 0."""
@@ -1128,25 +1123,34 @@ BAD_DIRECT_INPUT = [
 ]  # fmt: skip
 
 
+@pytest.fixture(params=["compiled", "emulated"])
+def operators(request):
+    """Of the CPU, and of CUDA, whose host functions check by themselves."""
+    if request.param == "compiled":
+        return torch.ops.dk_detectron
+    plugin.load()
+    return torch.ops.dk_emulated
+
+
 @pytest.mark.parametrize("name, change, message", BAD_DIRECT_INPUT)
-def test_bad_direct_input(name, change, message):
+def test_bad_direct_input(name, change, message, operators):
     case = Case(**BOTH)
     call = case.tensors(torch.float32) | case.arguments
     grad_output = torch.ones(2, 3, *case.output_size)
     call[name] = change(call[name]) if callable(change) else change
     with pytest.raises(RuntimeError, match=message):
-        compiled(**call)
+        operators.deform_kernel_conv2d(**call)
     if name != "bias":
         del call["bias"]
         with pytest.raises(RuntimeError, match=message):
-            compiled_backward(grad_output, **call, output_mask=[True] * 4)
+            operators.deform_kernel_conv2d_backward(grad_output, **call, output_mask=[True] * 4)
 
 
-def test_the_padded_size_has_the_padding_of_each_axis():
+def test_the_padded_size_has_the_padding_of_each_axis(operators):
     case = Case()
     call = case.tensors(torch.float32) | case.arguments | {"padding": (1, 2), "dilation": (4, 1)}
     with pytest.raises(RuntimeError, match="input: padded size 8x11 is smaller than the dilated"):
-        compiled(**call)
+        operators.deform_kernel_conv2d(**call)
 
 
 @pytest.mark.parametrize(
@@ -1154,13 +1158,14 @@ def test_the_padded_size_has_the_padding_of_each_axis():
     [lambda t: t[:1], lambda t: t[..., 1:], lambda t: t.double()],
     ids=["batch", "size", "type"],
 )
-def test_bad_grad_output(change):
+def test_bad_grad_output(change, operators):
     case = Case(**BOTH)
     tensors = case.tensors(torch.float32)
     del tensors["bias"]
     grad_output = change(torch.ones(2, 3, *case.output_size))
+    backward = operators.deform_kernel_conv2d_backward
     with pytest.raises(RuntimeError, match="grad_output: expected the output's type and size"):
-        compiled_backward(grad_output, **tensors, **case.arguments, output_mask=[True] * 4)
+        backward(grad_output, **tensors, **case.arguments, output_mask=[True] * 4)
 
 
 @pytest.mark.parametrize(
