@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 
 import torch
@@ -45,6 +46,13 @@ def _smooth_inverse(scope_size: int, kernel_size: int) -> Tensor:
     return torch.linalg.inv(system)[:scope_size, scope_size:]
 
 
+@cache
+def _cells_of_taps(scope_size: tuple[int, int], kernel_size: tuple[int, int]) -> list[list[float]]:
+    """[S_h * S_w, K_h * K_w]: both axes together, of which networks ask for every layer."""
+    with torch.device("cpu"):  # numbers, also for layers that are made on "meta"
+        return torch.kron(*map(_smooth_inverse, scope_size, kernel_size)).tolist()
+
+
 def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
     """The smoothest scope whose kernel, at :func:`spread_offset`, is exactly ``weight``.
 
@@ -55,12 +63,12 @@ def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
     Returns:
         [C_out, C_in / groups, S_h, S_w].
     """
-    weight64 = weight.double()
-    rows, columns = (
-        _smooth_inverse(size, taps).to(weight64)
-        for size, taps in zip(pair("scope_size", scope_size, 1), weight.shape[2:], strict=True)
+    size = pair("scope_size", scope_size, 1)
+    cells = torch.tensor(
+        _cells_of_taps(size, tuple(weight.shape[2:])), dtype=torch.float64, device=weight.device
     )
-    return (rows @ weight64 @ columns.t()).to(weight.dtype)
+    # One product of large matrices, not two of small ones for each kernel.
+    return (weight.double().flatten(2) @ cells.t()).unflatten(2, size).to(weight.dtype)
 
 
 def embed_scope(weight: Tensor, scope_size: Size) -> tuple[Tensor, Tensor]:
@@ -91,9 +99,11 @@ def embed_scope(weight: Tensor, scope_size: Size) -> tuple[Tensor, Tensor]:
     return scope, torch.tensor([above - more[0] / 2, left - more[1] / 2])
 
 
-def centre_gain(scope_size: Sequence[int], kernel_size: Sequence[int]) -> float:
+@cache
+def centre_gain(scope_size: tuple[int, int], kernel_size: tuple[int, int]) -> float:
     """By how much taps in the centre of a lifted scope lower the deviation of independent draws."""
     taps = prod(kernel_size)
-    units = torch.eye(taps, dtype=torch.float64).view(taps, 1, *kernel_size)
-    read = rest_kernel(lift_to_scope(units, scope_size), kernel_size)
+    with torch.device("cpu"):  # a number, also for layers that are made on "meta"
+        units = torch.eye(taps, dtype=torch.float64).view(taps, 1, *kernel_size)
+        read = rest_kernel(lift_to_scope(units, scope_size), kernel_size)
     return float(read.square().sum(0).mean()) ** -0.5
