@@ -17,6 +17,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+ROOT = Path(__file__).parent.parent
 PRELOADED = ["torch._dynamo", "torchvision", "detectron2.engine", "detectron2.modeling"]
 
 
@@ -25,6 +26,8 @@ def _run(script: str, arguments: Sequence[str], environment: dict, files: Sequen
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, stream)
         os.close(descriptor)
+    # What this one starts itself, such as workers, it starts as a process of its own would.
+    multiprocessing.set_start_method(None, force=True)
     # A shell has what it starts in the background ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
@@ -69,6 +72,12 @@ class Tool:
     def communicate(self) -> tuple[str, str]:
         self._process.join()
         return tuple(file.read_text() for file in self._files)
+
+
+def run_tool(name: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
+    """A script of tools/, of which every argument becomes a string."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return finish(Tool(ROOT / "tools" / name, [*map(str, arguments)], env))
 
 
 def finish(job: Tool | subprocess.Popen) -> subprocess.CompletedProcess:

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools.coco import COCO
+from running import run_tool
 
 from dk_detectron.data import datasets, outlines, shapes, trees
 from dk_detectron.data.writing import make_folder
@@ -99,22 +99,20 @@ def test_test_split_has_no_annotations(shapes_folder):
     assert len(content["images"]) == 4
 
 
-def run_tool(name: str, root: Path, *args: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "DETECTRON2_DATASETS": str(root), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tools" / name), *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+def prepare_shapes(root: Path, *args: str) -> subprocess.CompletedProcess:
+    return run_tool("prepare_shapes.py", *args, DETECTRON2_DATASETS=str(root))
 
 
 def test_prepare_shapes_is_idempotent_and_keeps_other_sets(tmp_path):
     args = ("--train", "3", "--val", "2", "--test", "2", "--side", "96")
-    assert "made" in run_tool("prepare_shapes.py", tmp_path, *args).stdout
+    assert "made" in prepare_shapes(tmp_path, *args).stdout
     before = files(tmp_path)
     assert len(before) == 3 + 2 + 2 + 3 + 1
-    assert "already there" in run_tool("prepare_shapes.py", tmp_path, *args).stdout
-    refused = run_tool("prepare_shapes.py", tmp_path, *args, "--seed", "5")
+    assert "already there" in prepare_shapes(tmp_path, *args).stdout
+    refused = prepare_shapes(tmp_path, *args, "--seed", "5")
     assert refused.returncode != 0 and "--force" in refused.stderr
     assert files(tmp_path) == before
-    forced = run_tool("prepare_shapes.py", tmp_path, *args, "--seed", "5", "--force")
+    forced = prepare_shapes(tmp_path, *args, "--seed", "5", "--force")
     assert forced.returncode == 0 and files(tmp_path) != before
 
 

@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from pycocotools import mask as mask_util
+from running import run_tool
 
 from dk_detectron.data import checking, coco
 from dk_detectron.data.checking import Release, check_dataset, class_conflict, gate, shared_images
@@ -369,6 +370,11 @@ def test_names_that_cannot_be_checked(name):
 
 
 def run(root: Path, *names) -> subprocess.CompletedProcess:
+    return run_tool("check_dataset.py", *names, DETECTRON2_DATASETS=str(root))
+
+
+def run_alone(root: Path, *names) -> subprocess.CompletedProcess:
+    """In a new Python: :func:`run`'s has registered COCO where it was before."""
     env = {**os.environ, "DETECTRON2_DATASETS": str(root), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / "check_dataset.py"), *names]
     return subprocess.run(command, env=env, capture_output=True, text=True)
@@ -385,7 +391,7 @@ def test_the_tool(tmp_path):
     assert "3 annotations, 1 of them crowds, which are not learnt" in table
     assert re.search(r"\| all +\| +2 \|", table)
 
-    result = run(tmp_path, "shapes_val", "shapes_train", "coco_2017_test-dev")
+    result = run_alone(tmp_path, "shapes_val", "shapes_train", "coco_2017_test-dev")
     assert result.returncode == 1
     assert "shapes_val: complete" in result.stdout
     assert "do: make it with dk-prepare-shapes" in result.stdout

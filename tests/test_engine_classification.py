@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from PIL import Image
-from running import Tool, finish
+from running import run_tool
 from torchvision.datasets import ImageFolder
 from torchvision.transforms._presets import ImageClassification
 
@@ -599,11 +597,6 @@ def test_truncated_checkpoint_is_refused_and_nothing_overwritten(uninterrupted, 
 
 
 # The command line
-
-
-def run_tool(tool: str, *args, **env) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    return finish(Tool(ROOT / "tools" / tool, [*map(str, args)], env))
 
 
 def test_two_processes_train_and_evaluate(pictures, tmp_path):

@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 import zipfile
 from contextlib import redirect_stdout
@@ -14,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import running
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -346,11 +345,8 @@ def test_the_submission_scores_as_the_results_do(evaluated, tmp_path):
 
 def test_the_test_split(evaluated, tmp_path):
     """As a command of its own."""
-    script = ROOT / "tools" / "make_testdev_submission.py"
-    result = subprocess.run(
-        [sys.executable, script, evaluated["test"], evaluated["test_info"], tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
+    arguments = evaluated["test"], evaluated["test_info"], tmp_path
+    result = running.run_tool("make_testdev_submission.py", *arguments)
     assert result.returncode == 0, result.stderr + result.stdout
     assert "12 images, 6 categories" in result.stdout and "violation" not in result.stdout
     archive = tmp_path / "detections_test-dev2017_dk_results.zip"
