@@ -8,8 +8,8 @@ OPTS ?=
 # What pip installs as detectron2 instead of the wheel in requirements-detectron2.txt.
 DETECTRON2 ?=
 
-# How pytest shares the tests among processes: each file in one.
-PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile
+# How pytest shares the tests among processes: each file in one, in the order of tests/conftest.py.
+PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -25,14 +25,27 @@ def device(request) -> str:
     return request.param
 
 
+# Files of more than half a minute, from the longest on. Processes share whole files and start with
+# these, so that none is left alone with one in the end.
+LONG = (
+    "csrc_ptx ops engine export modeling engine_classification engine_faults ops_integration "
+    "csrc_emulated layers_compiled engine_divergence weights layers_start commands "
+    "engine_prediction ops_derivatives"
+).split()
+
+
 def pytest_collection_modifyitems(items):
-    """Spares the emulated kernels the tests that never call them."""
+    """Long files first. Spares the emulated kernels the tests that never call them."""
     without_kernel = re.compile("composed|sample_kernel|neither")
-    items[:] = [
-        item
-        for item in items
-        if "emulated-" not in item.name or not without_kernel.search(item.name)
-    ]
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items[:] = sorted(
+        (
+            item
+            for item in items
+            if "emulated-" not in item.name or not without_kernel.search(item.name)
+        ),
+        key=lambda item: order.get(item.path.stem, len(LONG)),
+    )
 
 
 @pytest.fixture(autouse=True)
