@@ -183,7 +183,7 @@ def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PASSES", 1)
     monkeypatch.setattr(study, "STEPS", 1)
     runs = [
-        study.ScratchRun("shapes", start, 4, 0.1, 0.1, True, 0) for start in ("rigid", "centre")
+        study.ScratchRun("digits", start, 4, 0.1, 0.1, True, 0) for start in ("rigid", "centre")
     ]
     results = [{**asdict(run), **study.train_small_network(run)} for run in runs]
     assert all(0 <= result["error"] <= 100 for result in results)

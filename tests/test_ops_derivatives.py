@@ -113,7 +113,8 @@ def test_forward_mode(groups, which):
 @every_path
 @every_offset
 def test_second_derivatives(groups, which):
-    operator, _, tensors = functions(which, batch=1, groups=min(groups, 2), channels=2, size=(3, 4))
+    sizes = {"size": (3, 2), "kernel": (2, 2), "scope": (3, 3), "padding": (1, 1)}
+    operator, _, tensors = functions(which, batch=1, groups=min(groups, 2), channels=2, **sizes)
     assert gradgradcheck(operator, tuple(t.requires_grad_() for t in tensors.values()))
 
 
