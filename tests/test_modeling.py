@@ -311,11 +311,14 @@ def test_a_plain_detectron2_config_is_unchanged():
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
 @pytest.mark.parametrize("config", ["MNV2_FPN_dcn_dk_l3", "R_50_DW_FPN_scc_dk_l3"])
 def test_gradient_checkpointing_gives_the_same_bits_with_less_memory(config, norm):
-    key = "MOBILENETV2.NORM" if "MNV2" in config else "RESNETS.NORM"
+    opts = ["MODEL.MOBILENETV2.NORM", norm]
+    if "R_50" in config:
+        opts = ["MODEL.RESNETS.NORM", norm, "MODEL.RESNETS.STEM_OUT_CHANNELS", 32]
+        opts += ["MODEL.RESNETS.WIDTH_PER_GROUP", 32, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
     results = {}
     for on in False, True:
-        opts = f"MODEL.{key}", norm, "MODEL.BACKBONE.GRADIENT_CHECKPOINTING", on
-        model = small_detector(f"COCO-Detection/faster_rcnn_{config}_1x.yaml", *opts)
+        switch = "MODEL.BACKBONE.GRADIENT_CHECKPOINTING", on
+        model = small_detector(f"COCO-Detection/faster_rcnn_{config}_1x.yaml", *opts, *switch)
         sample = draw_sample()
         results[on] = [*training_step(model, [sample] * 2), deepcopy(model.state_dict())]
         saved = {}

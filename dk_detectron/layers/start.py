@@ -50,7 +50,8 @@ def _smooth_inverse(scope_size: int, kernel_size: int) -> Tensor:
 def _cells_of_taps(scope_size: tuple[int, int], kernel_size: tuple[int, int]) -> list[list[float]]:
     """[S_h * S_w, K_h * K_w]: both axes together, of which networks ask for every layer."""
     with torch.device("cpu"):  # numbers, also for layers that are made on "meta"
-        return torch.kron(*map(_smooth_inverse, scope_size, kernel_size)).tolist()
+        rows, columns = map(_smooth_inverse, scope_size, kernel_size)
+        return torch.einsum("sk,tl->stkl", rows, columns).flatten(2).flatten(0, 1).tolist()
 
 
 def lift_to_scope(weight: Tensor, scope_size: Size) -> Tensor:
