@@ -5,6 +5,7 @@ DK_TEST_EMULATED_CUDA.
 """
 
 import ctypes
+import math
 import shutil
 from dataclasses import replace
 
@@ -235,6 +236,23 @@ def test_scatter_by_atomics(dtype, groups, which, order):
         assert_close(
             call("dk_emulated", tensors, case), call("dk_detectron", double(tensors), case)
         )
+
+
+@pytest.mark.parametrize(
+    "which, deterministic",
+    [("kernel", False), ("data", True), ("both", False), ("both", True)],
+    indirect=["deterministic"],
+)
+def test_more_columns_than_a_tile_holds(which, deterministic):
+    """Of 64 MiB: the second begins within a row and within an image."""
+    shape = {"batch": 5} if which == "data" else {"batch": 3, "scope": (5, 5)}
+    sizes = {"channels": 2048, "out_channels": 2, "groups": 1, "size": (9, 11)}
+    case = Case(**{**sizes, **OFFSETS[which], **shape})
+    tensors = case.tensors(torch.float64)
+    bytes_of_columns = 8 * math.prod([case.batch, 9, 11, 2048, *case.scope])
+    assert 1 < bytes_of_columns / 2**26 < 2 and math.ceil(case.batch * 99 / 2) % 11
+    expected = call("dk_detectron", tensors, case)
+    assert_close(call("dk_emulated", tensors, case), expected)
 
 
 def test_a_padded_image_has_positions_of_32_bits():
