@@ -52,7 +52,7 @@ def train(network: nn.Module, steps: int = 60) -> list[float]:
     cfg.SOLVER.BASE_LR = 0.03
     optimizer = Trainer.build_optimizer(cfg, network)
     generator = torch.Generator().manual_seed(1)
-    images, labels = torch.randn(16, 3, 32, 32, generator=generator), torch.arange(16) % 4
+    images, labels = torch.randn(16, 3, 24, 24, generator=generator), torch.arange(16) % 4
     images[:, 0] += labels.view(-1, 1, 1)
     losses = []
     for _ in range(steps):
