@@ -361,10 +361,29 @@ def test_copies_are_not_there_before_the_wait(run_product):
     assert (out[:, 0] == 0xFFFFFFFF).all()
 
 
+@pytest.mark.parametrize("data", [False, True], ids=["kernel", "both"])
+def test_many_taps_of_a_dense_kernel(data, monkeypatch):
+    """Backward needs more room, and so has fewer pixels in a block; or there is none for one."""
+    monkeypatch.setenv("DK_EMULATED_SHARED_BYTES", "49152")
+    shape = {"groups": 1, "batch": 1, "padding": (0, 0), "data_offset": data}
+    case = Case(kernel=(10, 9), scope=(10, 9), size=(12, 11), **shape)
+    tensors = case.tensors(torch.float64)
+    expected = call("dk_detectron", tensors, case)
+    assert_close(call("dk_emulated", tensors, case), expected)
+
+    side, coefficients = (33, 32) if data else (45, 16)  # bytes, and as many for their gradients
+    case = Case(kernel=(side, side), scope=(side, side), size=(side, side + 1), **shape)
+    message = f"needs {side**2 * (2 * coefficients + 8)} bytes of shared memory and this GPU has"
+    with pytest.raises(RuntimeError, match=f"{message}.*composed_deform_kernel_conv2d"):
+        call("dk_emulated", case.tensors(torch.float32), case)
+
+
 def test_scope_too_large_for_the_device(monkeypatch):
     monkeypatch.setenv("DK_EMULATED_SHARED_BYTES", "49152")
-    case = Case(kernel=(60, 60), scope=(60, 60), size=(60, 61), padding=(0, 0))
-    for groups, message in (3, "a scope of 60x60 "), (1, "a kernel of 60x60 needs "):
+    case = Case(kernel=(60, 59), scope=(60, 59), size=(60, 61), padding=(0, 0))
+    # Dense: of each tap four coefficients of four bytes, and where they are in eight.
+    kernel = f"a kernel of 60x59 needs {60 * 59 * 24} bytes "
+    for groups, message in (3, "a scope of 60x59 "), (1, kernel):
         case = replace(case, groups=groups)
         with pytest.raises(RuntimeError, match=f"{message}.*composed_deform_kernel_conv2d"):
             call("dk_emulated", case.tensors(torch.float32), case)

@@ -982,11 +982,11 @@ def test_memory_layouts(name, layout, groups, device):
     assert_close(run(deform_kernel_conv2d, tensors, case.arguments, grad_output), expected)
 
 
-@every_path
+@pytest.mark.parametrize("channels, groups", [(3, 3), (3, 1), (2, 2)], ids=str)
 @every_offset_or_none
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_output_keeps_memory_format(layout, which, groups, device):
-    case = Case(groups=groups, **which)
+def test_output_keeps_memory_format(layout, which, channels, groups, device):
+    case = Case(channels=channels, groups=groups, **which)
     tensors = case.tensors(device=device)
     tensors["input"] = tensors["input"].contiguous(memory_format=layout)
     output = deform_kernel_conv2d(**tensors, **case.arguments)
@@ -1176,11 +1176,25 @@ def test_bad_direct_input(name, change, message, operators):
             operators.deform_kernel_conv2d_backward(grad_output, **call, output_mask=[True] * 4)
 
 
-def test_the_padded_size_has_the_padding_of_each_axis(operators):
-    case = Case()
-    call = case.tensors(torch.float32) | case.arguments | {"padding": (1, 2), "dilation": (4, 1)}
-    with pytest.raises(RuntimeError, match="input: padded size 8x11 is smaller than the dilated"):
+@pytest.mark.parametrize(
+    "size, padding, dilation, padded",
+    [((6, 7), (1, 2), (4, 1), "8x11"), ((7, 6), (2, 1), (1, 4), "11x8")],
+    ids=["rows", "columns"],
+)
+def test_the_padded_size_has_the_padding_of_each_axis(size, padding, dilation, padded, operators):
+    """It is too small by a single pixel."""
+    case = Case(size=size)
+    call = case.tensors(torch.float32) | case.arguments
+    call |= {"padding": padding, "dilation": dilation}
+    with pytest.raises(RuntimeError, match=f"input: padded size {padded} is smaller than the dil"):
         operators.deform_kernel_conv2d(**call)
+
+
+@pytest.mark.parametrize("scope", [(3, 4), (4, 3)], ids=str)
+def test_without_offsets_the_scope_is_the_kernel(scope, operators):
+    case = Case(scope=scope, **NEITHER)
+    with pytest.raises(RuntimeError, match="without kernel_offset expected a scope of the kernel"):
+        operators.deform_kernel_conv2d(**case.tensors(torch.float32), **case.arguments)
 
 
 @pytest.mark.parametrize(
