@@ -33,6 +33,9 @@ OPERATORS = " ".join(
 )
 # A third of their time, and nearly all that they see.
 SLOW = "gradcheck or edges or second or jacobians or opcheck or test_compile or lower"
+EMULATED = f"DK_EMULATED_ORDERS='forward reverse' {PYTEST} tests/test_csrc_emulated.py"
+# Two thirds of its time.
+MANY_THREADS = "tensor_cores or many_blocks or more_columns"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ TARGETS = {
         ("csrc/*.h", "csrc/cuda/*.cuh", "csrc/cuda/*.h", "csrc/cuda/deform*.cpp"),
         f"{sys.executable} -m emulation.build",
         (
-            f"DK_EMULATED_ORDERS='forward reverse' {PYTEST} tests/test_csrc_emulated.py",
+            f"{EMULATED} -k 'not ({MANY_THREADS})'",
+            f"{EMULATED} -k '{MANY_THREADS}'",
             f"{PYTEST} tests/test_ops.py -k emulated",
             f"{PYTEST} tests/test_csrc_ptx.py",
             f"PYTHON={sys.executable} tests/sanitize.sh thread cuda",
