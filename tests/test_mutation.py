@@ -130,6 +130,16 @@ def test_what_tests_see_and_what_they_do_not(project):
     assert "equivalent: add.py:2: '1' -> '2' in: return a + b * 1\n      for this test" in said
     assert "SURVIVED: add.py:2: ' + ' -> ' - '" in said
 
+    # It is known of one place.
+    for place, found in (
+        ({"above": "def add("}, True), ({"left": "b * "}, True),
+        ({"above": "def sub("}, False), ({"left": "a + "}, False),
+    ):  # fmt: skip
+        entry = known | {"reason": "for this test", **place}
+        (project / "equivalent.json").write_text(json.dumps([entry]))
+        assert ("1 of them change no result" in mutation.summary("add", survivors)) == found
+    (project / "equivalent.json").write_text(json.dumps([known | {"reason": "for this test"}]))
+
     # Nor is what is known to change no result.
     report.unlink()
     entries = mutation.judged("add", 9, 0, report)

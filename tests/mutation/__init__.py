@@ -2,5 +2,6 @@
 
 sites.py        where a fault can be, and which
 __main__.py     plants, runs the tests, reports (make mutants)
-equivalent.json faults that change no result, each with its reason; `text` is the line
+equivalent.json faults that change no result, each with its reason; `text` is the line, and if
+                others are like it, `above` and `left` say which
 """

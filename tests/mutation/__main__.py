@@ -174,9 +174,16 @@ def reason_of_equivalence(fault: Fault) -> str | None:
     """Why a fault changes no result, if that is known."""
     for known in json.loads(EQUIVALENT.read_text()):
         if all(known[key] == getattr(fault, key) for key in ("path", "before", "after")):
-            if known["text"] == fault.text.strip():
+            if known["text"] == fault.text.strip() and is_there(fault, known):
                 return known["reason"]
     return None
+
+
+def is_there(fault: Fault, known: dict) -> bool:
+    """Whether, of equal lines, it has ``above`` in the ten lines before, and ``left`` beside it."""
+    source = (ROOT / fault.path).read_text()[: fault.start]
+    *above, left = source.split("\n")[-11:]
+    return known.get("above", "") in "\n".join(above) and left.endswith(known.get("left", ""))
 
 
 def paths_of(name: str, files: Sequence[str] = ("*",)) -> list[str]:
