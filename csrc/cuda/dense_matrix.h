@@ -61,9 +61,8 @@ struct DenseWindow {
 
 // Bytes of shared memory, and where its arrays begin. Of the first two there are two: while one is
 // read, the other is copied.
-//   weight  [kDenseProducts, 8, kDenseChannels, kDenseCells], an output's one channel longer, so
-//   that
-//           neighbours' cells lie in different banks
+//   weight  [kDenseProducts, 8, kDenseChannels, kDenseCells], an output's one channel longer:
+//           so neighbours' cells lie in different banks
 //   window  [kDenseWarps, pixels, 16]
 //   source  [kDenseWarps, pixels]  where the window's pixels are in the image; -1: outside
 // Before there is a second weight, its place has the warps' DenseTaps.
