@@ -162,21 +162,6 @@ def test_sums_of_vectors(products):
     check_sum(lambda name, *registers: run_product(products[name], *registers))
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("beyond", r"global memory at 1536: 16 bytes out of bounds \(1 threads\)"),
-        ("misaligned", r"global memory at 1028: not aligned to 16 bytes \(24 threads\)"),
-        ("read_at_once", "race: thread 0 touches what thread 1 has read"),
-    ],
-)
-def test_fault_of_a_sum_is_seen_at_its_line(name, message, products):
-    with pytest.raises(Fault, match=message) as fault:
-        run_product(products[f"sum_{name}"], *np.zeros((3, 32, 4), np.uint32))
-    (line,) = lines_of_fault(f"sum_{name}", PRODUCTS)
-    assert line in str(fault.value)
-
-
 def test_copies(products):
     check_copy(lambda name, *registers: run_product(products[name], *registers))
 
@@ -195,19 +180,25 @@ def test_copies_in_part(products):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("beyond", r"global memory at -16: 16 bytes out of bounds \(1 threads\)"),
-        ("beyond_shared", r"shared memory at 512: 16 bytes out of bounds \(1 threads\)"),
-        ("misaligned", r"global memory at 8: not aligned to 16 bytes \(32 threads\)"),
-        ("misaligned_in_shared", r"shared memory at 8: not aligned to 16 bytes \(16 threads\)"),
-        ("read_too_early", "shared memory at 0: read before it is written"),
-        ("read_by_another", "race: thread 0 touches what thread 31 has written"),
-        ("awaited_too_late", "race: thread 0 touches what thread 31 has written"),
+        ("sum_beyond", r"global memory at 1536: 16 bytes out of bounds \(1 threads\)"),
+        ("sum_misaligned", r"global memory at 1028: not aligned to 16 bytes \(24 threads\)"),
+        ("sum_read_at_once", "race: thread 0 touches what thread 1 has read"),
+        ("copy_beyond", r"global memory at -16: 16 bytes out of bounds \(1 threads\)"),
+        ("copy_beyond_shared", r"shared memory at 512: 16 bytes out of bounds \(1 threads\)"),
+        ("copy_misaligned", r"global memory at 8: not aligned to 16 bytes \(32 threads\)"),
+        (
+            "copy_misaligned_in_shared",
+            r"shared memory at 8: not aligned to 16 bytes \(16 threads\)",
+        ),
+        ("copy_read_too_early", "shared memory at 0: read before it is written"),
+        ("copy_read_by_another", "race: thread 0 touches what thread 31 has written"),
+        ("copy_awaited_too_late", "race: thread 0 touches what thread 31 has written"),
     ],
 )
-def test_fault_of_a_copy_is_seen_at_its_line(name, message, products):
+def test_fault_of_a_sum_or_copy_is_seen_at_its_line(name, message, products):
     with pytest.raises(Fault, match=message) as fault:
-        run_product(products[f"copy_{name}"], *np.zeros((3, 32, 4), np.uint32))
-    (line,) = lines_of_fault(f"copy_{name}", PRODUCTS)
+        run_product(products[name], *np.zeros((3, 32, 4), np.uint32))
+    (line,) = lines_of_fault(name, PRODUCTS)
     assert line in str(fault.value)
 
 
