@@ -18,7 +18,7 @@ export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 runtime() { "${CXX:-g++}" -print-file-name="lib$1.so"; }
 
 # Of what one instruction set shares with the next, the tests of one will do.
-cpu_tests="bounds and not instruction or cpu and not dense and not grouped and not multiplier and
+cpu_tests="bounds and not instruction or several_threads or cpu and not dense and not grouped and not multiplier and
   not composed and (by_hand or oracle or test_channels or wide or edges or nan or mask or layouts or
   low_precision)"
 

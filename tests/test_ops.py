@@ -469,10 +469,11 @@ def test_bad_offset_groups(change, message):
 # ---- channels ------------------------------------------------------------------------------------
 
 
-# In, out, groups: vectors, fours and single channels, within a group and across blocks of 128.
+# In, out, groups: vectors, fours and single channels, within a group and across blocks of 64 and
+# 128; output channels across panels of 64.
 CHANNELS_OF_GROUPS = [
     (1, 3, 1), (8, 8, 1), (17, 5, 1), (130, 7, 1), (144, 8, 2), (192, 12, 6), (60, 60, 20),
-    (261, 6, 3),
+    (261, 6, 3), (70, 67, 1), (20, 260, 2),
 ]  # fmt: skip
 
 
@@ -493,6 +494,30 @@ def test_more_pixels_than_a_tile(which, device):
     scope = (19, 23) if which["kernel_offset"] else (3, 3)
     sizes = {"channels": 64, "out_channels": 3, "groups": 1, "size": (9, 11), "scope": scope}
     check_against_oracle(Case(**sizes, **which), device=device)
+
+
+@every_offset
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 64, 130, 1, (7, 5)),
+        (2, 70, 3, 1, (31, 33)),
+        (1, 24, 24, 3, (3, 260)),
+        (1, 3, 9, 3, (2, 3)),
+    ],
+    ids=["few pixels", "many", "rows", "fewer than threads"],
+)
+def test_dense_by_several_threads(sizes, which):
+    """The same bits, however the threads share pixels and output channels on a CPU."""
+    names = "batch", "channels", "out_channels", "groups", "size"
+    case = Case(**dict(zip(names, sizes, strict=True)), **which)
+    check_against_oracle(case, torch.float32, summands=torch.float32)
+    tensors = case.tensors(torch.float32)
+    alone = run(deform_kernel_conv2d, tensors, case.arguments)
+    for threads in 2, 3, 8:
+        torch.set_num_threads(threads)  # back to one before the next test: conftest.py
+        for name, tensor in run(deform_kernel_conv2d, tensors, case.arguments).items():
+            assert torch.equal(tensor, alone[name]), f"{name} by {threads} threads"
 
 
 @every_offset

@@ -13,7 +13,7 @@
 #endif
 #define DK_ISA avx2
 #define DK_VECTOR_BYTES 32
-#include "columns_kernels.h"
+#include "dense_kernels.h"
 #include "depthwise_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -17,7 +17,7 @@
 #endif
 #define DK_ISA avx512
 #define DK_VECTOR_BYTES 64
-#include "columns_kernels.h"
+#include "dense_kernels.h"
 #include "depthwise_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

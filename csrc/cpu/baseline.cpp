@@ -3,5 +3,5 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #define DK_ISA baseline
 #define DK_VECTOR_BYTES 16
-#include "columns_kernels.h"
+#include "dense_kernels.h"
 #include "depthwise_kernels.h"

@@ -1,10 +1,10 @@
-// The kernels of convolutions that are not depthwise: what goes into the matrix product of
-// csrc/dense.h, and what comes back. Included once per instruction set: tiles.h.
+// The columns of convolutions that are not depthwise, and what becomes of their gradients: dense.h
+// has the formula, dense_kernels.h the matrix products. Included once per instruction set: tiles.h.
 //
-// Columns have the layout of the weight, [C / groups, cells], which needs no rearranging then.
-// Forward, a pixel's taps make a dense table of coefficients, [taps, cells], and each channel is a
-// sum of its rows: all cells of a channel lie in registers. Backward reads four cells a tap and is
-// vectorised over channels, which a transposition of each block puts next to each other.
+// Columns have the layout of the weight, [C, cells], which needs no rearranging then. Forward, a
+// pixel's taps make a dense table of coefficients, [taps, cells], and each channel is a sum of its
+// rows: all cells of a channel lie in registers. Backward reads four cells a tap and is vectorised
+// over channels, which a transposition of each block puts next to each other.
 #include "tiles.h"
 
 namespace dk {
@@ -24,10 +24,10 @@ struct Taps {
 
   explicit Taps(int taps) : scope(kKernel ? taps : 1), image(kData ? taps : 1), pixels(taps) {}
 
-  // Those from pixel `first` of the tile on, up to `end`, the row's end, or a whole tile of taps.
+  // Those from pixel `first` on, up to `end`, the row's end, or a whole tile of taps.
   DK_INLINE void fill(const Columns<scalar_t>& a, int64_t first, int64_t end) {
     const ConvParams& p = a.params;
-    const int64_t line = (a.first + first) / p.out_w, x = (a.first + first) % p.out_w;
+    const int64_t line = first / p.out_w, x = first % p.out_w;
     const int64_t left = p.out_w - x < end - first ? p.out_w - x : end - first;
     n = line / p.out_h;
     row = line % p.out_h;
@@ -50,20 +50,6 @@ struct Taps {
       return Cell<V>{pixels.tiles[t].offset[i]};
   }
 };
-
-// Calls body.run(first, last, to) for the channels [c, c + width) of a pixel, group by group; `to`
-// is where the pixel's columns of channel `first` are, counted in channels of all groups' pixels.
-template <typename Body>
-DK_INLINE void for_groups(const ConvParams& p, int64_t count, int64_t pixel, int64_t c,
-                          int64_t width, const Body& body) {
-  const int64_t size = p.channels / p.groups;
-  for (int64_t first = c; first < c + width;) {
-    const int64_t group = first / size;
-    const int64_t last = (group + 1) * size < c + width ? (group + 1) * size : c + width;
-    body.run(first - c, last - c, (group * count + pixel) * size + first - group * size);
-    first = last;
-  }
-}
 
 // ---- forward -----------------------------------------------------------------------------------
 
@@ -165,14 +151,12 @@ struct CoefficientTable {
   }
 };
 
-// Channels of one group and pixel: to[c - first][cell] = sum over taps of rows[t][c] *
-// table[t][cell].
+// Channels of one pixel: to[c][cell] = sum over taps of rows[t][c] * table[t][cell].
 template <typename T>
 struct Expand {
   const T* const* rows;
   const CoefficientTable<T>& table;
   int cells;
-  T* columns;
 
   // U channels, NV vectors of their cells from `cell` on, which the first has at `to`.
   template <typename V, int U, int NV>
@@ -199,11 +183,11 @@ struct Expand {
   // next channels, which are written later. The last ones, which have no such neighbours, take a
   // detour.
   template <typename V, int NV>
-  DK_INLINE void channels(int64_t first, int64_t last, T* to) const {
+  DK_INLINE void channels(int64_t width, T* to) const {
     constexpr int step = NV * lanes<V, T>, U = kGroup * 2 / NV;
     const int padded = padded_cells<T>(cells);
-    const int64_t safe = last - (padded - 1) / cells;
-    int64_t c = first;
+    const int64_t safe = width - (padded - 1) / cells;
+    int64_t c = 0;
     if (padded == step) {
       for (; c + U <= safe; c += U, to += U * cells) block<V, U, NV>(c, 0, to);
     }
@@ -211,7 +195,7 @@ struct Expand {
       for (int cell = 0; cell < padded; cell += step) block<V, 1, NV>(c, cell, to + cell);
     }
     T detour[step];
-    for (; c < last; ++c, to += cells) {
+    for (; c < width; ++c, to += cells) {
       for (int cell = 0; cell < cells; cell += step) {
         block<V, 1, NV>(c, cell, detour);
         const int count = cells - cell < step ? cells - cell : step;
@@ -220,87 +204,49 @@ struct Expand {
     }
   }
 
-  DK_INLINE void run(int64_t first, int64_t last, int64_t at) const {
+  DK_INLINE void run(int64_t width, T* to) const {
     typedef Vector<T> V;
     typedef typename VectorOf<T, 4 * sizeof(T)>::type Quad;
-    T* to = columns + at * cells;
     if (cells <= 4)
-      channels<Quad, 1>(first, last, to);
+      channels<Quad, 1>(width, to);
     else if (cells <= lanes<V, T>)
-      channels<V, 1>(first, last, to);
+      channels<V, 1>(width, to);
     else
-      channels<V, 2>(first, last, to);
+      channels<V, 2>(width, to);
   }
 };
 
+// Of channels [c, c + width) and pixels [first, end): to[pixel][width * cells], rows `row` apart.
 template <typename scalar_t, bool kKernel, bool kData>
-DK_INLINE void columns_of(const Columns<scalar_t>& a, opmath_t<scalar_t>* columns, int64_t begin,
-                          int64_t end) {
+DK_INLINE void columns_of(const Columns<scalar_t>& a, int64_t c, int64_t width, int64_t first,
+                          int64_t end, opmath_t<scalar_t>* to, int64_t row) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   Taps<scalar_t, kKernel, kData> taps(p.taps());
   TapRows<T> rows(p.taps());
   CoefficientTable<T> table(p.taps(), p.cells());
-  for (int64_t first = begin; first < end; first += taps.count) {
+  const Expand<T> expand{rows.rows.tiles, table, p.cells()};
+  for (; first < end; first += taps.count) {
     taps.fill(a, first, end);
-    const scalar_t* input = a.input + taps.n * p.in_h * p.in_w * p.channels;
-    for (int i = 0; i < taps.count; ++i) {
+    const scalar_t* input = a.input + taps.n * p.in_h * p.in_w * p.channels + c;
+    for (int i = 0; i < taps.count; ++i, to += row) {
       if constexpr (kKernel) table.fill(taps.scope.tiles, i);
-      for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
-        rows.fill(taps, p.taps(), i, input + c, block_width(p, c));
-        const Expand<T> expand{rows.rows.tiles, table, p.cells(), columns};
-        for_groups(p, a.count, first + i, c, block_width(p, c), expand);
-      }
+      rows.fill(taps, p.taps(), i, input, width);
+      expand.run(width, to);
     }
   }
 }
 
 template <typename scalar_t>
-void columns(const Columns<scalar_t>& a, opmath_t<scalar_t>* columns, int64_t begin, int64_t end) {
+DK_INLINE void fill_columns(const Columns<scalar_t>& a, int64_t c, int64_t width, int64_t first,
+                            int64_t end, opmath_t<scalar_t>* to, int64_t row) {
   dispatch_offsets(a, [&](auto kernel, auto data) {
-    columns_of<scalar_t, decltype(kernel)::value, decltype(data)::value>(a, columns, begin, end);
+    columns_of<scalar_t, decltype(kernel)::value, decltype(data)::value>(a, c, width, first, end,
+                                                                         to, row);
   });
 }
 
 // ---- backward ----------------------------------------------------------------------------------
-
-// Channels of one group and pixel: [channels, cells] -> [cells][kChannelBlock].
-template <typename T>
-struct Transpose {
-  const T* columns;
-  int cells;
-  T* to;
-
-  DK_INLINE void run(int64_t first, int64_t last, int64_t at) const {
-    const T* from = columns + at * cells;
-    int64_t c = first;
-    for (; c + 4 <= last; c += 4, from += 4 * cells) {
-      int cell = 0;
-      for (; cell + 4 <= cells; cell += 4) four_by_four(from + cell, to + cell * kChannelBlock + c);
-      for (; cell < cells; ++cell) {
-        for (int u = 0; u < 4; ++u) to[cell * kChannelBlock + c + u] = from[u * cells + cell];
-      }
-    }
-    for (; c < last; ++c, from += cells) {
-      for (int cell = 0; cell < cells; ++cell) to[cell * kChannelBlock + c] = from[cell];
-    }
-  }
-
-  DK_INLINE void four_by_four(const T* from, T* block) const {
-    typedef typename VectorOf<T, 4 * sizeof(T)>::type V;
-    using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-    V row[4], pair[4];
-    for (int u = 0; u < 4; ++u) row[u] = load<V>(from + u * cells);
-    pair[0] = DK_SHUFFLE(row[0], row[1], 0, 4, 1, 5);
-    pair[1] = DK_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
-    pair[2] = DK_SHUFFLE(row[0], row[1], 2, 6, 3, 7);
-    pair[3] = DK_SHUFFLE(row[2], row[3], 2, 6, 3, 7);
-    for (int v = 0; v < 4; v += 2) {
-      store(block + v * kChannelBlock, DK_SHUFFLE(pair[v], pair[v + 1], 0, 1, 4, 5));
-      store(block + (v + 1) * kChannelBlock, DK_SHUFFLE(pair[v], pair[v + 1], 2, 3, 6, 7));
-    }
-  }
-};
 
 // One tap of one output pixel: the gradient of what it reads, and of its offsets. dots[0]: of the
 // data, [1]: of the kernel.
@@ -342,40 +288,39 @@ struct ColumnsBackwardTap {
   }
 };
 
+// Of channels [c, c + width) and pixels [first, end), whose gradient of columns is grad_columns
+// [pixel][width, cells], rows `row` apart.
 template <typename scalar_t, bool kKernel, bool kData>
-DK_INLINE void columns_backward_of(const ColumnsBackward<scalar_t>& a, int64_t begin, int64_t end) {
+DK_INLINE void columns_backward_of(const DenseBackward<scalar_t>& a, int64_t c, int64_t width,
+                                   int64_t first, int64_t end,
+                                   const opmath_t<scalar_t>* grad_columns, int64_t row) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   const int count = p.taps();
   Taps<scalar_t, kKernel, kData> taps(count);
-  Scratch<T[kChannelBlock]> grad_columns(p.cells());
+  Scratch<T[kChannelBlock]> grad_cells(p.cells());
   Scratch<DotTile<T>> kernel_dots(kKernel ? count : 1), data_dots(kData ? count : 1);
-  for (int64_t first = begin; first < end; first += taps.count) {
+  for (; first < end; first += taps.count) {
     taps.fill(a, first, end);
     if constexpr (kKernel) clear(kernel_dots.tiles, count);
     if constexpr (kData) clear(data_dots.tiles, count);
-    const scalar_t* input = a.input + taps.n * p.in_h * p.in_w * p.channels;
-    for (int i = 0; i < taps.count; ++i) {
-      T* grad_taps = a.grad_taps + (first + i) * count * p.channels;
-      for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
-        const int64_t width = block_width(p, c);
-        const Transpose<T> transpose{a.grad_columns, p.cells(), grad_columns.tiles[0]};
-        for_groups(p, a.count, first + i, c, width, transpose);
-        for (int t = 0; t < count; ++t) {
-          if (taps.in_padding(t, i)) continue;
-          const ColumnsBackwardTap<scalar_t, kKernel, kData> tap{
-              taps, t, i, grad_columns.tiles[0], input + c, grad_taps + t * p.channels + c};
-          sum_channels<T, 2>(
-              width, tap,
-              {kData ? &data_dots.tiles[t] : nullptr, kKernel ? &kernel_dots.tiles[t] : nullptr},
-              i);
-        }
+    const scalar_t* input = a.input + taps.n * p.in_h * p.in_w * p.channels + c;
+    for (int i = 0; i < taps.count; ++i, grad_columns += row) {
+      transpose(grad_columns, p.cells(), width, p.cells(), grad_cells.tiles[0], kChannelBlock);
+      T* grad_taps = a.grad_taps + (first + i - a.first) * count * p.channels + c;
+      for (int t = 0; t < count; ++t) {
+        if (taps.in_padding(t, i)) continue;
+        const ColumnsBackwardTap<scalar_t, kKernel, kData> tap{
+            taps, t, i, grad_cells.tiles[0], input, grad_taps + t * p.channels};
+        sum_channels<T, 2>(
+            width, tap,
+            {kData ? &data_dots.tiles[t] : nullptr, kKernel ? &kernel_dots.tiles[t] : nullptr}, i);
       }
     }
     for (int t = 0; t < count; ++t) {
       if constexpr (kKernel)
         add_kernel_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.scope.tiles[t],
-                                   kernel_dots.tiles[t], /*last=*/true);
+                                   kernel_dots.tiles[t], /*last=*/c + width == p.channels);
       if constexpr (kData)
         add_data_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.image.tiles[t],
                                  data_dots.tiles[t]);
@@ -384,9 +329,12 @@ DK_INLINE void columns_backward_of(const ColumnsBackward<scalar_t>& a, int64_t b
 }
 
 template <typename scalar_t>
-void columns_backward(const ColumnsBackward<scalar_t>& a, int64_t begin, int64_t end) {
+DK_INLINE void columns_backward(const DenseBackward<scalar_t>& a, int64_t c, int64_t width,
+                                int64_t first, int64_t end, const opmath_t<scalar_t>* grad_columns,
+                                int64_t row) {
   dispatch_offsets(a, [&](auto kernel, auto data) {
-    columns_backward_of<scalar_t, decltype(kernel)::value, decltype(data)::value>(a, begin, end);
+    columns_backward_of<scalar_t, decltype(kernel)::value, decltype(data)::value>(
+        a, c, width, first, end, grad_columns, row);
   });
 }
 
@@ -410,7 +358,7 @@ struct AddTaps {
 };
 
 template <typename scalar_t>
-void add_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, int64_t begin,
+void add_taps(const DenseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, int64_t begin,
               int64_t end) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
@@ -463,35 +411,23 @@ struct ScatterTap {
 };
 
 template <typename scalar_t>
-void scatter_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, int64_t begin,
+void scatter_taps(const DenseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, int64_t begin,
                   int64_t end) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
   Taps<scalar_t, false, true> taps(p.taps());
-  for (int64_t first = 0; first < a.count; first += taps.count) {
-    taps.fill(a, first, a.count);
+  for (int64_t pixel = 0; pixel < a.count; pixel += taps.count) {
+    taps.fill(a, a.first + pixel, a.first + a.count);
     for (int i = 0; i < taps.count; ++i) {
       for (int t = 0; t < p.taps(); ++t) {
         const ScatterTap<T> tap{taps.image.tiles[t], i,
-                                a.grad_taps + ((first + i) * p.taps() + t) * p.channels,
+                                a.grad_taps + ((pixel + i) * p.taps() + t) * p.channels,
                                 grad_input + taps.n * p.in_h * p.in_w * p.channels};
         for_channels<T, 1>(begin, end, tap);
       }
     }
   }
 }
-
-#define DK_INSTANTIATE(scalar_t)                                                                   \
-  template void columns(const Columns<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t);          \
-  template void columns_backward(const ColumnsBackward<scalar_t>&, int64_t, int64_t);              \
-  template void add_taps(const ColumnsBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t); \
-  template void scatter_taps(const ColumnsBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t,       \
-                             int64_t);
-DK_INSTANTIATE(float)
-DK_INSTANTIATE(double)
-DK_INSTANTIATE(c10::Half)
-DK_INSTANTIATE(c10::BFloat16)
-#undef DK_INSTANTIATE
 
 }  // namespace DK_ISA
 }  // namespace dk

@@ -5,12 +5,6 @@
 #include "../dense.h"
 #include "kernels.h"
 
-// oneDNN's matrix product. torch.matmul calls MKL instead, which does not use AVX-512 on every
-// processor that has it. Null in a torch that is built without oneDNN.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
-    AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const char* attr,
-    const double** scalars, int64_t scalars_len_, const char** algorithm, AtenTensorHandle* ret0);
-
 namespace dk {
 namespace {
 
@@ -46,7 +40,7 @@ Isa current_isa() {
     default: baseline::function(__VA_ARGS__);               \
   }
 #else
-#define DK_CALL(function, ...) baseline::function(__VA_ARGS__)
+#define DK_CALL(function, ...) baseline::function(__VA_ARGS__);
 #endif
 
 int64_t channel_blocks(const ConvParams& p) {
@@ -79,87 +73,109 @@ Tensor to_blocks(const ConvParams& p, const Tensor& weight) {
 
 // ---- not depthwise ------------------------------------------------------------------------------
 
-// dense.h's view of these kernels. Columns are in the arithmetic type: rounded to bfloat16, their
-// products would be no faster without instructions of its own, and less exact.
+// Tiles of the pixels and parts of the panels, together a multiple of the threads where that goes.
+// Of few pixels, threads share the panels: each makes all columns, but packs its own part alone.
 template <typename scalar_t>
-struct DenseBackend {
+void share_out(DenseForward<scalar_t>& a, int64_t pixels, int64_t panels) {
+  const int64_t threads = stable::get_num_threads(), most = most_pixels(a.params);
+  a.tiles = (pixels + most - 1) / most;
+  a.parts = 1;
+  while (2 * a.parts * a.tiles <= threads && 2 * a.parts <= panels) a.parts *= 2;
+  const int64_t step = (threads + a.parts - 1) / a.parts;
+  a.tiles = std::min((a.tiles + step - 1) / step * step, pixels);
+}
+
+template <typename scalar_t>
+void dense_forward(DenseForward<scalar_t> a, const Tensor& weight,
+                   const std::optional<Tensor>& bias) {
   using T = opmath_t<scalar_t>;
-  // At most 16 MiB of float columns, and 4 MiB of their gradient. Beyond 512 pixels, the products
-  // are no faster.
-  static constexpr int64_t tile_values = int64_t(1) << 22, tile_pixels = 512;
-  static constexpr int64_t gradient_values = tile_values / 4;
-  static constexpr bool cells_first = false;
-  static constexpr ScalarType type = scalar_type_of<T>;
-  static constexpr int64_t kPixelGrain = 16, kScatterChannels = 32, kAddGrain = 1 << 14;
-
-  const Tensor& like;
-  ColumnsBackward<scalar_t> a;
-  T* grad_input = nullptr;  // null: not wanted
-  // For all tiles, since fresh memory is slow. The first tile is the largest.
-  std::optional<Tensor> buffer, grad_taps;
-
-  Tensor product(const Tensor& x, const Tensor& y) const {
-    if (std::is_same_v<T, float> && x.size(0) == 1 && aoti_torch_cpu__linear_pointwise) {
-      const Tensor matrix = stable::select(x, 0, 0);
-      const Tensor transposed = stable::transpose(stable::select(y, 0, 0), 0, 1);
-      AtenTensorHandle result;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
-          matrix.get(), transposed.get(), nullptr, "none", nullptr, 0, nullptr, &result));
-      return stable::unsqueeze(Tensor(result), 0);
-    }
-    return stable::contiguous(stable::matmul(x, y));
+  const ConvParams& p = a.params;
+  const int64_t panels = p.groups * output_panels(p);
+  const Tensor scope = stable::contiguous(to_type(weight, scalar_type_of<T>));
+  std::optional<Tensor> row = to_arithmetic<T>(bias);
+  if (row) row = stable::contiguous(*row);
+  a.weight = scope.const_data_ptr<T>();
+  a.bias = row ? row->const_data_ptr<T>() : nullptr;
+  share_out(a, p.batch * p.out_h * p.out_w, panels);
+  std::optional<Tensor> kept;
+  if (a.tiles > stable::get_num_threads()) {  // each comes back to the panels
+    kept = stable::new_empty(scope, {panels, group_columns(p), panel_width(p)});
+    T* to = kept->mutable_data_ptr<T>();
+    stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      DK_CALL(pack_panels, p, a.weight, to, begin, end)
+    });
+    a.panels = to;
   }
+  stable::parallel_for(0, a.tiles * a.parts, 1,
+                       [&](int64_t begin, int64_t end) { DK_CALL(dense_forward, a, begin, end) });
+}
 
-  Tensor columns(int64_t first, int64_t count) {
-    const ConvParams& p = a.params;
-    a.first = first;
-    a.count = count;
-    const int64_t values = p.channels / p.groups * p.cells();
-    if (!buffer) buffer = stable::new_empty(like, {p.groups * count * values}, type);
-    T* data = buffer->mutable_data_ptr<T>();
-    stable::parallel_for(0, count, kPixelGrain,
-                         [&](int64_t begin, int64_t end) { DK_CALL(columns, a, data, begin, end) });
-    return as_strided(*buffer, {p.groups, count, values}, {count * values, values, 1});
-  }
-
-  static void add(std::optional<Tensor>& sum, const Tensor& part) {
-    if (!sum) {
-      sum = part;
-      return;
-    }
-    T* to = sum->mutable_data_ptr<T>();
-    const T* from = part.const_data_ptr<T>();
-    stable::parallel_for(0, part.numel(), kAddGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+// The gradient of the input: no two threads add to the same place, and each adds in one order.
+template <typename scalar_t>
+void add_grad_taps(const DenseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input) {
+  constexpr int64_t kScatterChannels = 32;
+  const ConvParams& p = a.params;
+  if (a.data_offset.data) {
+    const int64_t blocks = (p.channels + kScatterChannels - 1) / kScatterChannels;
+    stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t last = std::min(p.channels, end * kScatterChannels);
+      DK_CALL(scatter_taps, a, grad_input, begin * kScatterChannels, last)
+    });
+  } else {
+    const auto [begin, end] = dense::input_rows(p, a.first, a.first + a.count - 1);
+    stable::parallel_for(begin, end, 1, [&](int64_t begin, int64_t end) {
+      DK_CALL(add_taps, a, grad_input, begin, end)
     });
   }
+}
 
-  void backward(const Tensor& grad_columns, int64_t first, int64_t count) {
-    const ConvParams& p = a.params;
-    if (!grad_taps) grad_taps = stable::new_empty(like, {count, p.taps(), p.channels}, type);
-    a.first = first;
-    a.count = count;
-    a.grad_columns = grad_columns.const_data_ptr<T>();
-    a.grad_taps = grad_taps->mutable_data_ptr<T>();
-    stable::parallel_for(0, count, kPixelGrain, [&](int64_t begin, int64_t end) {
-      DK_CALL(columns_backward, a, begin, end)
-    });
-    if (!grad_input) return;
-    // No two threads add to the same place, and each adds in one order.
-    if (a.data_offset.data) {
-      const int64_t blocks = (p.channels + kScatterChannels - 1) / kScatterChannels;
-      stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        const int64_t last = std::min(p.channels, end * kScatterChannels);
-        DK_CALL(scatter_taps, a, grad_input, begin * kScatterChannels, last)
-      });
-    } else {
-      const auto [begin, end] = dense::input_rows(p, first, first + count - 1);
-      stable::parallel_for(begin, end, 1, [&](int64_t begin, int64_t end) {
-        DK_CALL(add_taps, a, grad_input, begin, end)
-      });
+// Summed up in parts of the pixels, whose number does not depend on that of the threads, then over
+// the parts in order.
+template <typename scalar_t>
+Tensor dense_weight_gradient(DenseBackward<scalar_t> a, const Tensor& weight) {
+  using T = opmath_t<scalar_t>;
+  // Enough items for so many threads, in at most 16 MiB of floats, or one part.
+  constexpr int64_t kItems = 32, kValues = int64_t(1) << 22, kGrain = int64_t(1) << 14;
+  const ConvParams& p = a.params;
+  const int64_t pixels = p.batch * p.out_h * p.out_w, size = weight.numel();
+  const int64_t most = std::min(kItems / dense_blocks(p), kValues / size);
+  a.parts = std::clamp<int64_t>(most, 1, (pixels + most_pixels(p) - 1) / most_pixels(p));
+  Tensor sums = stable::new_empty(weight, {a.parts, size}, scalar_type_of<T>);
+  T* to = sums.mutable_data_ptr<T>();
+  a.grad_weight = to;
+  stable::parallel_for(0, a.parts * dense_blocks(p), 1,
+                       [&](int64_t begin, int64_t end) { DK_CALL(weight_gradient, a, begin, end) });
+  stable::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t part = 1; part < a.parts; ++part) {
+      for (int64_t i = begin; i < end; ++i) to[i] += to[part * size + i];
     }
+  });
+  const Tensor sum = stable::view(stable::select(sums, 0, 0), weight.sizes());
+  // Of several parts, a copy, which does not keep them all.
+  return to_type(a.parts > 1 ? stable::clone(sum) : sum, weight.scalar_type());
+}
+
+// All other gradients. `grad_input` is null where it is not wanted.
+template <typename scalar_t>
+void dense_taps_gradient(DenseBackward<scalar_t> a, const Tensor& weight,
+                         opmath_t<scalar_t>* grad_input) {
+  using T = opmath_t<scalar_t>;
+  // 16 MiB of floats.
+  constexpr int64_t kTileValues = int64_t(1) << 22, kPixelGrain = 16;
+  const ConvParams& p = a.params;
+  const int64_t pixels = p.batch * p.out_h * p.out_w;
+  const int64_t step = dense::tile_size(pixels, kTileValues / (p.taps() * p.channels));
+  const Tensor scope = stable::contiguous(to_type(weight, scalar_type_of<T>));
+  const Tensor taps = stable::new_empty(scope, {step, p.taps(), p.channels});
+  a.weight = scope.const_data_ptr<T>();
+  a.grad_taps = taps.mutable_data_ptr<T>();
+  for (a.first = 0; a.first < pixels; a.first += step) {
+    a.count = std::min(step, pixels - a.first);
+    stable::parallel_for(0, a.count, kPixelGrain,
+                         [&](int64_t begin, int64_t end) { DK_CALL(taps_gradient, a, begin, end) });
+    if (grad_input) add_grad_taps(a, grad_input);
   }
-};
+}
 
 // ---- the operators ------------------------------------------------------------------------------
 
@@ -185,12 +201,13 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
     using T = opmath_t<scalar_t>;
     const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
     if (!p.depthwise()) {
-      DenseBackend<scalar_t> backend{x};
-      backend.a.params = p;
-      backend.a.input = x.const_data_ptr<scalar_t>();
-      backend.a.kernel_offset = offset_view<T>(p, kernel);
-      backend.a.data_offset = offset_view<T>(p, data);
-      return dense::forward(p, backend, weight, bias, output);
+      DenseForward<scalar_t> a{};
+      a.params = p;
+      a.input = x.const_data_ptr<scalar_t>();
+      a.kernel_offset = offset_view<T>(p, kernel);
+      a.data_offset = offset_view<T>(p, data);
+      a.output = output.mutable_data_ptr<scalar_t>();
+      return dense_forward(a, weight, bias);
     }
     const Tensor scope = to_blocks<T>(p, weight);
     std::optional<Tensor> b = to_arithmetic<T>(bias);
@@ -287,19 +304,24 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
     if (kernel) gradients[2] = zeros_like(*kernel);
     if (data) gradients[3] = zeros_like(*data);
     if (!p.depthwise()) {
-      DenseBackend<scalar_t> backend{x};
-      backend.a.params = p;
-      backend.a.input = x.const_data_ptr<scalar_t>();
-      backend.a.kernel_offset = offset_view<T>(p, kernel);
-      backend.a.data_offset = offset_view<T>(p, data);
-      backend.a.grad_kernel_offset = gradient_view<T>(p, gradients[2]);
-      backend.a.grad_data_offset = gradient_view<T>(p, gradients[3]);
+      const Tensor exact = to_type(grad, scalar_type_of<T>);
+      DenseBackward<scalar_t> a{};
+      a.params = p;
+      a.input = x.const_data_ptr<scalar_t>();
+      a.kernel_offset = offset_view<T>(p, kernel);
+      a.data_offset = offset_view<T>(p, data);
+      a.grad_output = exact.const_data_ptr<T>();
+      a.grad_kernel_offset = gradient_view<T>(p, gradients[2]);
+      a.grad_data_offset = gradient_view<T>(p, gradients[3]);
+      if (output_mask[1]) gradients[1] = dense_weight_gradient(a, weight);
+      T* grad_input = nullptr;
       if (output_mask[0]) {
         Tensor zeros = empty(x, x.sizes(), scalar_type_of<T>, format);
         gradients[0] = stable::zero_(zeros);
-        backend.grad_input = gradients[0]->mutable_data_ptr<T>();
+        grad_input = gradients[0]->mutable_data_ptr<T>();
       }
-      gradients[1] = dense::backward(p, backend, weight, grad, output_mask);
+      if (output_mask[0] || output_mask[2] || output_mask[3])
+        dense_taps_gradient(a, weight, grad_input);
       return;
     }
     DepthwiseBackward<scalar_t> a{p,

@@ -3,7 +3,7 @@
 // run time.
 #pragma once
 
-#include "../deform_kernel.h"
+#include "../dense.h"
 
 namespace dk {
 
@@ -38,23 +38,74 @@ struct DepthwiseBackward {
   bool nchw;  // the input, its gradient and the output's; not with data_offset
 };
 
-// A tile of the columns of a convolution that is not depthwise (csrc/dense.h): `count` output
-// pixels from `first` on, of all N * H_out * W_out.
+// ---- not depthwise: dense.h ---------------------------------------------------------------------
+
+// Channels whose columns are made at a time.
+constexpr int64_t kDenseChannels = 64;
+
+inline int64_t dense_blocks(const ConvParams& p) {
+  return (p.channels + kDenseChannels - 1) / kDenseChannels;
+}
+
+// In the block that begins at channel c.
+inline int64_t dense_width(const ConvParams& p, int64_t c) {
+  return std::min(p.channels - c, kDenseChannels);
+}
+
+// Pixels at a time: as floats, the columns of a block and the outputs take at most 1 MiB each,
+// about what stays in the second-level cache.
+inline int64_t most_pixels(const ConvParams& p) {
+  constexpr int64_t values = int64_t(1) << 18, fewest = 12;
+  return std::max(values / std::max(p.cells() * dense_width(p, 0), p.out_channels), fewest);
+}
+
+// How far rows of so many values are apart: whole vectors, and not a power of two, at which they
+// would evict each other from the caches.
+inline int64_t padded_row(int64_t values) { return (values / 16 + 2) * 16; }
+
+// Of one pixel and group, [C / groups, cells].
+inline int64_t group_columns(const ConvParams& p) { return p.channels / p.groups * p.cells(); }
+
+// The right factors of the matrix products are panels, so many numbers wide.
+constexpr int64_t kPanel = 64;
+
+// Of the output channels of a group.
+inline int64_t output_panels(const ConvParams& p) {
+  return (p.out_channels / p.groups + kPanel - 1) / kPanel;
+}
+
+// What they have of a panel, in whole vectors.
+inline int64_t panel_width(const ConvParams& p) {
+  return std::min((p.out_channels / p.groups + 15) / 16 * 16, kPanel);
+}
+
 template <typename scalar_t>
 struct Columns {
   using T = opmath_t<scalar_t>;
   ConvParams params;
   const scalar_t* input;
   Offset<const T> kernel_offset, data_offset;
-  int64_t first, count;
+  const T* weight;  // [C_out, C / groups, cells]
 };
 
 template <typename scalar_t>
-struct ColumnsBackward : Columns<scalar_t> {
+struct DenseForward : Columns<scalar_t> {
   using T = opmath_t<scalar_t>;
-  const T* grad_columns;                           // [groups, count, C / groups, cells]
+  const T* panels;  // of all groups, [group_columns, panel_width] each; null: made when needed
+  const T* bias;    // null: none
+  scalar_t* output;
+  int64_t tiles, parts;  // of all N * H_out * W_out pixels, of all groups' panels
+};
+
+template <typename scalar_t>
+struct DenseBackward : Columns<scalar_t> {
+  using T = opmath_t<scalar_t>;
+  const T* grad_output;  // [N * H_out * W_out, C_out]
+  T* grad_weight;        // [parts][C_out, C / groups, cells], to be written
+  int64_t parts;         // of all pixels
+  Offset<T> grad_kernel_offset, grad_data_offset;  // zero at the start
   T* grad_taps;                                    // [count, taps, C], to be written
-  Offset<T> grad_kernel_offset, grad_data_offset;  // to be written at the tile's pixels
+  int64_t first, count;                            // a tile of all pixels
 };
 
 #define DK_DECLARE_KERNELS(ISA)                                                                    \
@@ -76,22 +127,26 @@ struct ColumnsBackward : Columns<scalar_t> {
   template <typename scalar_t>                                                                     \
   void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,         \
                      int64_t n, int64_t block);                                                    \
-  /* Pixels [begin, end) of the tile's columns, [groups, count, C / groups, cells]. */             \
+  /* Items [begin, end) of panels: what DenseForward has of each. */                               \
+  template <typename T>                                                                            \
+  void pack_panels(const ConvParams& p, const T* weight, T* panels, int64_t begin, int64_t end);   \
+  /* Items [begin, end) of parts and their tiles. */                                               \
   template <typename scalar_t>                                                                     \
-  void columns(const Columns<scalar_t>& a, opmath_t<scalar_t>* columns, int64_t begin,             \
-               int64_t end);                                                                       \
-  /* From the columns' gradient, those of what each tap reads and of the offsets, pixels           \
-     [begin, end) of the tile. */                                                                  \
+  void dense_forward(const DenseForward<scalar_t>& a, int64_t begin, int64_t end);                 \
+  /* Items [begin, end) of parts and their dense_blocks. */                                        \
   template <typename scalar_t>                                                                     \
-  void columns_backward(const ColumnsBackward<scalar_t>& a, int64_t begin, int64_t end);           \
+  void weight_gradient(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end);              \
+  /* Pixels [begin, end) of the tile: the gradients of what each tap reads and of the offsets. */  \
+  template <typename scalar_t>                                                                     \
+  void taps_gradient(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end);                \
   /* No data_offset. Adds the gradient of what the tile's taps read to that of input rows          \
      [begin, end) of all N * H, which is in the arithmetic type. */                                \
   template <typename scalar_t>                                                                     \
-  void add_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, int64_t begin, \
+  void add_taps(const DenseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, int64_t begin,   \
                 int64_t end);                                                                      \
   /* With data_offset. The same, scattered, for channels [begin, end). */                          \
   template <typename scalar_t>                                                                     \
-  void scatter_taps(const ColumnsBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,            \
+  void scatter_taps(const DenseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,              \
                     int64_t begin, int64_t end);                                                   \
   }
 

@@ -108,14 +108,13 @@ DK_INLINE V load(const c10::Half* p) {
     return static_cast<float>(*p);
   } else {
 #if DK_VECTOR_BYTES == 64
-    return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    if constexpr (sizeof(V) == 64) return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif DK_VECTOR_BYTES == 32
-    return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
+    if constexpr (sizeof(V) == 32) return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
     V v;
     for (int i = 0; i < lanes<V, float>; ++i) v[i] = static_cast<float>(p[i]);
     return v;
-#endif
   }
 }
 
@@ -125,12 +124,14 @@ DK_INLINE void store(c10::Half* p, const V& v) {
     *p = v;
   } else {
 #if DK_VECTOR_BYTES == 64
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    if constexpr (sizeof(V) == 64)
+      return _mm256_storeu_si256((__m256i*)p,
+                                 _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif DK_VECTOR_BYTES == 32
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#else
-    for (int i = 0; i < lanes<V, float>; ++i) p[i] = v[i];
+    if constexpr (sizeof(V) == 32)
+      return _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #endif
+    for (int i = 0; i < lanes<V, float>; ++i) p[i] = v[i];
   }
 }
 
@@ -174,29 +175,42 @@ DK_INLINE void transpose_square(V (&v)[L]) {
   if constexpr (2 * n < L) transpose_square<T, 2 * n>(v);
 }
 
-// to[j, i] = from[i, j]; rows of either lie a number of elements apart.
+// to[j, i] = from[i, j]; rows of either lie a number of elements apart. By squares of L elements,
+// and what is left by smaller ones.
+template <int L, typename From, typename To>
+DK_INLINE void transpose_by(const From* from, int64_t from_step, int64_t rows, int64_t columns,
+                            To* to, int64_t to_step) {
+  using T = opmath_t<To>;
+  const int64_t whole_rows = rows / L * L, whole_columns = columns / L * L;
+  for (int64_t i = 0; i < whole_rows; i += L) {
+    for (int64_t j = 0; j < whole_columns; j += L) {
+      if constexpr (L == 1) {
+        to[j * to_step + i] = static_cast<To>(from[i * from_step + j]);
+      } else {
+        typedef typename VectorOf<T, L * sizeof(T)>::type V;
+        V v[L];
+#pragma GCC unroll 16
+        for (int k = 0; k < L; ++k) v[k] = load<V>(from + (i + k) * from_step + j);
+        transpose_square<T>(v);
+#pragma GCC unroll 16
+        for (int k = 0; k < L; ++k) store(to + (j + k) * to_step + i, v[k]);
+      }
+    }
+  }
+  if constexpr (L > 1) {
+    constexpr int half = L > 4 ? L / 2 : 1;
+    transpose_by<half>(from + whole_columns, from_step, whole_rows, columns - whole_columns,
+                       to + whole_columns * to_step, to_step);
+    transpose_by<half>(from + whole_rows * from_step, from_step, rows - whole_rows, columns,
+                       to + whole_rows, to_step);
+  }
+}
+
 template <typename From, typename To>
 DK_INLINE void transpose(const From* from, int64_t from_step, int64_t rows, int64_t columns, To* to,
                          int64_t to_step) {
   using T = opmath_t<To>;
-  constexpr int L = lanes<Vector<T>, T>;
-  for (int64_t i = 0; i < rows; i += L) {
-    for (int64_t j = 0; j < columns; j += L) {
-      if (i + L <= rows && j + L <= columns) {
-        Vector<T> v[L];
-#pragma GCC unroll 16
-        for (int k = 0; k < L; ++k) v[k] = load<Vector<T>>(from + (i + k) * from_step + j);
-        transpose_square<T>(v);
-#pragma GCC unroll 16
-        for (int k = 0; k < L; ++k) store(to + (j + k) * to_step + i, v[k]);
-        continue;
-      }
-      for (int64_t y = i; y < i + L && y < rows; ++y) {
-        for (int64_t x = j; x < j + L && x < columns; ++x)
-          to[x * to_step + y] = static_cast<To>(from[y * from_step + x]);
-      }
-    }
-  }
+  transpose_by<lanes<Vector<T>, T>>(from, from_step, rows, columns, to, to_step);
 }
 
 // The sums of four vectors, or of four single numbers.

@@ -41,9 +41,7 @@ struct DenseBackend {
   using T = opmath_t<scalar_t>;
   // 64 MiB of columns, and as much of their gradient.
   static constexpr int64_t tile_values = (int64_t(1) << 26) / sizeof(scalar_t);
-  static constexpr int64_t tile_pixels = int64_t(1) << 30, gradient_values = tile_values;
   static constexpr ScalarType type = scalar_type_of<scalar_t>;
-  static constexpr bool cells_first = true;
 
   const Tensor& like;
   ColumnsBackwardArgs<scalar_t> a;
@@ -99,6 +97,74 @@ struct DenseBackend {
   }
 };
 
+// The rows of a tile of pixels, [groups, count, C_out / groups], of a tensor in channels_last.
+inline Tensor tile_rows(const ConvParams& p, const Tensor& t, int64_t first, int64_t count) {
+  const int64_t size = p.out_channels / p.groups;
+  Tensor all =
+      as_strided(t, {p.groups, p.batch * p.out_h * p.out_w, size}, {size, p.out_channels, 1});
+  return stable::narrow(all, 1, first, count);
+}
+
+// [groups, C_out / groups, a, b] with the last two exchanged.
+inline Tensor exchanged(const ConvParams& p, const Tensor& matrices, int64_t a, int64_t b) {
+  const Tensor all = stable::view(matrices, {p.groups, p.out_channels / p.groups, a, b});
+  return stable::contiguous(stable::transpose(all, 2, 3));
+}
+
+// [groups, C_out / groups, cells * C / groups], in the order of the columns.
+inline Tensor weight_matrices(const ConvParams& p, const Tensor& weight) {
+  const int64_t size = p.channels / p.groups;
+  return stable::view(exchanged(p, stable::contiguous(weight), size, p.cells()),
+                      {p.groups, p.out_channels / p.groups, size * p.cells()});
+}
+
+// The gradient of the weight, given that of its matrices.
+inline Tensor weight_of(const ConvParams& p, const Tensor& matrices, const Tensor& weight) {
+  const Tensor all = exchanged(p, matrices, p.cells(), p.channels / p.groups);
+  return to_type(stable::view(all, weight.sizes()), weight.scalar_type());
+}
+
+// `output` is in channels_last.
+template <typename scalar_t>
+void tiled_forward(const ConvParams& p, DenseBackend<scalar_t>& backend, const Tensor& weight,
+                   const std::optional<Tensor>& bias, const Tensor& output) {
+  const Tensor matrices = stable::transpose(weight_matrices(p, weight), 1, 2);
+  std::optional<Tensor> row;
+  if (bias) row = stable::view(stable::contiguous(*bias), {p.groups, 1, -1});
+  const int64_t pixels = p.batch * p.out_h * p.out_w;
+  const int64_t step = dense::tile_size(pixels, backend.tile_values / (p.channels * p.cells()));
+  for (int64_t first = 0; first < pixels; first += step) {
+    const int64_t count = std::min(step, pixels - first);
+    Tensor product = backend.product(backend.columns(first, count), matrices);
+    if (row) product = stable::subtract(product, *row, -1);
+    Tensor rows = tile_rows(p, output, first, count);
+    stable::copy_(rows, product);
+  }
+}
+
+// `grad_output` is in channels_last. Returns the weight's gradient, if it is wanted.
+template <typename scalar_t>
+std::optional<Tensor> tiled_backward(const ConvParams& p, DenseBackend<scalar_t>& backend,
+                                     const Tensor& weight, const Tensor& grad_output,
+                                     const std::vector<bool>& output_mask) {
+  const Tensor matrices = weight_matrices(p, weight);
+  const bool others = output_mask[0] || output_mask[2] || output_mask[3];
+  const int64_t pixels = p.batch * p.out_h * p.out_w;
+  const int64_t step = dense::tile_size(pixels, backend.tile_values / (p.channels * p.cells()));
+  std::optional<Tensor> grad_weight;
+  for (int64_t first = 0; first < pixels; first += step) {
+    const int64_t count = std::min(step, pixels - first);
+    const Tensor grad = stable::contiguous(tile_rows(p, grad_output, first, count));
+    if (output_mask[1]) {
+      const Tensor columns = backend.columns(first, count);
+      backend.add(grad_weight, backend.product(stable::transpose(grad, 1, 2), columns));
+    }
+    if (others) backend.backward(backend.product(grad, matrices), first, count);
+  }
+  if (grad_weight) grad_weight = weight_of(p, *grad_weight, weight);
+  return grad_weight;
+}
+
 // Whether the kernel that makes columns in registers takes the call.
 template <typename scalar_t>
 bool has_dense_matrix_kernel(const ColumnsBackwardArgs<scalar_t>& a) {
@@ -149,7 +215,7 @@ void dense_forward(const ColumnsBackwardArgs<scalar_t>& a, const Tensor& input,
     }
   }
   DenseBackend<scalar_t> backend(a, input);
-  dense::forward(a.params, backend, weight, bias, output);
+  tiled_forward(a.params, backend, weight, bias, output);
 }
 
 template <typename scalar_t>
@@ -174,7 +240,7 @@ Gradients dense_backward(const ColumnsBackwardArgs<scalar_t>& a, const Tensor& i
   };
   gradients[2] = zero_gradient(kernel_offset, backend.a.grad_kernel_offset);
   gradients[3] = zero_gradient(data_offset, backend.a.grad_data_offset);
-  gradients[1] = dense::backward(a.params, backend, weight, grad_output, output_mask);
+  gradients[1] = tiled_backward(a.params, backend, weight, grad_output, output_mask);
   return gradients;
 }
 

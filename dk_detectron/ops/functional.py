@@ -72,9 +72,9 @@ def deform_kernel_conv2d(
         kernel_size: (K_h, K_w), or one number for both; likewise the next three.
         groups: any divisor of both channel numbers. Depthwise (groups = C_in = C_out) runs in one
             direct kernel; the others go through a matrix product with S columns instead of K, by
-            tiles of pixels: beyond the results, a CPU needs 16 MiB for columns, 4 MiB and K / S of
-            that for their gradient, whatever the image (one pixel's columns, if those are more),
-            and the weight once more. There, a pixel that is infinite or NaN makes NaN.
+            tiles of pixels: beyond the results, a CPU needs, whatever the image, about 3 MiB a
+            thread and the weight once more, and backward 16 MiB each for the gradients of what taps
+            read and for parts of the weight's. There, a pixel that is infinite or NaN makes NaN.
         offset_groups: G, a divisor of the input channels: each of G parts of neighbouring channels
             has offsets (and factors) of its own, which are [N, G*2*K, ...] then, or [N, G*3*K,
             ...]. The operator runs once for each, on a copy of its channels. Beyond 1 it must
