@@ -22,6 +22,9 @@ cpu_tests="bounds and not instruction or several_threads or cpu and not dense an
   not composed and (by_hand or oracle or test_channels or wide or edges or nan or mask or layouts or
   low_precision)"
 
+# Columns of several tiles are the host's; two types of 16 bits have the same memory.
+cuda_tests="not more_columns and not (tensor_cores and bfloat16)"
+
 check() { # sanitizer, device
   local library start=$SECONDS
   case $2 in
@@ -34,7 +37,7 @@ check() { # sanitizer, device
   case $1-$2 in
     address-cuda)
       DK_EMULATED_LIBRARY=$library DK_EMULATED_ORDERS=seed1 LD_PRELOAD=$address \
-        "$python" -m pytest -q -s -p no:cacheprovider tests/test_csrc_emulated.py
+        "$python" -m pytest -q -s -p no:cacheprovider tests/test_csrc_emulated.py -k "$cuda_tests"
       ;;
     address-cpu)
       DK_TEST_EXTENSION=$library LD_PRELOAD=$address \
