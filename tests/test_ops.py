@@ -470,10 +470,10 @@ def test_bad_offset_groups(change, message):
 
 
 # In, out, groups: vectors, fours and single channels, within a group and across blocks of 64 and
-# 128; output channels across panels of 64.
+# 128; output channels across panels of 64, and more than a product takes at once.
 CHANNELS_OF_GROUPS = [
     (1, 3, 1), (8, 8, 1), (17, 5, 1), (130, 7, 1), (144, 8, 2), (192, 12, 6), (60, 60, 20),
-    (261, 6, 3), (70, 67, 1), (20, 260, 2),
+    (261, 6, 3), (70, 67, 1), (20, 260, 2), (3, 530, 1),
 ]  # fmt: skip
 
 
@@ -500,7 +500,7 @@ def test_more_pixels_than_a_tile(which, device):
 @pytest.mark.parametrize(
     "sizes",
     [
-        (1, 64, 130, 1, (7, 5)),
+        (1, 64, 200, 1, (7, 5)),
         (2, 70, 3, 1, (31, 33)),
         (1, 24, 24, 3, (3, 260)),
         (1, 3, 9, 3, (2, 3)),
