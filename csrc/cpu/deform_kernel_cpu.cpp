@@ -73,6 +73,16 @@ Tensor to_blocks(const ConvParams& p, const Tensor& weight) {
 
 // ---- not depthwise ------------------------------------------------------------------------------
 
+// What forward and backward read alike; the weight comes later.
+template <typename scalar_t>
+Columns<scalar_t> dense_columns(const ConvParams& p, const Tensor& input,
+                                const std::optional<Tensor>& kernel_offset,
+                                const std::optional<Tensor>& data_offset) {
+  using T = opmath_t<scalar_t>;
+  return {p, input.const_data_ptr<scalar_t>(), offset_view<T>(p, kernel_offset),
+          offset_view<T>(p, data_offset), /*weight=*/nullptr};
+}
+
 // Tiles of the pixels and parts of the panels, together a multiple of the threads where that goes.
 // Of few pixels, threads share the panels: each makes all columns, but packs its own part alone.
 template <typename scalar_t>
@@ -145,14 +155,15 @@ Tensor dense_weight_gradient(DenseBackward<scalar_t> a, const Tensor& weight) {
   a.grad_weight = to;
   stable::parallel_for(0, a.parts * dense_blocks(p), 1,
                        [&](int64_t begin, int64_t end) { DK_CALL(weight_gradient, a, begin, end) });
+  const Tensor sum = stable::view(stable::select(sums, 0, 0), weight.sizes());
+  if (a.parts == 1) return to_type(sum, weight.scalar_type());
   stable::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t part = 1; part < a.parts; ++part) {
       for (int64_t i = begin; i < end; ++i) to[i] += to[part * size + i];
     }
   });
-  const Tensor sum = stable::view(stable::select(sums, 0, 0), weight.sizes());
-  // Of several parts, a copy, which does not keep them all.
-  return to_type(a.parts > 1 ? stable::clone(sum) : sum, weight.scalar_type());
+  // A copy, which does not keep all parts.
+  return to_type(stable::clone(sum), weight.scalar_type());
 }
 
 // All other gradients. `grad_input` is null where it is not wanted.
@@ -205,11 +216,7 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
     using T = opmath_t<scalar_t>;
     const auto kernel = to_arithmetic<T>(kernel_offset), data = to_arithmetic<T>(data_offset);
     if (!p.depthwise()) {
-      DenseForward<scalar_t> a{};
-      a.params = p;
-      a.input = x.const_data_ptr<scalar_t>();
-      a.kernel_offset = offset_view<T>(p, kernel);
-      a.data_offset = offset_view<T>(p, data);
+      DenseForward<scalar_t> a{dense_columns<scalar_t>(p, x, kernel, data)};
       a.output = output.mutable_data_ptr<scalar_t>();
       return dense_forward(a, weight, bias);
     }
@@ -309,11 +316,7 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
     if (data) gradients[3] = zeros_like(*data);
     if (!p.depthwise()) {
       const Tensor exact = to_type(grad, scalar_type_of<T>);
-      DenseBackward<scalar_t> a{};
-      a.params = p;
-      a.input = x.const_data_ptr<scalar_t>();
-      a.kernel_offset = offset_view<T>(p, kernel);
-      a.data_offset = offset_view<T>(p, data);
+      DenseBackward<scalar_t> a{dense_columns<scalar_t>(p, x, kernel, data)};
       a.grad_output = exact.const_data_ptr<T>();
       a.grad_kernel_offset = gradient_view<T>(p, gradients[2]);
       a.grad_data_offset = gradient_view<T>(p, gradients[3]);
