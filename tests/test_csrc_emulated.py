@@ -282,6 +282,13 @@ def test_missing_kernel_image_names_the_cure(monkeypatch):
         call("dk_emulated", case.tensors(torch.float32), case)
 
 
+def test_a_failed_launch_is_an_error(monkeypatch):
+    monkeypatch.setenv("DK_EMULATED_LAUNCH_ERROR", "719")
+    case = Case()
+    with pytest.raises(RuntimeError, match="719"):
+        call("dk_emulated", case.tensors(torch.float32), case)
+
+
 def test_shared_memory_over_48_kb_is_only_on_request():
     """As on the device: a kernel that did not ask for it with cudaFuncSetAttribute is not launched.
 

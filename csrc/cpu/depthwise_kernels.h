@@ -134,7 +134,7 @@ struct ImageRows {
       for (int64_t x = 0; x < width; x += kTile) {
         const int pixels = static_cast<int>(width - x < kTile ? width - x : kTile);
         transpose(images + (n * channels + c) * plane + end * width + x, plane, count, pixels,
-                  copies.tiles + places.offset(end, x), places.step);
+                  copies.tiles + places.row(end) + x * places.step, places.step);
       }
     }
     return copies.tiles;
@@ -446,12 +446,10 @@ DK_INLINE void backward_rows(const DepthwiseBackward<scalar_t>& a, scalar_t* gra
           const int64_t row =
               fed_output(y, p.pad_h, t / p.kernel_w, p.dilation_h, p.stride_h, p.out_h);
           if (row < 0) continue;
-          for (int i = 0; i < kTile; ++i) {
-            column[i] = i < count ? fed_output(x + i, p.pad_w, t % p.kernel_w, p.dilation_w,
-                                               p.stride_w, p.out_w)
-                                  : -1;
-            outputs.offset[i] = column[i] < 0 ? -1 : rows.places.offset(row, column[i]);
-          }
+          fed_columns(p, x, count, t % p.kernel_w, column);
+          const int64_t start = rows.places.row(row);
+          for (int i = 0; i < kTile; ++i)
+            outputs.offset[i] = column[i] < 0 ? -1 : start + column[i] * rows.places.step;
           if constexpr (kKernel) {
             fill_patch_tile(p, a.kernel_offset, n, t, row, column, scope);
             clear(&dots, 1);

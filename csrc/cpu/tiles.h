@@ -301,18 +301,31 @@ struct Scratch {
   Tile* tiles;
 };
 
-// Offsets of tap t at the output pixels (row, column[i]); pixels without one (column < 0) get those
-// of column 0.
+// Calls body(i, column[i] * step) for the pixels of a tile that are there: column[i] >= 0. Mostly
+// all are, next to each other, which is done by vectors.
+template <typename Body>
+DK_INLINE void for_pixels(const int64_t* column, int64_t step, const Body& body) {
+  const int64_t first = column[0];
+  if (step == 1 && first >= 0 && column[kTile - 1] == first + kTile - 1) {
+    for (int i = 0; i < kTile; ++i) body(i, first + i);
+  } else {
+    for (int i = 0; i < kTile; ++i) {
+      if (column[i] >= 0) body(i, column[i] * step);
+    }
+  }
+}
+
+// Offsets of tap t at the output pixels (row, column[i]); 0 where there is none.
 template <typename T>
 DK_INLINE void gather_offset(const Offset<const T>& offset, int64_t n, int t, int64_t row,
                              const int64_t* column, T* h, T* w) {
   const OffsetStrides s = offset.strides;
   const T* base = offset.data + n * s.n + 2 * t * s.c + row * s.h;
-  for (int i = 0; i < kTile; ++i) {
-    const T* pixel = base + (column[i] < 0 ? 0 : column[i]) * s.w;
-    h[i] = pixel[0];
-    w[i] = pixel[s.c];
-  }
+  for (int i = 0; i < kTile; ++i) h[i] = w[i] = 0;
+  for_pixels(column, s.w, [&](int i, int64_t at) {
+    h[i] = base[at];
+    w[i] = base[at + s.c];
+  });
 }
 
 // What the tap is multiplied by there.
@@ -321,8 +334,9 @@ DK_INLINE void gather_factor(const ConvParams& p, const Offset<const T>& offset,
                              int64_t row, const int64_t* column, T* factor) {
   const OffsetStrides s = offset.strides;
   const T* base = offset.data + n * s.n + (2 * p.taps() + t) * s.c + row * s.h;
-  for (int i = 0; i < kTile; ++i)
-    factor[i] = offset.modulated ? base[(column[i] < 0 ? 0 : column[i]) * s.w] : T(1);
+  for (int i = 0; i < kTile; ++i) factor[i] = 1;
+  if (!offset.modulated) return;
+  for_pixels(column, s.w, [&](int i, int64_t at) { factor[i] = base[at]; });
 }
 
 // Their locations in the scope.
@@ -583,18 +597,18 @@ struct PixelTile {
 // place of their own.
 struct Places {
   int64_t kept, width, step;
-  DK_INLINE int64_t offset(int64_t row, int64_t column) const {
-    return (row % kept * width + column) * step;
-  }
+  // The first pixel of a row. (A division: for a whole tile.)
+  DK_INLINE int64_t row(int64_t row) const { return row % kept * width * step; }
 };
 
 DK_INLINE void fill_pixel_tile(const ConvParams& p, int t, int64_t row, const int64_t* column,
                                const Places& places, PixelTile& tile) {
   const int64_t y = row * p.stride_h - p.pad_h + t / p.kernel_w * p.dilation_h;
+  const int64_t left = t % p.kernel_w * p.dilation_w - p.pad_w;
+  const int64_t width = y >= 0 && y < p.in_h ? p.in_w : 0, first = width ? places.row(y) : 0;
   for (int i = 0; i < kTile; ++i) {
-    const int64_t x = column[i] * p.stride_w - p.pad_w + t % p.kernel_w * p.dilation_w;
-    const bool inside = y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
-    tile.offset[i] = inside ? places.offset(y, x) : -1;
+    const int64_t x = column[i] * p.stride_w + left;
+    tile.offset[i] = x >= 0 && x < width ? first + x * places.step : -1;
   }
 }
 
@@ -605,6 +619,21 @@ DK_INLINE int64_t fed_output(int64_t in, int64_t pad, int64_t tap, int64_t dilat
   if (stride == 1) return position >= 0 && position < size ? position : -1;  // divisions are slow
   if (position < 0 || position % stride) return -1;
   return position / stride < size ? position / stride : -1;
+}
+
+// Those of the input columns begin .. begin + count that a tap of this column of the kernel feeds.
+DK_INLINE void fed_columns(const ConvParams& p, int64_t begin, int count, int tap,
+                           int64_t* column) {
+  const auto fill = [&](auto stride) {
+    for (int i = 0; i < kTile; ++i) {
+      const int64_t x = fed_output(begin + i, p.pad_w, tap, p.dilation_w, stride, p.out_w);
+      column[i] = i < count ? x : -1;
+    }
+  };
+  if (p.stride_w == 1)
+    fill(std::integral_constant<int64_t, 1>());
+  else
+    fill(p.stride_w);
 }
 
 // Calls f(has kernel_offset, has data_offset) with compile-time answers.
@@ -664,11 +693,10 @@ DK_INLINE void add_before(const Offset<T>& grad, int64_t n, int t, int64_t row,
                           const int64_t* column, T* h, T* w) {
   const OffsetStrides s = grad.strides;
   const T* base = grad.data + n * s.n + 2 * t * s.c + row * s.h;
-  for (int i = 0; i < kTile; ++i) {
-    if (column[i] < 0) continue;
-    h[i] += base[column[i] * s.w];
-    w[i] += base[column[i] * s.w + s.c];
-  }
+  for_pixels(column, s.w, [&](int i, int64_t at) {
+    h[i] += base[at];
+    w[i] += base[at + s.c];
+  });
 }
 
 // The counterpart of gather_offset.
@@ -677,11 +705,8 @@ DK_INLINE void scatter_offset(const Offset<T>& offset, int64_t n, int t, int64_t
                               const int64_t* column, const T* h, const T* w) {
   const OffsetStrides s = offset.strides;
   T* base = offset.data + n * s.n + 2 * t * s.c + row * s.h;
-  for (int i = 0; i < kTile; ++i) {
-    if (column[i] < 0) continue;
-    base[column[i] * s.w] = h[i];
-    base[column[i] * s.w + s.c] = w[i];
-  }
+  for_pixels(column, s.w, [&](int i, int64_t at) { base[at] = h[i]; });
+  for_pixels(column, s.w, [&](int i, int64_t at) { base[at + s.c] = w[i]; });
 }
 
 template <typename T>
@@ -705,15 +730,16 @@ DK_INLINE void scatter_factor(const ConvParams& p, const Offset<T>& grad, int64_
                               int64_t row, const int64_t* column, const T* factor) {
   const OffsetStrides s = grad.strides;
   T* base = grad.data + n * s.n + (2 * p.taps() + t) * s.c + row * s.h;
-  for (int i = 0; i < kTile; ++i) {
-    if (column[i] >= 0) base[column[i] * s.w] += factor[i];
-  }
+  for_pixels(column, s.w, [&](int i, int64_t at) { base[at] += factor[i]; });
 }
 
+// (These two are called once a tile: inlined, they would take registers from the loops over
+// channels.)
 template <typename Args, typename T>
-DK_INLINE void add_data_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
-                                        const int64_t* column, const ImageTile<T>& tile,
-                                        const DotTile<T>& dots) {
+__attribute__((noinline)) void add_data_offset_gradient(const Args& a, int64_t n, int t,
+                                                        int64_t row, const int64_t* column,
+                                                        const ImageTile<T>& tile,
+                                                        const DotTile<T>& dots) {
   const ConvParams& p = a.params;
   T h[kTile], w[kTile];
   offset_gradient(tile, dots, h, w);
@@ -743,9 +769,10 @@ DK_INLINE void factor_gradient(const Args&, int64_t, int, int64_t, const int64_t
 
 // `last`: the sums are then over all channels.
 template <typename Args, typename Tile, typename T>
-DK_INLINE void add_kernel_offset_gradient(const Args& a, int64_t n, int t, int64_t row,
-                                          const int64_t* column, const Tile& tile,
-                                          const DotTile<T>& dots, bool last) {
+__attribute__((noinline)) void add_kernel_offset_gradient(const Args& a, int64_t n, int t,
+                                                          int64_t row, const int64_t* column,
+                                                          const Tile& tile, const DotTile<T>& dots,
+                                                          bool last) {
   const ConvParams& p = a.params;
   T h[kTile], w[kTile];
   offset_gradient(tile, dots, h, w);
