@@ -189,7 +189,8 @@ class Case:
         outputs = self.out_channels or self.channels
         vectors = dtype.itemsize == 2 and self.channels % 8 == 0 and outputs % 8 == 0
         sizes = math.prod(self.kernel) <= 9 and max(self.scope) <= 4
-        return self.groups == 1 and offsets and vectors and sizes
+        factors = not self.modulated or dtype == torch.bfloat16  # some are too small for float16
+        return self.groups == 1 and offsets and vectors and sizes and factors
 
     def on_tensor_cores(self, dtype: torch.dtype) -> bool:
         """Whether the CUDA kernels of the gradients are those, if all tensors are aligned."""

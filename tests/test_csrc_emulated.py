@@ -185,8 +185,17 @@ class TestEveryOrder:
     @pytest.mark.parametrize("dtype", MATRIX_SUMMANDS, ids=lambda d: str(d)[6:])
     @pytest.mark.parametrize("case", DENSE, ids=str)
     def test_dense_on_tensor_cores(self, case, dtype):
-        assert case.in_registers(dtype)
+        assert case.in_registers(torch.bfloat16)
         check(case, dtype, torch.channels_last)
+
+    def test_small_factors_of_float16(self):
+        """2^-20 times a coefficient is none of its normal numbers; times large pixels, it is."""
+        case = Case(channels=16, out_channels=24, groups=1, modulated=True)
+        tensors = case.tensors(torch.float16)
+        offset = tensors["kernel_offset"].float()
+        offset[:, 18:] *= 2.0**-20
+        changed = {"input": tensors["input"] * 2**13, "kernel_offset": offset}
+        check(case, torch.float16, torch.channels_last, ignored=("grad_input",), **changed)
 
     @pytest.mark.parametrize("data", [False, True], ids=["kernel", "both"])
     @pytest.mark.parametrize(
@@ -263,6 +272,18 @@ def test_a_padded_image_has_positions_of_32_bits():
         call("dk_emulated", case.tensors(torch.float32), case)
 
 
+def test_columns_have_positions_of_32_bits():
+    pixel = torch.zeros(1, 1, 1, 1, dtype=torch.float16)
+    input, weight = pixel.expand(1, 2**27, 1, 1), pixel.expand(1, 2**27, 4, 4)
+    case = Case(channels=2**27, groups=1, kernel=(1, 1), padding=(0, 0))
+    with pytest.raises(
+        RuntimeError, match="2\\^31 values for each output channel, got 134217728x4x4"
+    ):
+        torch.ops.dk_emulated.deform_kernel_conv2d(
+            input, weight, None, torch.zeros(1, 2, 1, 1), None, **case.arguments
+        )
+
+
 def test_large_images_have_room():
     """A few of them touch a tile of 32 pixels, however many pixels they have."""
     case = Case(batch=1, channels=1, size=(1500, 1500), stride=(260, 260))
@@ -292,15 +313,17 @@ def test_a_failed_launch_is_an_error(monkeypatch):
 def test_shared_memory_over_48_kb_is_only_on_request():
     """As on the device: a kernel that did not ask for it with cudaFuncSetAttribute is not launched.
 
-    So every test above of a scope that needs more would fail without launch.cuh asking.
+    So every test above of a scope that needs more would fail without launch.cuh asking. For less
+    than all there is it must not ask: that would be taken from other threads' launches.
     """
     launch = ctypes.CDLL(str(plugin.load())).dk_emulated_launch
     kilobyte, ok, invalid = 1024, 0, 1
     assert launch(48 * kilobyte, 0) == ok
     assert launch(48 * kilobyte + 1, 0) == invalid
-    assert launch(64 * kilobyte, 64 * kilobyte) == ok
-    assert launch(64 * kilobyte + 1, 0) == invalid
+    assert launch(0, 64 * kilobyte) == invalid
     assert launch(0, 228 * kilobyte) == invalid
+    assert launch(64 * kilobyte, 227 * kilobyte) == ok
+    assert launch(227 * kilobyte + 1, 227 * kilobyte) == invalid
 
 
 @pytest.fixture

@@ -133,6 +133,8 @@ def all_plans() -> list[Plan]:
     plans.append(Plan(Case(batch=3, size=(20, 19), channels=8), processors=132))
     for size, scope in [((1, 9), (4, 1)), ((9, 1), (1, 4))]:
         plans.append(Plan(Case(batch=5, channels=8, size=size, scope=scope, data_offset=True)))
+    for data in (False, True):  # a tile's other places have no pixel to read instead
+        plans.append(Plan(Case(batch=1, channels=8, size=(1, 1), data_offset=data)))
     for data in (False, True):  # shared memory has room for few warps
         plans.append(Plan(Case(channels=40, size=(5, 4), scope=(9, 9), data_offset=data)))
     for offsets in ("knots", "nan", "inf", "-inf", "1e30"):

@@ -31,6 +31,9 @@ void check_sizes(const ConvParams& p) {
            "column and at most 2^27 channels, got ",
            p.channels, " channels of ", p.in_h, "x", p.in_w, ", padding ", p.pad_h, "x", p.pad_w,
            " and an output of ", p.out_h, "x", p.out_w);
+  DK_CHECK(p.channels / p.groups * p.cells() < limit,
+           "weight: on CUDA, expected fewer than 2^31 values for each output channel, got ",
+           p.channels / p.groups, "x", p.scope_h, "x", p.scope_w);
 }
 
 // The number of lanes that leaves the fewest idle.

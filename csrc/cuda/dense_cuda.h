@@ -171,9 +171,12 @@ bool has_dense_matrix_kernel(const ColumnsBackwardArgs<scalar_t>& a) {
   const ConvParams& p = a.params;
   // Small enough for 32 bits; of strides, so large that a window has no room.
   constexpr int64_t most = 256, most_channels = int64_t(1) << 25;
-  return p.groups == 1 && a.kernel_offset.data && !a.data_offset.data && p.taps() <= kMatrixTaps &&
-         std::max(p.scope_h, p.scope_w) <= kScopeRows && p.channels % kDenseChannels == 0 &&
-         p.out_channels % kDenseChannels == 0 &&
+  // Coefficients have the type of the activations: factors of less than 6e-5 would be subnormal
+  // numbers of float16, or nothing.
+  const bool fits = std::is_same_v<scalar_t, c10::BFloat16> || !a.kernel_offset.modulated;
+  return fits && p.groups == 1 && a.kernel_offset.data && !a.data_offset.data &&
+         p.taps() <= kMatrixTaps && std::max(p.scope_h, p.scope_w) <= kScopeRows &&
+         p.channels % kDenseChannels == 0 && p.out_channels % kDenseChannels == 0 &&
          std::max(p.channels, p.out_channels) <= most_channels &&
          p.batch * std::max(p.in_h * p.in_w, p.out_h * p.out_w) < int64_t(1) << 31 &&
          std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) <= most &&

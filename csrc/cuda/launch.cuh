@@ -58,7 +58,8 @@ inline void check_launch(cudaError_t error) {
   STD_CUDA_CHECK(error);
 }
 
-// A block gets more than 48 KB of shared memory only on request.
+// A block gets more than 48 KB of shared memory only on request. All that there is: what is asked
+// for counts for all host threads, and another may be about to launch the same kernel with more.
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
 template <typename... Params>
@@ -68,7 +69,7 @@ void launch(void (*kernel)(Params...), int64_t blocks, dim3 threads, size_t shar
            " blocks are more than one launch takes; split the batch");
   if (shared_bytes > kDefaultSharedBytes) {
     check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes)));
+                                      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
   }
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
   check_launch(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), threads, pointers,

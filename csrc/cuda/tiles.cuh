@@ -80,11 +80,12 @@ DK_INLINE T dot(const Vector<T, V>& a, const Vector<T, V>& b) {
   return sum;
 }
 
-// to[v] += x[v], atomically each. `to` is aligned to a vector: since compute capability 9.0, one of
-// four floats is one instruction.
+// to[v] += x[v], atomically each. `to` is aligned to a vector: since compute capability 9.0, and
+// CUDA 12.1, one of four floats is one instruction.
 template <typename T, int V>
 __device__ __forceinline__ void atomic_add(T* to, const Vector<T, V>& x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && \
+    __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
   if constexpr (std::is_same_v<T, float> && V == 4) {
     asm volatile(
         "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),

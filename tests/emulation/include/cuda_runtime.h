@@ -202,7 +202,8 @@ template <typename T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
   int limit;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  if (bytes > limit) return cudaErrorInvalidValue;
+  // A device takes less, too, but then another thread's launch of the same kernel may fail.
+  if (bytes != limit) return cudaErrorInvalidValue;
   emulated::shared_limit(reinterpret_cast<void*>(kernel)) = bytes;
   return cudaSuccess;
 }
