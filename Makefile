@@ -3,7 +3,7 @@
 PYTHON ?= python3
 DATASET ?= shapes
 OUTPUT ?= output/demo
-# More arguments for the last tool that a target runs, such as OPTS="SOLVER.MAX_ITER 20".
+# More arguments for the tool that does a target's work (in `demo`, the training), such as OPTS="SOLVER.MAX_ITER 20".
 OPTS ?=
 # What pip installs as detectron2 instead of the wheel in requirements-detectron2.txt.
 DETECTRON2 ?=

@@ -23,7 +23,10 @@ __all__ = [
     "undeformify",
 ]
 # Imported when they are first asked for, since detectron2's models take as long to import as torch.
-ROOMS = "analysis", "data", "engine", "evaluation", "layers", "model_zoo", "modeling", "weights"
+ROOMS = (
+    *("analysis", "data", "engine", "evaluation", "export", "layers", "model_zoo", "modeling"),
+    "weights",
+)
 
 
 def __getattr__(name: str):

@@ -36,7 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help="data sets, as registered (default: COCO 2017)")
+    parser.add_argument(
+        "names", nargs="*", help="as registered, or coco:JSON:IMAGES (default: COCO 2017)"
+    )
     parser.add_argument("--json", help="a file of annotations in COCO's format, with --images")
     parser.add_argument("--images", help="the folder of its pictures")
     parser.add_argument("--json-report", metavar="OUT", help="also write what was found as JSON")
