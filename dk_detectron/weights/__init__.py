@@ -4,7 +4,7 @@ Any checkpoint goes through :func:`convert`, which gives a deformable network th
 one of the same family (exact warm start), and accounts for every tensor on both sides.
 """
 
-from .checkpointer import LAST_CHECKPOINT, Checkpointer, state_by_name
+from .checkpointer import LAST_CHECKPOINT, Checkpointer
 from .convert import Report, convert, convert_file
 from .files import (
     CheckpointError,
@@ -16,6 +16,7 @@ from .files import (
     replacing,
     write_checkpoint,
 )
+from .optimizer_state import state_by_name
 
 __all__ = [
     "LAST_CHECKPOINT",

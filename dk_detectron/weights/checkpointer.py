@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .convert import Report, convert
@@ -24,38 +23,6 @@ from .files import (
 
 # The file that names the checkpoint which --resume takes.
 LAST_CHECKPOINT = "last_checkpoint"
-
-
-def state_by_name(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict | None:
-    """A load hook: the state of every parameter by its name, and the groups as configured.
-
-    So a run goes on though another ``SOLVER.OFFSET_LR_FACTOR`` groups its parameters otherwise.
-    Older checkpoints have no names: they are loaded as they are.
-
-    Raises:
-        CheckpointError: it has no names, and groups its parameters otherwise.
-    """
-    index, groups = {}, optimizer.state_dict()["param_groups"]
-    if any("param_names" not in group for group in state_dict["param_groups"]):
-        expected, got = (
-            [len(g["params"]) for g in gs] for gs in (groups, state_dict["param_groups"])
-        )
-        if expected != got:
-            raise CheckpointError(
-                f"optimizer: expected groups of {expected} parameters to resume, got {got}, as "
-                "version 0.1 of dk_detectron made them; start a run from these weights, with "
-                "MODEL.WEIGHTS and another OUTPUT_DIR"
-            )
-        return None
-    for group in state_dict["param_groups"]:
-        index |= zip(group["param_names"], group["params"], strict=True)
-    state = {
-        new: state_dict["state"][index[name]]
-        for group in groups
-        for name, new in zip(group["param_names"], group["params"], strict=True)
-        if index.get(name) in state_dict["state"]
-    }
-    return {"state": state, "param_groups": groups}
 
 
 class Checkpointer(DetectionCheckpointer):
