@@ -74,6 +74,19 @@ def test_every_parameter_learns_and_moves_the_output(layer, shape):
     assert (layer(x) - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_empty_batch_gives_gradients_of_zeros(layer, shape):
+    """As in nn.Conv2d: DistributedDataParallel waits for every gradient of every process."""
+    layer = layer(*shape)
+    x = torch.zeros(0, 6, 9, 11, requires_grad=True)
+    y = layer(x)
+    assert y.shape == nn.Conv2d(*shape)(x).shape
+    y.sum().backward()
+    for tensor in x, *layer.parameters():
+        assert tensor.grad is not None and not tensor.grad.any()
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_generators_start_at_zero_and_are_configured_as_the_target(layer):
     layer = layer(6, 6, (3, 5), (2, 1), (1, 3), (1, 2), 6)
@@ -303,6 +316,13 @@ def test_bad_arguments_are_refused():
 def test_layers_check_their_arguments(layer, arguments, message):
     with pytest.raises(ValueError, match=message):
         layer(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3} | arguments)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_image_without_a_batch_is_refused(layer):
+    layer = layer(4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match=r"input: expected \[N, C_in, H, W\], got \[4, 8, 8\]"):
+        layer(torch.zeros(4, 8, 8))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

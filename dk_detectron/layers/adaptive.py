@@ -12,7 +12,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from ..ops import per_image_conv2d
-from ..ops.arguments import Size, check_groups, pair
+from ..ops.arguments import Size, check_groups, check_images, pair
 
 # Where symmetry would keep weights equal for ever, they start this much apart, in standard
 # deviations.
@@ -245,6 +245,16 @@ class AdaptiveConv2d(nn.Module):
         return text
 
 
+def pooled(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C], the mean over all places: what a generator for whole images sees.
+
+    Raises:
+        ValueError: ``x`` is no batch.
+    """
+    check_images(x)
+    return x.mean((2, 3))
+
+
 class CondConv2d(AdaptiveConv2d):
     """Conditional convolution (soft conditional computation, SCC; Yang et al. 2019).
 
@@ -279,7 +289,7 @@ class CondConv2d(AdaptiveConv2d):
         return (gates @ self.weight.double().flatten(1)).unflatten(0, self.rigid_shape)
 
     def _convolve(self, x, seen):
-        gates = self.gate_generator(seen.mean((2, 3))).sigmoid()
+        gates = self.gate_generator(pooled(seen)).sigmoid()
         kernels = (gates.to(self.weight.dtype) @ self.weight.flatten(1)).unflatten(
             1, self.rigid_shape
         )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import deform_kernel_conv2d, per_image_conv2d, sample_kernel
 from ..ops.arguments import pair
-from .adaptive import PERTURBATION, AdaptiveConv2d, Generator
+from .adaptive import PERTURBATION, AdaptiveConv2d, Generator, pooled
 from .generators import LocalConv2d
 from .start import centre_gain, embed_scope, lift_to_scope, spread_offset
 
@@ -149,7 +149,7 @@ class GlobalDeformKernel2d(ScopeConv2d):
         self.kernel_offset_generator = nn.Linear(self.in_channels, 2 * taps, **factory)
 
     def _convolve(self, x, seen):
-        kernel_offset = self.kernel_offset_generator(seen.mean((2, 3)))
+        kernel_offset = self.kernel_offset_generator(pooled(seen))
         kernels = sample_kernel(self.weight, kernel_offset, self.kernel_size)
         return per_image_conv2d(x, kernels, self.bias, **self._conv_arguments)
 

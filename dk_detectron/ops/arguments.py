@@ -43,6 +43,12 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: expected a floating point type, got {tensor.dtype}")
 
 
+def check_images(input: Tensor) -> None:
+    """Raises on anything but a batch of images."""
+    if input.dim() != 4:
+        raise ValueError(f"input: expected [N, C_in, H, W], got {shape(input)}")
+
+
 def check_groups(
     groups: int, channels: int, name: str = "input channels", argument: str = "groups"
 ) -> None:
@@ -65,8 +71,7 @@ def check(
     groups,
 ):
     """Raises on every user error that :func:`deform_kernel_conv2d` names."""
-    if input.dim() != 4:
-        raise ValueError(f"input: expected [N, C_in, H, W], got {shape(input)}")
+    check_images(input)
     check_floating(input=input, kernel_offset=kernel_offset, data_offset=data_offset)
     channels = input.shape[1]
     check_groups(groups, channels)

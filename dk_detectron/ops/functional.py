@@ -19,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import Size, check, check_floating, check_groups, output_format, pair, shape
+from .arguments import (
+    Size,
+    check,
+    check_floating,
+    check_groups,
+    check_images,
+    output_format,
+    pair,
+    shape,
+)
 from .composed import (
     composed_deform_kernel_conv2d,
     composed_per_image_conv2d,
@@ -222,8 +231,7 @@ def per_image_conv2d(
     check_floating(input=input, kernels=kernels)
     stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
     dilation = pair("dilation", dilation, 1)
-    if input.dim() != 4:
-        raise ValueError(f"input: expected [N, C_in, H, W], got {shape(input)}")
+    check_images(input)
     check_groups(groups, input.shape[1])
     expected = [input.shape[0], input.shape[1] // groups]
     if kernels.dim() != 5 or [kernels.shape[0], kernels.shape[2]] != expected:
@@ -247,9 +255,8 @@ def per_image_conv2d(
     if torch.compiler.is_compiling() or for_onnx():
         output = composed_per_image_conv2d(input, kernels, stride, padding, dilation, groups)
     elif n == 0:
-        output = F.conv2d(
-            input, kernels.new_empty(kernels.shape[1:]), None, stride, padding, dilation, groups
-        )
+        # A sum of no kernels, through which gradients of zeros reach what would have made them.
+        output = F.conv2d(input, kernels.sum(0), None, stride, padding, dilation, groups)
     else:
         output = F.conv2d(
             input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None,
