@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Case, every_offset, every_path
 from torch.autograd import forward_ad, gradgradcheck
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from dk_detectron.layers import (
     CondConv2d,
@@ -217,6 +217,28 @@ def test_layers(layer):
     (first,) = torch.autograd.grad(loss(y), y, create_graph=True)
     (twice,) = torch.autograd.grad((first * v).sum(), y)
     torch.testing.assert_close(twice, slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_autocast_in_a_transform_gives_the_gradients_of_backward(layer):
+    layer = layer(4, 4, 3, padding=1, groups=4)
+    for generator in layer.generators:
+        torch.nn.init.normal_(generator.weight, std=0.01)
+    x = torch.randn(2, 4, 6, 5)
+
+    def loss(parameters, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = functional_call(layer, parameters, (x,))
+        assert output.dtype == torch.bfloat16
+        return output.float().pow(2).sum()
+
+    parameters = dict(layer.named_parameters())
+    values = [*parameters.values(), x.requires_grad_()]
+    expected = torch.autograd.grad(loss(parameters, x), values)
+    found, of_x = grad(loss, (0, 1))(parameters, x)
+    torch.testing.assert_close([*found.values(), of_x], list(expected), rtol=0.02, atol=0.02)
+    each = vmap(grad(lambda sample: loss(parameters, sample[None])))(x)
+    torch.testing.assert_close(each, expected[-1], rtol=0.02, atol=0.02)
 
 
 def test_the_global_kernels():

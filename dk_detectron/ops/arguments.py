@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Size = int | Sequence[int]
+# As for torch's own operators, double stays double.
+AUTOCAST_FROM = torch.float32, torch.float16, torch.bfloat16
 
 
 def shape(tensor: Tensor) -> list[int]:
@@ -34,6 +36,12 @@ def output_format(input: Tensor) -> torch.memory_format:
     """channels_last in, channels_last out; ``csrc/deform_kernel.h`` has the same rule."""
     channels_last = input.shape[1] > 1 and input.stride(1) == 1
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """``tensors`` as an operator takes them while autocast is on."""
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype in AUTOCAST_FROM else t for t in tensors]
 
 
 def check_floating(**tensors: Tensor | None) -> None:

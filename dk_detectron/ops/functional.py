@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .arguments import (
     Size,
+    autocast,
     check,
     check_floating,
     check_groups,
@@ -124,12 +125,14 @@ def deform_kernel_conv2d(
             # In double precision on CUDA it is not.
             return output.contiguous(memory_format=torch.channels_last)
     arguments: dict[str, Any] = {"groups": groups, "clip": clip, **sizes}
-    tensors = input, weight, bias, kernel_offset, data_offset
+    tensors: list[Any] = [input, weight, bias, kernel_offset, data_offset]
     if reason := why_composed(input):
         warn_composed(reason)
     if reason or in_forward_mode() or for_onnx():
         return composed_deform_kernel_conv2d(*tensors, **arguments)
     if in_transform():
+        if torch.is_autocast_enabled(input.device.type):  # or it saves what the kernels do not see
+            tensors[:3] = autocast(input.device.type, *tensors[:3])
         return Forward.apply(*tensors, arguments)
     return torch.ops.dk_detectron.deform_kernel_conv2d(*tensors, **arguments)
 

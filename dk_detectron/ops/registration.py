@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import library  # noqa: F401  (registers the operators)
-from .arguments import check, output_format, output_size
+from .arguments import autocast, check, output_format, output_size
 from .composed import composed_sample_kernel
 from .derivatives import gradients, run_backward, second_gradients
 
@@ -21,21 +21,13 @@ def _(weight, kernel_offset, kernel_size, *, clip=True):
     return composed_sample_kernel(weight, kernel_offset, kernel_size, clip=clip)
 
 
-AUTOCAST_FROM = torch.float32, torch.float16, torch.bfloat16
-
-
 def _register_autocast(device: str) -> None:
     """Activations and weights take the lower precision type; offsets keep theirs, since a location
     needs more bits than bfloat16 has."""
 
     @torch.library.impl(_library, "deform_kernel_conv2d", f"Autocast{device.upper()}")
     def _(input, weight, bias, kernel_offset, data_offset, **arguments):
-        dtype = torch.get_autocast_dtype(device)
-        input, weight, bias = (
-            # As for torch's own operators, double stays double.
-            t.to(dtype) if t is not None and t.dtype in AUTOCAST_FROM else t
-            for t in (input, weight, bias)
-        )
+        input, weight, bias = autocast(device, input, weight, bias)
         with torch.autocast(device, enabled=False):
             return torch.ops.dk_detectron.deform_kernel_conv2d(
                 input, weight, bias, kernel_offset, data_offset, **arguments
