@@ -1,5 +1,7 @@
 """Generators of offsets, the separable one too; and what layers take of others' states."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -128,6 +130,70 @@ def test_a_layer_loads_the_weights_of_a_rigid_one_exactly(kind, learnt):
     x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
     torch.testing.assert_close(model(x), rigid(x), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(layer.rigid_weight(), rigid.weight, rtol=1e-9, atol=1e-11)
+
+
+def rigid_and(kind: str, **arguments) -> tuple[nn.Conv2d, nn.Module]:
+    """A rigid convolution with a single tap along an axis, and a layer in its place."""
+    rigid = nn.Conv2d(6, 8, (1, 3), padding=(0, 1), groups=2)
+    return rigid, KINDS[kind](6, 8, (1, 3), padding=(0, 1), groups=2, **arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rigid_weights_become_the_same_whatever_the_seed(kind):
+    """Or processes of one training, of different seeds, would go on with different networks."""
+    rigid, layer = rigid_and(kind)
+    states = []
+    for seed in 0, 1:
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        layer.load_state_dict(rigid.state_dict())
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append({name: tensor.clone() for name, tensor in layer.state_dict().items()})
+    for name, tensor in states[0].items():
+        assert torch.equal(states[1][name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "own, loaded, device",
+    [
+        (torch.float32, torch.float32, "meta"),
+        (torch.float32, torch.float64, "cpu"),
+        (torch.float16, torch.float16, "cpu"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_made_of_assigned_weights_is_of_their_type(kind, own, loaded, device):
+    rigid, layer = rigid_and(kind, dtype=own, device=device)
+    rigid.to(loaded)
+    layer.load_state_dict(rigid.state_dict(), assign=True)
+    assert {(p.dtype, p.device.type) for p in layer.parameters()} == {(loaded, "cpu")}
+    x = torch.randn(2, 6, 5, 7, dtype=loaded)
+    limit = {"rtol": 1e-9, "atol": 1e-11} if loaded == torch.float64 else {}
+    if loaded == torch.float16:
+        limit = {"rtol": 0.01, "atol": 0.01}
+    torch.testing.assert_close(layer(x), rigid(x), **limit)
+
+
+def test_the_depthwise_part_of_a_generator_is_kept_or_drawn():
+    """What it is of, on "meta", is nothing to be copied."""
+    options = {"offset_generator": "separable"}
+    rigid, layer = rigid_and("local", **options)
+    before = layer.kernel_offset_generator.depthwise.weight.clone()
+    layer.load_state_dict(rigid.state_dict())
+    assert torch.equal(layer.kernel_offset_generator.depthwise.weight, before)
+    _, layer = rigid_and("local", device="meta", **options)
+    layer.load_state_dict(rigid.state_dict(), assign=True)
+    drawn = layer.kernel_offset_generator.depthwise.weight
+    assert float(drawn.std()) == pytest.approx(float(before.std()), rel=0.5)
+
+
+def test_hooks_do_not_matter_to_loading(tmp_path):
+    """They may hold what cannot be copied."""
+    rigid, layer = rigid_and("local")
+    with open(tmp_path / "log.txt", "w") as log:
+        layer.register_forward_hook(partial(print, file=log))
+        layer.load_state_dict(rigid.state_dict())
+    torch.testing.assert_close(layer.rigid_weight(), rigid.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

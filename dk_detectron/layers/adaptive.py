@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from ..ops.arguments import Size, check_groups, check_images, pair
 # Where symmetry would keep weights equal for ever, they start this much apart, in standard
 # deviations.
 PERTURBATION = 0.5
+# Of these perturbations where weights are loaded: a file always becomes the same network.
+SEED = 42
 
 # Names of generators' tensors, in a layer and in a network.
 GENERATOR = re.compile(r"((kernel|data|mask|shared)_offset|gate)_generator(?=\.)")
@@ -120,7 +121,10 @@ class AdaptiveConv2d(nn.Module):
     @property
     def generators(self) -> list[Generator]:
         """The modules that predict what adapts the layer."""
-        return [m for name, m in self.named_children() if name.endswith("_generator")]
+        return [generator for _, generator in self._named_generators()]
+
+    def _named_generators(self) -> Iterator[tuple[str, Generator]]:
+        return ((n, m) for n, m in self.named_children() if n.endswith("_generator"))
 
     def reset_parameters(self) -> None:
         """Initialises weight and bias as ``nn.Conv2d`` does, and the generators to zero."""
@@ -143,12 +147,22 @@ class AdaptiveConv2d(nn.Module):
         Raises:
             ValueError: ``weight`` has another shape.
         """
+        for name, tensor in self.rigid_state(weight).items():
+            self.get_parameter(name).copy_(tensor)
+
+    def rigid_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """What :meth:`set_rigid_weight` sets, by the names in the layer's state.
+
+        Raises:
+            ValueError: ``weight`` has another shape.
+        """
         if list(weight.shape) != self.rigid_shape:
             raise ValueError(f"weight: expected {self.rigid_shape}, got {list(weight.shape)}")
-        for generator in self.generators:
-            nn.init.zeros_(generator.weight)
-            nn.init.zeros_(generator.bias)
-        self.weight.copy_(self._from_rigid(weight))
+        state = {"weight": self._from_rigid(weight)}
+        for name, generator in self._named_generators():
+            for key in "weight", "bias":
+                state[f"{name}.{key}"] = weight.new_zeros(getattr(generator, key).shape)
+        return state
 
     @torch.no_grad()
     def rigid_weight(self) -> Tensor:
@@ -164,14 +178,7 @@ class AdaptiveConv2d(nn.Module):
             raise ValueError("weight: expected generators of zeros, got some that follow the input")
         return self._to_rigid().to(self.weight.dtype)
 
-    def rigid_copy(self, weight: Tensor) -> AdaptiveConv2d:
-        """A copy, on the CPU, after :meth:`set_rigid_weight`."""
-        # Perturbations cancel to the last digit of the type in which they are drawn.
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        layer = deepcopy(self).to("cpu", exact)
-        layer.set_rigid_weight(weight.to(exact))
-        return layer
-
+    @torch.no_grad()
     def fitted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state of this layer that has the outputs of another.
 
@@ -189,20 +196,36 @@ class AdaptiveConv2d(nn.Module):
         generated = any(GENERATOR.match(name) for name in entries)
         if weight is None or generated or list(weight.shape) != self.rigid_shape:
             return entries
-        state = self.rigid_copy(weight).state_dict()
-        made = {n: t for n, t in state.items() if n == "weight" or GENERATOR.match(n)}
-        return entries | made
+        # Perturbations cancel to the last digit of the type in which they are drawn.
+        exact = torch.promote_types(self.weight.dtype, weight.dtype)
+        exact = torch.promote_types(exact, torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(SEED)
+            made = self.rigid_state(weight.to("cpu", exact))
+            # Beside what is zero, such as the depthwise part of a separable generator.
+            others = {
+                name: _value(parameter)
+                for name, parameter in self.named_parameters()
+                if GENERATOR.match(name) and name not in made
+            }
+        return entries | made | others
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """As torch's, of what :meth:`fitted` makes of the entries."""
+        """As torch's, of what :meth:`fitted` makes of the entries.
+
+        With ``assign``, that has their type and device, as the rest of the network then has.
+        """
         entries = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
-        *_, error_msgs = args
+        local_metadata, *_, error_msgs = args
         try:
             fitted = self.fitted(entries)
         except ValueError as error:
             error_msgs.append(f"{prefix}{error}")
         else:
-            state_dict.update({prefix + name: tensor for name, tensor in fitted.items()})
+            made = {n: t for n, t in fitted.items() if t is not entries.get(n)}
+            if local_metadata.get("assign_to_params_buffers"):
+                made = {n: t.to(entries.get(n, entries["weight"])) for n, t in made.items()}
+            state_dict.update({prefix + name: tensor for name, tensor in made.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_drawn_weight(self, weight: Tensor) -> None:
@@ -243,6 +266,13 @@ class AdaptiveConv2d(nn.Module):
         if self.bias is None:
             text += ", bias=False"
         return text
+
+
+def _value(parameter: Tensor) -> Tensor:
+    """A copy on the CPU; of a parameter on "meta", which has no value, a draw as nn.Conv2d's."""
+    if parameter.is_meta:
+        return nn.init.kaiming_uniform_(torch.empty(parameter.shape, device="cpu"), a=5**0.5)
+    return parameter.to("cpu", copy=True)
 
 
 def pooled(x: Tensor) -> Tensor:

@@ -37,16 +37,15 @@ class ScopeConv2d(AdaptiveConv2d):
     def _weight_shape(self) -> list[int]:
         return [*self.rigid_shape[:2], *self.scope_size]
 
-    @torch.no_grad()
-    def set_rigid_weight(self, weight: Tensor) -> None:
-        super().set_rigid_weight(weight)
-        spread = spread_offset(self.scope_size, self.kernel_size)
-        self.kernel_offset_generator.bias.copy_(spread.repeat(self.offset_groups))
+    def rigid_state(self, weight: Tensor) -> dict[str, Tensor]:
+        spread = spread_offset(self.scope_size, self.kernel_size).repeat(self.offset_groups)
+        return super().rigid_state(weight) | {"kernel_offset_generator.bias": spread}
 
     @torch.no_grad()
     def set_drawn_weight(self, weight: Tensor) -> None:
-        super().set_rigid_weight(weight)
+        self.set_rigid_weight(weight)
         self.weight.mul_(centre_gain(self.scope_size, self.kernel_size))
+        nn.init.zeros_(self.kernel_offset_generator.bias)
 
     def _from_rigid(self, weight: Tensor) -> Tensor:
         scope = lift_to_scope(weight, self.scope_size)

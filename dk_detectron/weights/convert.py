@@ -7,7 +7,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -33,8 +32,6 @@ from .names import (
 
 # How many batches a norm has seen: only training goes by it, and FrozenBN does not have it.
 COUNTER = ".num_batches_tracked"
-# Of the perturbations in ``set_rigid_weight``: a source always becomes the same network.
-SEED = 42
 # Of the unexpected in a report.
 MAX_LINES = 20
 
@@ -175,9 +172,7 @@ def convert(
     origins = {name: origin for origin, name in names.items()}
     _check_types({name: state[o] for name, o in origins.items() if name in target}, source)
     report = Report(source, kind)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)
-        made, refused = _fitted(model, state, origins)
+    made, refused = _fitted(model, state, origins)
     converted, misfits = {}, set()
     for name, old in target.items():
         new = state[origins[name]] if name in origins else None
