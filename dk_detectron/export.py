@@ -21,6 +21,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from .layers.modes import evaluation_mode
 from .ops import library
 from .ops.composed import composed_sample_kernel
 
@@ -68,8 +69,9 @@ def export(model: nn.Module, image: Tensor, path: str | Path, format: str = "onn
     ``torch.ops.load_library`` loads it, without the rest of this package.
 
     Args:
-        model: takes a batch of images, as backbones and classifiers do, and gives a tensor, or
-            several by name; or a detector of detectron2, for "onnx" alone.
+        model: takes a batch of images, as backbones and classifiers do, and gives a tensor, several
+            by name, or a list of them, named "output_0" and so on; or a detector of detectron2, for
+            "onnx" alone.
         image: an example, [N, C, H, W]; of a detector [C, H, W], pixels of 0 to 255. Height and
             width are multiples of all strides; N is fixed.
         path: where to write, .onnx or .pt2; replaced once the whole of it is written and verified.
@@ -94,20 +96,16 @@ def export(model: nn.Module, image: Tensor, path: str | Path, format: str = "onn
             "how many objects an image has: export its backbone"
         )
     images = [image, _resized(image)]
-    training = model.training
-    model.eval()
     network = partial(_detect, model) if detector else partial(_named, model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with torch.no_grad(), TemporaryDirectory(dir=path.parent) as folder:
-            expected = [network(x) for x in images]
-            written = Path(folder, path.name)
-            run = WRITERS[format](model, image, written, list(expected[0]))
-            pairs = list(zip(expected, map(run, images), strict=True))
-            differences = _differences([_paired(*p) for p in pairs] if detector else pairs)
-            os.replace(written, path)
-    finally:
-        model.train(training)
+    evaluating = evaluation_mode(model)
+    with evaluating, torch.no_grad(), TemporaryDirectory(dir=path.parent) as folder:
+        expected = [network(x) for x in images]
+        written = Path(folder, path.name)
+        found = _written(format, model, images, written, list(expected[0]))
+        pairs = list(zip(expected, found, strict=True))
+        differences = _differences([_paired(*p) for p in pairs] if detector else pairs)
+        os.replace(written, path)
     sizes = [(x.shape[-2], x.shape[-1]) for x in images]
     return Exported(path, list(expected[0]), sizes, differences)
 
@@ -118,8 +116,23 @@ def _resized(image: Tensor) -> Tensor:
 
 
 def _named(model: Callable, image: Tensor) -> Outputs:
+    """The network's outputs by name.
+
+    Raises:
+        ExportError: one is no tensor.
+    """
     outputs = model(image)
-    return outputs if isinstance(outputs, dict) else {"output": outputs}
+    if isinstance(outputs, list | tuple):
+        outputs = {f"output_{i}": output for i, output in enumerate(outputs)}
+    elif not isinstance(outputs, dict):
+        outputs = {"output": outputs}
+    for name, output in outputs.items():
+        if not isinstance(output, Tensor):
+            raise ExportError(
+                f"{name}: expected a tensor from the network, got a {type(output).__name__}: wrap "
+                "the network in one that returns its tensors alone"
+            )
+    return outputs
 
 
 def _detect(model: nn.Module, image: Tensor) -> Outputs:
@@ -157,8 +170,8 @@ def _write_onnx(model: nn.Module, image: Tensor, path: Path, names: Sequence[str
         network = TracingAdapter(
             model, [{"image": image}], lambda model, x: tuple(_fields(*_infer(model, x)).values())
         )
-    elif isinstance(model(image), dict):
-        network = TracingAdapter(model, inputs, lambda model, x: tuple(model(x).values()))
+    elif not isinstance(model(image), Tensor):
+        network = TracingAdapter(model, inputs, lambda model, x: tuple(_named(model, x).values()))
     axes = {image.dim() - 2: "height", image.dim() - 1: "width"}
     with warnings.catch_warnings():
         # The newer exporter, through torch.export, cannot follow detectors.
@@ -206,6 +219,27 @@ WRITERS: dict[str, Callable] = {
 }
 
 
+def _written(
+    format: str, model: nn.Module, images: Sequence[Tensor], path: Path, names: Sequence[str]
+) -> list[Outputs]:
+    """What the file that is written gives for each image.
+
+    Raises:
+        ModuleNotFoundError: a package for ONNX is missing.
+        ExportError: whatever else the writers do not do.
+    """
+    try:
+        run = WRITERS[format](model, images[0], path, names)
+        return [run(image) for image in images]
+    except (ExportError, ModuleNotFoundError, OSError):
+        raise
+    except Exception as error:  # of many kinds: torch's, onnx's and onnxruntime's own
+        raise ExportError(
+            f"model: expected one that {format!r} can express and run, best in float32; got "
+            f"{type(error).__name__}: {error}; nothing has been written"
+        ) from error
+
+
 def operators() -> Path:
     """The library that "export" and "aoti" need, for ``torch.ops.load_library``."""
     return library.extension_file()
@@ -230,8 +264,9 @@ def _differences(pairs: Sequence[tuple[Outputs, Outputs]]) -> dict[str, float]:
                 )
             if not tensor.numel():
                 continue
-            difference = float((found[name].to(tensor) - tensor).abs().max())
-            largest = max(1.0, float(tensor.abs().max()))
+            reference = _signed(tensor)
+            difference = float((found[name].to(reference) - reference).abs().max())
+            largest = max(1.0, float(reference.abs().max()))
             if not difference <= TOLERANCE * largest:
                 raise ExportError(
                     f"{name}: expected the file to give what the network gives, to {TOLERANCE:g} "
@@ -240,6 +275,11 @@ def _differences(pairs: Sequence[tuple[Outputs, Outputs]]) -> dict[str, float]:
                 )
             differences[name] = max(difference, differences.get(name, 0.0))
     return differences
+
+
+def _signed(tensor: Tensor) -> Tensor:
+    """What can be subtracted: neither can booleans, nor bytes below zero."""
+    return tensor.long() if tensor.dtype in (torch.bool, torch.uint8) else tensor
 
 
 def _paired(expected: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:

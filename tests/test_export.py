@@ -16,7 +16,7 @@ from torch import nn
 from dk_detectron.export import ExportError, export, operators
 from dk_detectron.layers import KINDS, LocalDeformKernel2d
 from dk_detectron.model_zoo import CONFIGS, load_config
-from dk_detectron.modeling import mobilenet_v2, resnet_dw
+from dk_detectron.modeling import FeatureList, mobilenet_v2, resnet_dw
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings(
@@ -99,6 +99,40 @@ def test_backbones(family, format, suffix, request, tmp_path):
         )
     assert max(found.differences.values()) < 1e-5 * largest
     assert [p.name for p in tmp_path.iterdir()] == [f"backbone.{suffix}"]
+
+
+@pytest.mark.parametrize("format, suffix", [("onnx", "onnx"), ("export", "pt2")])
+def test_a_list_of_features(format, suffix, request, tmp_path):
+    if format == "onnx":
+        request.getfixturevalue("onnx")
+    model = learnt(FeatureList(mobilenet_v2(conv3x3="local", out_features=["res2", "res3"])))
+    found = export(model, torch.randn(1, 3, 64, 96), tmp_path / f"features.{suffix}", format)
+    assert found.outputs == ["output_0", "output_1"] == [*found.differences]
+
+
+class Outputs(nn.Module):
+    """A layer, and what ``function`` makes of what it gives."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = layers("local", 4), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+def test_outputs_of_any_type_of_number(onnx, tmp_path):
+    model = Outputs(lambda y: {"class": y.argmax(1), "mask": y > 0, "byte": (y > 0).byte()})
+    found = export(model, torch.randn(1, 4, 12, 16), tmp_path / "model.onnx")
+    assert found.differences == {"class": 0, "mask": 0, "byte": 0}
+
+
+def test_modules_keep_their_modes(onnx, tmp_path):
+    """Such as a norm that is held in evaluation mode while the rest trains."""
+    model = nn.Sequential(layers("local", 4), nn.BatchNorm2d(6), nn.BatchNorm2d(6)).train()
+    model[1].eval()
+    export(model, torch.randn(1, 4, 12, 16), tmp_path / "model.onnx")
+    assert model.training and not model[1].training and model[2].training
 
 
 WITHOUT_US = """
@@ -199,6 +233,22 @@ def test_without_the_packages_for_onnx_their_name_is_said(monkeypatch, tmp_path)
 class Branching(nn.Module):
     def forward(self, x):
         return x + 1 if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    "function, dtype, message",
+    [
+        (lambda y: {"mask": y, "aux": None}, torch.float32, "aux: expected a tensor .* a NoneType"),
+        (lambda y: [y, [y]], torch.float32, "output_1: expected a tensor .* got a list: wrap"),
+        (lambda y: y, torch.float64, "'onnx' can express and run, .* float32; got NotImplemented"),
+        (lambda y: y, torch.bfloat16, "'onnx' can express and run, .* float32; got "),
+    ],
+)
+def test_what_cannot_be_exported_is_an_export_error(function, dtype, message, onnx, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        image = torch.randn(1, 4, 12, 16, dtype=dtype)
+        export(Outputs(function).to(dtype), image, tmp_path / "model.onnx")
+    assert not [*tmp_path.iterdir()]
 
 
 class Fixed(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from ..layers.modes import evaluation_mode
 from ..modeling.classifier import ImageClassifier
 
 
@@ -54,16 +55,13 @@ def explained() -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no parameter learns; afterwards all is as it was."""
-    training = {module: module.training for module in model.modules()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
         for parameter in learning:
             parameter.requires_grad_(False)
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for parameter in learning:
             parameter.requires_grad_(True)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive import AdaptiveConv2d, CondConv2d
+from .modes import evaluation_mode
 from .scope import DeformConv2d, DeformKernelConv2d, GlobalDeformKernel2d, LocalDeformKernel2d
 
 
@@ -66,12 +67,10 @@ def count_multiply_adds(model: nn.Module, *inputs) -> Counter[str]:
                 counts[kind.__name__] += cost(module, output)
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, tuple(COSTS))]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()(*inputs)
+        with evaluation_mode(model):
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     return counts
