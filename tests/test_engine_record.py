@@ -23,9 +23,10 @@ from test_engine import (  # noqa: F401
     train,
 )
 
-from dk_detectron.engine import ClassificationTrainer, Predictor, setup
+from dk_detectron.engine import ClassificationTrainer, Predictor, Trainer, main, setup
 from dk_detectron.engine.record import RunCheckpointer, last_checkpoint
 from dk_detectron.model_zoo import get_config, load_config
+from dk_detectron.weights import CheckpointError
 
 CLASSES = [{"id": 1, "name": "square"}]
 
@@ -36,11 +37,13 @@ def start(datasets_root, tmp_path, monkeypatch):  # noqa: F811
     from dk_detectron.data import datasets
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "train", lambda trainer: None)
     replace_registered(datasets, datasets_root)
 
     def run(*opts, config_file=CONFIG, **flags):
         opts = [*OPTIONS, "OUTPUT_DIR", "run", *map(str, opts)]
-        setup(arguments(config_file=str(config_file), opts=opts, **flags))
+        args = arguments(config_file=str(config_file), opts=opts, **flags)
+        main(args, Trainer) if args.resume else setup(args)
         return Path("run")
 
     yield run
@@ -102,6 +105,15 @@ def test_a_resumed_run_remembers_its_start(start, model, weights, caplog):
     assert weights_in(run / "config.yaml").endswith("run/model_0000001.pth")
     assert "SOLVER.WEIGHT_DECAY" in caplog.text and "MODEL.WEIGHTS:" not in caplog.text
     assert yaml.safe_load((run / "training.yaml").read_text())["SOLVER"]["WEIGHT_DECAY"] == 0.5
+
+
+def test_a_run_that_cannot_be_resumed_keeps_its_record(start, model, weights):
+    run = start("MODEL.WEIGHTS", weights)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    before = {name: (run / name).read_text() for name in ("training.yaml", "config.yaml")}
+    with pytest.raises(CheckpointError, match="the very same network to resume from"):
+        start("MODEL.FPN.OUT_CHANNELS", 16, resume=True)
+    assert before == {name: (run / name).read_text() for name in before}
 
 
 def test_an_evaluation_leaves_the_run_as_it_is(start, model, weights, caplog):

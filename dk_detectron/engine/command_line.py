@@ -73,6 +73,8 @@ def main(args, trainer_class: type[BaseTrainer]):
         return results
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if not is_new(cfg.OUTPUT_DIR, resume=args.resume):
+        _record(cfg, resumes=True)
     if trainer.start_iter < trainer.max_iter:
         return trainer.train()
     # As the main process finds it: other machines may have folders of their own.
@@ -95,6 +97,9 @@ def main(args, trainer_class: type[BaseTrainer]):
 
 def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     """From the command line to a checked, frozen configuration, with logging and random seeds set.
+
+    The record of a run that is to be resumed stays as it is: :func:`main` renews it, once the
+    checkpoint has been loaded.
 
     Args:
         trainer_class: whose data sets are meant; a detector's by default.
@@ -138,10 +143,10 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     starts = not args.eval_only and is_new(cfg.OUTPUT_DIR, resume=args.resume)
     aside = set_aside(cfg.OUTPUT_DIR) if starts else None
     default_setup(cfg, args)
-    if comm.is_main_process():
-        if not args.eval_only:
-            record_training(cfg, resumes=not starts)
-        refresh_config(cfg.OUTPUT_DIR)
+    if starts:
+        _record(cfg, resumes=False)
+    elif comm.is_main_process():
+        refresh_config(cfg.OUTPUT_DIR)  # which default_setup has just overwritten
     if aside:
         LOGGER.info("Metrics of a run that had no checkpoint yet are now in %s", aside)
     for text in data:
@@ -154,3 +159,9 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     if starts and (text := starts_from_run(cfg, args.config_file)):
         LOGGER.warning("%s", text)
     return cfg
+
+
+def _record(cfg: CfgNode, *, resumes: bool) -> None:
+    if comm.is_main_process():
+        record_training(cfg, resumes=resumes)
+        refresh_config(cfg.OUTPUT_DIR)
