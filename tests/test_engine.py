@@ -23,6 +23,7 @@ import torchvision
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_functions
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from running import Tool, finish
 
@@ -30,6 +31,7 @@ from dk_detectron.engine import Trainer, command_line, setup
 from dk_detectron.engine.amp import build_loop
 from dk_detectron.engine.command_line import main, parse_flags_anywhere
 from dk_detectron.engine.launch import launch
+from dk_detectron.engine.schedule import check_processes
 from dk_detectron.layers import LocalDeformKernel2d
 from dk_detectron.model_zoo import CONFIGS, load_config
 
@@ -407,6 +409,42 @@ def test_batch_rate_and_schedule_scale_with_the_processes(processes):
     assert solver.STEPS == (60000 / share, 80000 / share)
     assert solver.WARMUP_ITERS == 1000 / share
     assert Trainer.auto_scale_workers(cfg, 8).SOLVER == cfg.SOLVER
+
+
+def test_no_length_is_scaled_to_none():
+    periods = ["SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 3]
+    cfg = load_config(CONFIG, [*periods, "SOLVER.REFERENCE_WORLD_SIZE", 1])
+    scaled = Trainer.auto_scale_workers(cfg, 8)
+    assert scaled.SOLVER.MAX_ITER == scaled.SOLVER.CHECKPOINT_PERIOD == scaled.TEST.EVAL_PERIOD == 1
+    cfg.TEST.EVAL_PERIOD = 0  # only after the last step
+    assert Trainer.auto_scale_workers(cfg, 8).TEST.EVAL_PERIOD == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "cure"),
+    [
+        ((1, 1), (2, 1), ", or set SOLVER.REFERENCE_WORLD_SIZE 2$"),
+        ((4, 8), (8, 8), ", or set SOLVER.REFERENCE_WORLD_SIZE 16$"),
+        ((8, 8), (4, 8), ", or set SOLVER.REFERENCE_WORLD_SIZE 4$"),
+        ((3, 8), (2, 8), r"resume with 3 process\(es\)$"),
+        ((1, 1), (2, 2), None),
+        ((4, 8), (2, 4), None),
+        ((4, 8), (4, 2), None),  # a change that its command states
+        ((4, None), (2, 8), None),  # of a checkpoint that does not say it
+    ],
+)
+def test_processes_that_would_scale_a_run_anew_are_refused(before, now, cure, monkeypatch, caplog):
+    """Numbers of processes, and SOLVER.REFERENCE_WORLD_SIZE, of a run and of its resumption."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: now[0])
+    state = dict(zip(("processes", "reference"), before, strict=True))
+    if before[1] is None:
+        del state["reference"]
+    if cure:
+        with pytest.raises(ValueError, match=f"--num-gpus: expected {before[0]} proc.*{cure}"):
+            check_processes(state, now[1])
+    else:
+        check_processes(state, now[1])
+        assert ("with other samples" in caplog.text) is (before[0] != now[0])
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.5])

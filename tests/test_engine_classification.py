@@ -321,6 +321,16 @@ def test_moving_average_is_one(pictures, tmp_path):
     assert set(metrics) == {"classification", "classification_ema"}
 
 
+def test_a_run_is_not_scaled_anew_in_the_middle(pictures, tmp_path, monkeypatch):
+    """To half of its steps it would have been finished."""
+    cfg = config(pictures, tmp_path, "SOLVER.REFERENCE_WORLD_SIZE", 1)
+    state = ClassificationTrainer(cfg).state_dict()
+    assert (state["processes"], state["reference"]) == (1, 1)
+    state["processes"] = 2  # and now one
+    with pytest.raises(ValueError, match="--num-gpus: expected 2 proc.* got 1, .* resume with 2"):
+        ClassificationTrainer(cfg).load_state_dict(state)
+
+
 def test_a_random_seed_is_kept(pictures, tmp_path):
     """SEED -1: another run is another, a resumed one the same."""
     more = "SEED", -1, "SOLVER.CHECKPOINT_PERIOD", 3

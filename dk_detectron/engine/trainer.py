@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..data.stream import seed_from
 from ..modeling import to_channels_last
 from ..weights import replacing, write_checkpoint
+from . import schedule
 from .amp import build_loop
 from .divergence import DivergenceGuard
 from .monitoring import OffsetMonitor
@@ -35,9 +36,6 @@ from .optimizer import build_optimizer, parameter_groups
 from .record import FINAL, RunCheckpointer
 from .resources import explained
 from .signals import EvaluationHook, StopHook, StopRequest
-
-# Below detectron2's, whose handlers write to the terminal and to log.txt.
-LOGGER = logging.getLogger("detectron2.dk_detectron.engine.trainer")
 
 EVALUATION_FILE = "evaluation.json"
 OPTIMIZERS = ("SGD", "AdamW")
@@ -88,6 +86,7 @@ class BaseTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        self.reference = schedule.reference(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if cfg.SEED < 0:
             cfg = _with_seed(cfg, comm.shared_random_seed())
@@ -164,23 +163,20 @@ class BaseTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict:
         own = {"seed": self.cfg.SEED, "processes": comm.get_world_size()}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), **own, "reference": self.reference}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """detectron2's, but learning rates are those of the configuration."""
+        """detectron2's, but learning rates are those of the configuration.
+
+        Raises:
+            ValueError: for another number of processes, the schedule would be scaled otherwise.
+        """
+        schedule.check_processes(state_dict, self.reference)
         base_lrs = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
         self.scheduler.base_lrs = base_lrs
         for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
             group["lr"] = lr
-        processes = state_dict.get("processes", comm.get_world_size())
-        if processes != comm.get_world_size():
-            LOGGER.warning(
-                "The run to resume had %d processes and has %d now: it goes on with other samples "
-                "than without the interruption",
-                processes,
-                comm.get_world_size(),
-            )
         seed = state_dict.get("seed", self.cfg.SEED)
         if seed != self.cfg.SEED:
             self.cfg = _with_seed(self.cfg, seed)
@@ -218,6 +214,11 @@ class BaseTrainer(DefaultTrainer):
         write_evaluation(self.cfg, results)
         self._last_eval_results = results
         return results
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """detectron2's, which rounds no number of steps down to none."""
+        return schedule.scale(cfg, num_workers)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

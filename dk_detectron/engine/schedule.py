@@ -1,0 +1,65 @@
+"""Batch, rate and schedule, as ``SOLVER.REFERENCE_WORLD_SIZE`` scales them to the processes."""
+
+from __future__ import annotations
+
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+
+# Below detectron2's, whose handlers write to the terminal and to log.txt.
+LOGGER = logging.getLogger("detectron2.dk_detectron.engine.schedule")
+
+
+# Of the keys that are scaled, those of which 0 means something else.
+LENGTHS = ("SOLVER", "MAX_ITER"), ("SOLVER", "CHECKPOINT_PERIOD"), ("TEST", "EVAL_PERIOD")
+
+
+def scale(cfg: CfgNode, processes: int) -> CfgNode:
+    """detectron2's ``auto_scale_workers``, which rounds no number of steps down to none."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    if scaled is cfg:
+        return cfg
+    scaled.defrost()
+    for section, key in LENGTHS:
+        if cfg[section][key]:
+            scaled[section][key] = max(1, scaled[section][key])
+    scaled.freeze()
+    return scaled
+
+
+def reference(cfg: CfgNode) -> int:
+    """The number of processes for which batch, rate and schedule are, as they stand."""
+    return cfg.SOLVER.REFERENCE_WORLD_SIZE or comm.get_world_size()
+
+
+def check_processes(state: dict, reference: int) -> None:
+    """Warns if the run to resume had another number of processes.
+
+    Args:
+        state: of a trainer, in a checkpoint. Those of version 0.1 know neither number.
+        reference: of the trainer that resumes.
+
+    Raises:
+        ValueError: batch, rate and schedule would be scaled otherwise in the middle of the run.
+    """
+    now = comm.get_world_size()
+    before = state.get("processes", now)
+    if before == now:
+        return
+    fitting, rest = divmod(state.get("reference", before) * now, before)
+    if "reference" in state and (rest or fitting != reference):
+        cure = "" if rest else f", or set SOLVER.REFERENCE_WORLD_SIZE {fitting}"
+        raise ValueError(
+            f"--num-gpus: expected {before} process(es), to which batch, rate and schedule of the "
+            f"run to resume are scaled (SOLVER.REFERENCE_WORLD_SIZE {state['reference']}), got "
+            f"{now}, for which its iterations would be others: resume with {before} "
+            f"process(es){cure}"
+        )
+    LOGGER.warning(
+        "The run to resume had %d processes and has %d now: it goes on with other samples than "
+        "without the interruption",
+        before,
+        now,
+    )
