@@ -338,7 +338,7 @@ def test_keys_of_detectron2_work(datasets_root, tmp_path):
     result = train(
         datasets_root, tmp_path, "SOLVER.MAX_ITER", 3,
         "CUDNN_BENCHMARK", True, "VIS_PERIOD", 2, "TEST.PRECISE_BN.ENABLED", True,
-        "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 2, "MODEL.RESNETS.NORM", "BN",
+        "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 2, "MODEL.MOBILENETV2.NORM", "BN",
         "MODEL.BACKBONE.FREEZE_AT", 0,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils import comm
 
-from ..config import add_dk_config
 from ..data.stream import local_batch_size, nearest_multiples
 from ..modeling import NORMS
 from ..weights import LAST_CHECKPOINT, refuse_pickle
@@ -90,50 +88,6 @@ def _tasks(cfg: CfgNode) -> list[str]:
     if cfg.SOLVER.EMA_DECAY:
         tasks += [f"{task}_ema" for task in tasks]
     return tasks
-
-
-# Keys that detectron2 or this project has, but not for every network: what to set instead.
-OF_DETECTORS = {
-    "DATALOADER.SAMPLER_TRAIN": "the class folders hold what is to be sampled",
-    "INPUT.CROP.ENABLED": "training always crops, to INPUT.CROP_SIZE",
-    "INPUT.MAX_SIZE_TEST": "set INPUT.CROP_SIZE",
-    "INPUT.MAX_SIZE_TRAIN": "set INPUT.CROP_SIZE",
-    "INPUT.MIN_SIZE_TRAIN": "set INPUT.CROP_SIZE",
-    "MODEL.KEYPOINT_ON": "train a detector by dk-train (tools/train_net.py)",
-    "MODEL.LOAD_PROPOSALS": "train a detector by dk-train (tools/train_net.py)",
-    "MODEL.MASK_ON": "train a detector by dk-train (tools/train_net.py)",
-    "TEST.AUG.ENABLED": "set INPUT.MIN_SIZE_TEST and INPUT.CROP_SIZE",
-    "VIS_PERIOD": "look at the pictures themselves",
-}
-OF_CLASSIFIERS = {
-    "INPUT.CROP_SIZE": "set INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST, or INPUT.CROP",
-    "MODEL.CLASSIFIER.NUM_CLASSES": "set MODEL.ROI_HEADS.NUM_CLASSES",
-    "SOLVER.EPOCHS": "set SOLVER.MAX_ITER",
-    "SOLVER.WARMUP_EPOCHS": "set SOLVER.WARMUP_ITERS",
-}
-OF_OTHER_BACKBONES = {
-    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": "set MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE",
-    "MODEL.RESNETS.DEFORM_MODULATED": "set MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE",
-    "MODEL.RESNETS.DEFORM_NUM_GROUPS": "set MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE",
-}
-
-
-def check_ignored(cfg: CfgNode) -> None:
-    """Raises ``ValueError`` if a key is set that would have no effect."""
-    classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
-    ignored = {"a classifier": OF_DETECTORS} if classifier else {"a detector": OF_CLASSIFIERS}
-    if re.search("mobilenetv2|resnet_dw", cfg.MODEL.BACKBONE.NAME):
-        ignored[cfg.MODEL.BACKBONE.NAME] = OF_OTHER_BACKBONES
-    defaults, now = get_cfg(), flat(cfg)
-    add_dk_config(defaults)
-    unset = flat(defaults)
-    for whose, keys in ignored.items():
-        for key, cure in keys.items():
-            if now[key] != unset[key]:
-                raise ValueError(
-                    f"{key}: expected {unset[key]!r}, since {whose} makes no use of it, got "
-                    f"{now[key]!r}: {cure}"
-                )
 
 
 def stated_keys(config_file: str, opts: Sequence) -> set[str]:

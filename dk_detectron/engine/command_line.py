@@ -18,7 +18,6 @@ from .checks import (
     changes_since,
     check_batch,
     check_evaluation,
-    check_ignored,
     check_norms,
     check_solver,
     check_weights,
@@ -27,6 +26,7 @@ from .checks import (
     stated_keys,
 )
 from .detection import Trainer
+from .ignored import check_ignored
 from .launch import launch
 from .record import keep_training, record_training, refresh_config
 from .run_directory import check_unused, claim, is_new, set_aside
