@@ -502,6 +502,15 @@ def spoil(folder: Path, what: str) -> None:
         ("", ["MODEL.META_ARCHITECTURE", "RetinaNet"], ValueError, "expected ImageClassifier"),
         ("", ["SOLVER.EMA_DECAY", 1.0], ValueError, "EMA_DECAY: expected 0 <= decay < 1, got 1"),
         ("", ["MODEL.WEIGHTS", "none.pth"], FileNotFoundError, "MODEL.WEIGHTS: .* 'none.pth'"),
+        ("", ["INPUT.FORMAT", "bgr"], ValueError, "INPUT.FORMAT: expected RGB or BGR, got 'bgr'"),
+        (
+            "",
+            ["INPUT.RANDOM_FLIP", "horizonal"],
+            ValueError,
+            "one of none, horizontal, vertical",
+        ),
+        ("", ["INPUT.COLOR_JITTER", -0.2], ValueError, "COLOR_JITTER: expected a share, .* got -0"),
+        ("", ["INPUT.CROP_SIZE", 0], ValueError, "CROP_SIZE: expected a number of pixels, got 0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(

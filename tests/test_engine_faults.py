@@ -318,6 +318,12 @@ def test_test_time_augmentation_is_done(run, datasets_root, tmp_path):  # noqa: 
         (["SOLVER.EPOCHS", 3], "SOLVER.EPOCHS: expected 0.*a detector makes no use of it, got 3"),
         (["MODEL.RESNETS.DEFORM_MODULATED", True], "set MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_ST"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR: expected a folder"),
+        (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"], "expected one of .*WarmupCosineLR, .*, got"),
+        (["INPUT.FORMAT", "YUV-BT.601"], "INPUT.FORMAT: expected RGB or BGR, got 'YUV-BT.601'"),
+        (
+            ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5],
+            "TEST.KEYPOINT_OKS_SIGMAS: expected 5 numbers, .* got 0",
+        ),
     ],
 )
 def test_keys_without_effect_are_refused(opts, message, datasets_root, tmp_path, monkeypatch):  # noqa: F811

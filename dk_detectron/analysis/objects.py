@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..data.coco import SIZES, survey
 from ..data.datasets import check_on_disk, is_coco, resolve
+from ..data.pictures import check_format
 
 BUCKETS = "small", "medium", "large"
 
@@ -136,8 +137,7 @@ def read_picture(path: str | Path, cfg: CfgNode, objects: Sequence[Object] = ())
         FileNotFoundError: there is no such file.
         ValueError: it is no picture of 8 bits that can be read, or far too thin.
     """
-    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise ValueError(f"INPUT.FORMAT: expected RGB or BGR, got {cfg.INPUT.FORMAT!r}")
+    check_format(cfg.INPUT.FORMAT)
     try:
         with Image.open(path) as file:
             mode = file.mode

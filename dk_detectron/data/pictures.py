@@ -212,6 +212,12 @@ def _is_turned(image: Image.Image) -> bool:
     return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
+def check_format(order: str) -> None:
+    """Raises ``ValueError`` if ``INPUT.FORMAT`` names no order of channels, red or blue first."""
+    if order not in ("RGB", "BGR"):
+        raise ValueError(f"INPUT.FORMAT: expected RGB or BGR, got {order!r}")
+
+
 class UnreadableError(ValueError):
     """A picture that cannot be read; the message begins with its file."""
 

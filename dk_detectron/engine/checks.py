@@ -12,6 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils import comm
 
+from ..data.image_folder import FLIPS
+from ..data.pictures import check_format
 from ..data.stream import local_batch_size, nearest_multiples
 from ..modeling import NORMS
 from ..weights import LAST_CHECKPOINT, refuse_pickle
@@ -19,6 +21,10 @@ from .amp import check_amp
 from .record import CONFIG_FILE, TRAINING_FILE
 from .trainer import OPTIMIZERS
 
+# Those that detectron2 has.
+LR_SCHEDULERS = "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
+# As many as COCO's people have, whose spreads are pycocotools' own.
+KEYPOINTS = 17
 # Between a run and the same resumed: where it is, and weights that then are not read.
 UNCOMPARED = "OUTPUT_DIR", "MODEL.WEIGHTS"
 
@@ -41,6 +47,26 @@ def check_solver(cfg: CfgNode) -> None:
     for key in "MAX_ITER", "CHECKPOINT_PERIOD":
         if solver[key] < 1:
             raise ValueError(f"SOLVER.{key}: expected a number of steps, got {solver[key]}")
+    if solver.LR_SCHEDULER_NAME not in LR_SCHEDULERS:
+        raise ValueError(
+            f"SOLVER.LR_SCHEDULER_NAME: expected one of {', '.join(LR_SCHEDULERS)}, got "
+            f"{solver.LR_SCHEDULER_NAME!r}"
+        )
+
+
+def check_input(cfg: CfgNode) -> None:
+    """Raises ``ValueError`` on values of ``INPUT`` that no pictures can be made by."""
+    given = cfg.INPUT
+    check_format(given.FORMAT)
+    if given.RANDOM_FLIP not in ("none", *FLIPS):
+        raise ValueError(
+            f"INPUT.RANDOM_FLIP: expected one of none, {', '.join(FLIPS)}, got "
+            f"{given.RANDOM_FLIP!r}"
+        )
+    if not 0 <= given.COLOR_JITTER <= 1:
+        raise ValueError(f"INPUT.COLOR_JITTER: expected a share, 0 to 1, got {given.COLOR_JITTER}")
+    if given.CROP_SIZE < 1:
+        raise ValueError(f"INPUT.CROP_SIZE: expected a number of pixels, got {given.CROP_SIZE}")
 
 
 def check_evaluation(cfg: CfgNode) -> None:
@@ -61,6 +87,13 @@ def check_evaluation(cfg: CfgNode) -> None:
             "boxes and masks of GeneralizedRCNN alone, without keypoints and precomputed "
             f"proposals, got True with MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r}, "
             f"MODEL.KEYPOINT_ON {model.KEYPOINT_ON}, MODEL.LOAD_PROPOSALS {model.LOAD_PROPOSALS}"
+        )
+    spreads, keypoints = len(test.KEYPOINT_OKS_SIGMAS) or KEYPOINTS, model.ROI_KEYPOINT_HEAD
+    if model.KEYPOINT_ON and keypoints.NUM_KEYPOINTS != spreads and cfg.DATASETS.TEST:
+        raise ValueError(
+            f"TEST.KEYPOINT_OKS_SIGMAS: expected {keypoints.NUM_KEYPOINTS} numbers, one for each "
+            f"of MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, got {len(test.KEYPOINT_OKS_SIGMAS)}: give "
+            f"them; without any, they are those of COCO's {KEYPOINTS}"
         )
     if test.EXPECTED_RESULTS and len(cfg.DATASETS.TEST) != 1:
         raise ValueError(

@@ -18,6 +18,7 @@ from .checks import (
     changes_since,
     check_batch,
     check_evaluation,
+    check_input,
     check_norms,
     check_solver,
     check_weights,
@@ -117,6 +118,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR: expected a folder to write to, got nothing")
     check_solver(cfg)
+    check_input(cfg)
     check_norms(cfg)
     check_evaluation(cfg)
     if not args.eval_only:
