@@ -285,6 +285,12 @@ def test_what_cannot_be_looked_at(runs, tmp_path, monkeypatch, capsys):
         (): "RUN: expected folders of finished runs",
         (tmp_path / "none",): "none: expected a finished run, .* got none with config.yaml",
         (bare,): "bare: expected a finished run, .* got none with model_final.pth",
+        (
+            "MODEL.WEIGHT",
+            "x",
+            "--config-file",
+            run_dk / "config.yaml",
+        ): "did you mean MODEL.WEIGHTS",
         (run_dk, "--dataset", "nothing"): "expected a registered data set",
         (run_dk, "--images", text): "text.png: expected a picture",
         (run_dk, "--images", tmp_path / "no.png"): "no.png: no such file",

@@ -141,6 +141,8 @@ def test_lists_go_through_the_network_in_batches(run, predictor, pictures):
 def test_other_weights_thresholds_and_settings(run, predictor, pictures):
     averaged = Predictor(run, weights="model_final_ema.pth")
     assert averaged.weights == str(run / "model_final_ema.pth")
+    by_key = Predictor(run, opts=["MODEL.WEIGHTS", averaged.weights])
+    assert by_key.weights == averaged.weights
     assert averaged(pictures[0]).scores.tolist() != predictor(pictures[0]).scores.tolist()
     scores = predictor(pictures[0]).scores
     threshold = (scores[1] + scores[2]).item() / 2
@@ -185,6 +187,8 @@ def test_checkpoints_without_names_give_numbers(run, tmp_path):
             {"opts": ["MODEL.META_ARCHITECTURE", "ImageClassifier"]},
             "RUN_DIR: expected the run of a detector",
         ),
+        ({"opts": ["INPUT.FORMAT", "rgb"]}, "INPUT.FORMAT: expected RGB or BGR, got 'rgb'"),
+        ({"opts": ["MODEL.WEIGHT", "x"]}, "Non-existent key: MODEL.WEIGHT; did you mean MODEL.WEI"),
         (
             {"opts": ["MODEL.ROI_HEADS.NUM_CLASSES", 3]},
             "model_final.pth: expected a checkpoint of the configured network",
@@ -346,9 +350,32 @@ def test_mistakes_are_told_before_anything_is_written(run, inputs, monkeypatch, 
         (("empty", "inputs"), "error: RUN_DIR: expected the OUTPUT_DIR of a training"),
         ((run, "inputs", "--weights", "no.pth"), "error: MODEL.WEIGHTS: expected a checkpoint"),
         ((run, "inputs", "--threshold", 2), "error: threshold: expected"),
+        ((run, "inputs", "--opts", "MODEL.WEIGHT", 2), "error: options KEY VALUE ...: expected"),
     ]:
         assert command(monkeypatch, *arguments).startswith(message)
     assert not (tmp_path / "predictions").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ([], 0.5),
+        (["--opts", "INPUT.MIN_SIZE_TEST", "64"], 0.5),
+        (["--threshold", "0.2", "--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01"], 0.2),
+        (["--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01"], 0.01),
+    ],
+)
+def test_the_least_score_is_the_one_that_is_given(options, least, run, inputs, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def look(output, predictor, *arguments, **more):
+        raise Seen(predictor.cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
+
+    monkeypatch.setattr(predict, "predict_into", look)
+    with pytest.raises(Seen) as seen:
+        command(monkeypatch, run, "inputs", *options)
+    assert seen.value.args == (least,)
 
 
 def test_an_error_leaves_no_half_of_a_result(run, predictor, inputs, monkeypatch, tmp_path):

@@ -20,6 +20,8 @@ from ..data.inputs import find_inputs
 from ..engine.outputs import predict_into
 from ..engine.prediction import Predictor
 
+THRESHOLD = 0.5
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -36,8 +38,9 @@ def parse_arguments() -> argparse.Namespace:
         help="a folder, new or empty (default: predictions)",
     )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score, of all outputs (default: 0.5)"
-    )
+        "--threshold", type=float,
+        help=f"least score, of all outputs (default: that of --opts, else {THRESHOLD})",
+    )  # fmt: skip
     parser.add_argument("--crops", action="store_true", help="also write what is in each box")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: 1)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: as in training)")
@@ -51,6 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def threshold(args: argparse.Namespace) -> float | None:
+    """The least score; None if ``--opts`` has it."""
+    in_opts = any(key.endswith(".SCORE_THRESH_TEST") for key in args.opts[::2])
+    return THRESHOLD if args.threshold is None and not in_opts else args.threshold
+
+
 def main() -> None:
     args = parse_arguments()
     try:
@@ -59,7 +68,7 @@ def main() -> None:
             args.run_dir,
             weights=args.weights,
             device=args.device,
-            threshold=args.threshold,
+            threshold=threshold(args),
             batch_size=args.batch,
             opts=args.opts,
         )

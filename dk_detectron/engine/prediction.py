@@ -18,6 +18,8 @@ from detectron2.structures import Instances
 
 from ..data.entries import THINNEST
 from ..data.inputs import read_picture
+from ..data.pictures import check_format
+from ..model_zoo import merge_options
 from ..weights import Checkpointer
 from .checks import check_weights
 from .detection import Trainer
@@ -63,7 +65,7 @@ class Predictor:
         Args:
             run_dir: the OUTPUT_DIR of a training, finished or not, or of an evaluation.
             weights: a checkpoint, or its name in ``run_dir``, such as "model_final_ema.pth", in the
-                place of the run's last.
+                place of the run's last, and of MODEL.WEIGHTS in ``opts``.
             device: such as "cpu", "cuda" or "cuda:1"; by default that of the training if it is
                 there, else the CPU.
             threshold: the least score, 0 to 1; by default that of the configuration.
@@ -78,6 +80,8 @@ class Predictor:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
         self.batch_size = batch_size
         self.cfg = cfg = _config(Path(run_dir), device, threshold, opts)
+        if weights is None and "MODEL.WEIGHTS" in opts[::2]:
+            weights = cfg.MODEL.WEIGHTS
         cfg.MODEL.WEIGHTS = str(_find_weights(Path(run_dir), cfg, weights))
         check_weights(cfg, needed=True, resume=False)
         self.weights = cfg.MODEL.WEIGHTS
@@ -167,8 +171,9 @@ def _config(run: Path, device: str | None, threshold: float | None, opts: Sequen
     cfg = run_config(run)
     # Switches of speed: the one takes longer than most predictions, the other rounds differently.
     cfg.MODEL.BACKBONE.COMPILE = cfg.MODEL.CHANNELS_LAST = False
-    cfg.merge_from_list(list(opts))
+    merge_options(cfg, opts)
     check_detects(cfg, run)
+    check_format(cfg.INPUT.FORMAT)
     if threshold is not None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold: expected a score from 0 to 1, got {threshold}")
