@@ -1,5 +1,6 @@
 """The rooms of the package: who may import whom, and how large a file is."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import dk_detectron
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "dk_detectron").rglob("*.py"))
+COMMANDS = sorted([*ROOT.glob("dk_detectron/commands/*.py"), *ROOT.glob("tools/*.py")])
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess:
@@ -37,6 +39,14 @@ def test_an_import_from_a_higher_floor_is_found(tmp_path):
     result = lint_imports(tmp_path)
     assert result.returncode == 1
     assert "dk_detectron.ops is not allowed to import dk_detectron.engine" in result.stdout
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_help_has_the_lines_of_its_docstring(path):
+    """Where a backslash goes on in the next line, so does who copies the command."""
+    module = ast.parse(path.read_text())
+    source = module.body[0]
+    assert ast.get_docstring(module, clean=False).count("\n") == source.end_lineno - source.lineno
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures how many training images a second a configuration's data loader gives.
+r"""Measures how many training images a second a configuration's data loader gives.
 
     tools/benchmark_data.py --config-file configs/demo/shapes_MNV2_FPN_dk_l3.yaml --workers 0 1 2
     tools/benchmark_data.py --config-file \

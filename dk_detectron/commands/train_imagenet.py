@@ -1,4 +1,4 @@
-"""Trains or evaluates an image classifier, with detectron2's standard command line.
+r"""Trains or evaluates an image classifier, with detectron2's standard command line.
 
     %(prog)s --config-file ImageNet/MNV2_dk_l3.yaml --num-gpus 8 \
         OUTPUT_DIR output/imagenet_mnv2_dk_l3

@@ -1,4 +1,4 @@
-"""Trains or evaluates a detector, with detectron2's standard command line.
+r"""Trains or evaluates a detector, with detectron2's standard command line.
 
     %(prog)s --config-file COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml \
         --num-gpus 8 MODEL.WEIGHTS weights.pth OUTPUT_DIR output/mnv2_dk_l3
