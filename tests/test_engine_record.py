@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from test_engine import (  # noqa: F401
     train,
 )
 
+from dk_detectron.commands import visualize_results
 from dk_detectron.engine import ClassificationTrainer, Predictor, Trainer, main, setup
-from dk_detectron.engine.record import RunCheckpointer, last_checkpoint
+from dk_detectron.engine.record import RunCheckpointer, get_own_config, last_checkpoint
 from dk_detectron.model_zoo import get_config, load_config
 from dk_detectron.weights import CheckpointError
 
@@ -143,6 +145,37 @@ def test_training_from_the_result_of_a_run_is_said(start, model, weights, caplog
     start(*other, config_file="run/config.yaml")
     assert "run/model_final.pth, the result of the run whose config.yaml this is" in caplog.text
     assert f"--config-file {run.resolve() / 'training.yaml'} starts as" in caplog.text
+
+
+def test_a_copy_is_a_run_of_its_own(start, model, weights, monkeypatch, capsys):
+    """And not another name of the one that it was copied from, which may have gone on since."""
+    run = start("MODEL.WEIGHTS", weights)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    assert get_own_config(run / "config.yaml").OUTPUT_DIR == "run"
+    copy = shutil.copytree(run, "copy")
+    cfg = get_own_config(f"{copy}/config.yaml")
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == (copy, f"{copy}/model_0000001.pth")
+    # As training was started it stays, also in another folder.
+    assert get_config(f"{copy}/training.yaml").OUTPUT_DIR == "run"
+
+    for folder in run, Path(copy):
+        (folder / "evaluation.json").write_text(json.dumps({"bbox": {f"of {folder}": 1}}))
+    monkeypatch.setattr(visualize_results, "draw", lambda cfg, *more: cfg.OUTPUT_DIR)
+    for opts, folder in ([], "copy"), (["--opts", "OUTPUT_DIR", "run"], "run"):
+        arguments = "dk-visualize-results", "--config-file", f"{copy}/config.yaml", *opts
+        monkeypatch.setattr(sys, "argv", list(arguments))
+        visualize_results.main()
+        printed = capsys.readouterr().out
+        assert f"Pictures: {folder}/" in printed and f"of {folder} " in printed
+
+
+def test_an_evaluation_of_a_copy_is_in_it(start, model, weights):
+    run = start("MODEL.WEIGHTS", weights)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    shutil.copytree(run, "copy")
+    opts = [*OPTIONS, "MODEL.ROI_HEADS.NUM_CLASSES", 1]
+    cfg = setup(arguments(config_file="copy/config.yaml", opts=opts, eval_only=True))
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("copy", "copy/model_0000001.pth")
 
 
 def test_runs_of_before_are_compared_by_their_config(start, model, weights, caplog):

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..data.cache import state_of
-from ..model_zoo import get_config, merge_options
+from ..engine.record import get_own_config
+from ..model_zoo import merge_options
 from ..weights import Checkpointer, replacing
 
 CONFIG, WEIGHTS = "config.yaml", "model_final.pth"
@@ -82,7 +83,7 @@ def load_networks(args: argparse.Namespace) -> list[Network]:
 
 
 def _load(name: str, config_file: str | Path, opts: Sequence[str]) -> Network:
-    cfg = get_config(config_file)
+    cfg = get_own_config(config_file)
     merge_options(cfg, opts)
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(cfg)

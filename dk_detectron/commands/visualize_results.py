@@ -28,8 +28,9 @@ from ..engine import EVALUATION_FILE, Predictor
 from ..engine.detection import inference_folder
 from ..engine.drawing import draw_pair, give_colours, to_instances, write_picture
 from ..engine.outputs import RESULTS_FILE
+from ..engine.record import get_own_config
 from ..engine.trainer import by_task
-from ..model_zoo import load_config
+from ..model_zoo import merge_options
 
 
 def detections(cfg: CfgNode, dataset: str, threshold: float) -> Callable[[dict], Instances]:
@@ -87,7 +88,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.count < 1:
         parser.error(f"--count: expected 1 or more, got {args.count}")
-    cfg = load_config(args.config_file, args.opts)
+    cfg = get_own_config(args.config_file)
+    merge_options(cfg, args.opts)
     print(f"Pictures: {draw(cfg, args.count, args.threshold)}{os.sep}")
     evaluation = Path(cfg.OUTPUT_DIR, EVALUATION_FILE)
     if evaluation.is_file():

@@ -18,7 +18,7 @@ from ..data.stream import local_batch_size, nearest_multiples
 from ..modeling import NORMS
 from ..weights import LAST_CHECKPOINT, refuse_pickle
 from .amp import check_amp
-from .record import CONFIG_FILE, TRAINING_FILE
+from .record import CONFIG_FILE, TRAINING_FILE, run_of
 from .trainer import OPTIMIZERS
 
 # Those that detectron2 has.
@@ -219,10 +219,8 @@ def check_weights(cfg: CfgNode, *, needed: bool, resume: bool) -> None:
 
 def starts_from_run(cfg: CfgNode, config_file: str) -> str | None:
     """What to know if training starts from the result of a run, by that run's config.yaml."""
-    folder = Path(config_file).resolve().parent
-    if not (folder / TRAINING_FILE).exists() or Path(config_file).name != CONFIG_FILE:
-        return None
-    if Path(cfg.MODEL.WEIGHTS).resolve().parent != folder:
+    folder = run_of(Path(config_file).resolve())
+    if not folder or Path(cfg.MODEL.WEIGHTS).resolve().parent != folder:
         return None
     return (
         f"Training starts from {cfg.MODEL.WEIGHTS}, the result of the run whose {CONFIG_FILE} this "

@@ -12,7 +12,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from ..model_zoo import get_config, get_config_file, merge_options
+from ..model_zoo import get_config_file, merge_options
 from ..weights import Checkpointer
 from .checks import (
     changes_since,
@@ -29,7 +29,7 @@ from .checks import (
 from .detection import Trainer
 from .ignored import check_ignored
 from .launch import launch
-from .record import keep_training, record_training, refresh_config
+from .record import get_own_config, keep_training, record_training, refresh_config
 from .run_directory import check_unused, claim, is_new, set_aside
 from .trainer import BaseTrainer
 
@@ -110,7 +110,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
         FileExistsError: an earlier run has checkpoints in the folder, and is not to be resumed.
     """
     args.config_file = get_config_file(args.config_file)  # detectron2 reads it again, for its log
-    cfg = get_config(args.config_file)
+    cfg = get_own_config(args.config_file)
     merge_options(cfg, args.opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE: no GPU is available, using the CPU")

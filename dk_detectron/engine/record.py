@@ -9,6 +9,7 @@ classes.json     the categories in the order of the network's outputs, COCO's "i
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import nn
 
 from ..model_zoo import get_config
 from ..weights import LAST_CHECKPOINT, Checkpointer, replacing
+
+# Below detectron2's, whose handlers write to the terminal and to log.txt.
+LOGGER = logging.getLogger("detectron2.dk_detectron.engine.record")
 
 TRAINING_FILE, CONFIG_FILE, CLASSES_FILE = "training.yaml", "config.yaml", "classes.json"
 # The last checkpoint of a run that is finished.
@@ -47,6 +51,34 @@ def run_config(folder: str | Path) -> CfgNode:
     return get_config(path)
 
 
+def run_of(config_file: str | Path) -> Path | None:
+    """The folder of the run whose config.yaml a file is."""
+    path = Path(config_file)
+    is_run = path.name == CONFIG_FILE and (path.parent / TRAINING_FILE).is_file()
+    return path.parent if is_run else None
+
+
+def get_own_config(config_file: str | Path) -> CfgNode:
+    """:func:`get_config`, but a run's config.yaml is about the folder that it is in.
+
+    It names the one that it was written in, where after a copy another run may be.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`get_config`.
+    """
+    cfg = get_config(config_file)
+    folder = run_of(config_file)
+    if folder and folder.resolve() != Path(cfg.OUTPUT_DIR).resolve():
+        LOGGER.warning(
+            "%s: the run was moved or copied from %s: OUTPUT_DIR and MODEL.WEIGHTS are in %s",
+            config_file,
+            cfg.OUTPUT_DIR,
+            folder,
+        )
+        cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(folder), str(_weights(folder))
+    return cfg
+
+
 def keep_training(folder: str | Path) -> None:
     """Writes training.yaml of a run of version 0.1, whose config.yaml is the only record of it."""
     training, config = Path(folder, TRAINING_FILE), Path(folder, CONFIG_FILE)
@@ -64,7 +96,7 @@ def record_training(cfg: CfgNode, *, resumes: bool) -> None:
 
 
 def refresh_config(folder: str | Path) -> None:
-    """Has config.yaml name the last checkpoint; until there is one, the final one that is to come.
+    """Has config.yaml name the run's own weights.
 
     So nothing is predicted, in silence, with the weights that training started from. A folder that
     no training was started in is left alone.
@@ -72,9 +104,13 @@ def refresh_config(folder: str | Path) -> None:
     training = Path(folder, TRAINING_FILE)
     if training.is_file():
         content = yaml.safe_load(training.read_text())
-        weights = last_checkpoint(folder) or Path(folder, FINAL)
-        content["MODEL"]["WEIGHTS"] = os.path.abspath(weights)
+        content["MODEL"]["WEIGHTS"] = os.path.abspath(_weights(folder))
         _write(Path(folder, CONFIG_FILE), yaml.safe_dump(content))
+
+
+def _weights(folder: str | Path) -> Path:
+    """The last checkpoint; until there is one, the final one that is to come."""
+    return last_checkpoint(folder) or Path(folder, FINAL)
 
 
 def _write(path: Path, text: str) -> None:
