@@ -19,6 +19,8 @@ from .layers.costs import count_multiply_adds, count_parameters
 PICTURE_CHANNELS = 4
 # Of the names in a line of a report.
 MAX_NAMES = 4
+# Any of which may make a convolution compute something else.
+METHODS = "__call__", "forward", "_conv_forward"
 
 # Patterns of names, or a choice by name and convolution.
 Where = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
@@ -168,16 +170,25 @@ def _convolutions(model: nn.Module) -> dict[str, Any]:
 
 def _obstacle(conv: nn.Module, owners: Counter[int]) -> str:
     """Why a convolution cannot become adaptive, in words; empty if it can."""
-    from detectron2.layers import Conv2d  # late, since it takes as long to import as torch
-
     kind = type(conv).__name__
     if not isinstance(conv, nn.Conv2d):
         return f"a {kind}, of which there is no adaptive kind"
-    if type(conv).forward not in (nn.Conv2d.forward, Conv2d.forward) or "forward" in vars(conv):
+    if _has_own_way(conv):
         return f"a {kind}, which convolves in a way of its own"
     if owners[id(conv.weight)] > 1:
         return "another module has the same weight"
     return ""
+
+
+def _has_own_way(conv: nn.Conv2d) -> bool:
+    """Whether it convolves neither as torch's nor as detectron2's does."""
+    from detectron2.layers import Conv2d  # late, since it takes as long to import as torch
+
+    known = nn.Conv2d, Conv2d
+    return any(
+        name in vars(conv) or getattr(type(conv), name) not in [getattr(k, name) for k in known]
+        for name in METHODS
+    )
 
 
 def _from_3x3_on(name: str, conv: nn.Conv2d) -> str:

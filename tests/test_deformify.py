@@ -204,13 +204,25 @@ def test_a_convolution_of_its_own_way_is_left_alone():
         def forward(self, x):
             return super().forward(nn.functional.pad(x, [0, 1, 0, 1]))
 
-    patched = nn.Conv2d(8, 8, 3)
-    patched.forward = lambda x: x
-    model = nn.Sequential(nn.Conv2d(8, 8, 3), Same(8, 8, 3), patched)
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+    class Doubled(Conv2d):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    model = nn.Sequential(*(c(8, 8, 3) for c in (nn.Conv2d, Same, Standardised, Doubled)))
+    for method in "forward", "_conv_forward":
+        patched = nn.Conv2d(8, 8, 3)
+        setattr(patched, method, lambda x, *_: x)
+        model.append(patched)
     report = deformify(model)
     assert report.changed == ["0"]
-    assert report.kept["1"] == "a Same, which convolves in a way of its own"
-    assert report.kept["2"] == "a Conv2d, which convolves in a way of its own"
+    kinds = ["Same", "Standardised", "Doubled", "Conv2d", "Conv2d"]
+    assert list(report.kept.values()) == [
+        f"a {k}, which convolves in a way of its own" for k in kinds
+    ]
     with pytest.raises(ValueError, match="uninitialized parameter"):
         deformify(nn.Sequential(nn.LazyConv2d(8, 3)))
 
