@@ -175,6 +175,11 @@ def _obstacle(conv: nn.Module, owners: Counter[int]) -> str:
         return f"a {kind}, of which there is no adaptive kind"
     if _has_own_way(conv):
         return f"a {kind}, which convolves in a way of its own"
+    if made := [name for name in ("weight", "bias") if name not in conv._parameters]:
+        return (
+            f"its {' and '.join(made)} is made by a parametrization or by pruning: remove that "
+            "first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove or the like)"
+        )
     if owners[id(conv.weight)] > 1:
         return "another module has the same weight"
     return ""

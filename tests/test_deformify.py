@@ -9,6 +9,7 @@ import torchvision
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from dk_detectron import deformify, undeformify
 from dk_detectron.layers import (
@@ -225,6 +226,30 @@ def test_a_convolution_of_its_own_way_is_left_alone():
     ]
     with pytest.raises(ValueError, match="uninitialized parameter"):
         deformify(nn.Sequential(nn.LazyConv2d(8, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.parametrize(
+    "name, make, remove",
+    [
+        ("weight", parametrizations.weight_norm, parametrize.remove_parametrizations),
+        ("weight", parametrizations.spectral_norm, parametrize.remove_parametrizations),
+        ("weight", nn.utils.weight_norm, nn.utils.remove_weight_norm),
+        ("weight", nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+        ("weight", prune.identity, prune.remove),
+        ("bias", prune.identity, prune.remove),
+    ],
+)
+def test_a_tensor_that_is_made_anew_is_left_alone_until_its_maker_is_removed(name, make, remove):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), make(nn.Conv2d(8, 8, 3), name))
+    report = deformify(model)
+    assert report.changed == ["0"]
+    assert report.kept["1"].startswith(f"its {name} is made by a parametrization or by pruning")
+    x = torch.randn(1, 8, 9, 9)
+    remove(model[1], name)
+    expected = model(x)
+    assert deformify(model).changed == ["1"]
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_hooks_norms_training_and_gradients_stay():
