@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import nn
 
@@ -21,6 +22,8 @@ PICTURE_CHANNELS = 4
 MAX_NAMES = 4
 # Any of which may make a convolution compute something else.
 METHODS = "__call__", "forward", "_conv_forward"
+# What detectron2's convolutions and adaptive layers apply to their outputs.
+FOLLOWERS = "norm", "activation"
 
 # Patterns of names, or a choice by name and convolution.
 Where = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
@@ -180,6 +183,8 @@ def _obstacle(conv: nn.Module, owners: Counter[int]) -> str:
             f"its {' and '.join(made)} is made by a parametrization or by pruning: remove that "
             "first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove or the like)"
         )
+    if held := ", ".join(_without_place(conv)):
+        return f"it holds {held}, which an adaptive layer cannot: keep that in the module around it"
     if owners[id(conv.weight)] > 1:
         return "another module has the same weight"
     return ""
@@ -194,6 +199,21 @@ def _has_own_way(conv: nn.Conv2d) -> bool:
         name in vars(conv) or getattr(type(conv), name) not in [getattr(k, name) for k in known]
         for name in METHODS
     )
+
+
+def _followers(conv: nn.Conv2d) -> dict[str, Any]:
+    """What it applies to its outputs. torch's applies nothing, whatever is attached to it."""
+    from detectron2.layers import Conv2d
+
+    names = FOLLOWERS if type(conv).forward is Conv2d.forward else ()
+    return {name: getattr(conv, name) for name in names}
+
+
+def _without_place(conv: nn.Conv2d) -> list[str]:
+    """Names of tensors and modules that would be lost, or applied by the layer itself."""
+    held = [*conv._parameters, *conv._buffers, *conv._modules]
+    held += [name for name in FOLLOWERS if vars(conv).get(name) is not None]
+    return [name for name in held if name not in ("weight", "bias", *_followers(conv))]
 
 
 def _from_3x3_on(name: str, conv: nn.Conv2d) -> str:
@@ -238,8 +258,7 @@ def _adapted(conv: Any, constructor: Callable[..., AdaptiveConv2d]) -> AdaptiveC
         **_arguments(conv),
         bias=False,
         padding_mode=conv.padding_mode,
-        norm=getattr(conv, "norm", None),
-        activation=getattr(conv, "activation", None),
+        **_followers(conv),
     )
     layer.set_rigid_weight(conv.weight.detach())
     layer.bias = conv.bias
@@ -260,7 +279,7 @@ def _check_generators(layers: Iterable[AdaptiveConv2d]) -> None:
 def _rigid(layer: AdaptiveConv2d) -> nn.Conv2d:
     from detectron2.layers import Conv2d
 
-    followers = {"norm": layer.norm, "activation": layer.activation}
+    followers = {name: getattr(layer, name) for name in FOLLOWERS}
     plain = layer.norm is None and layer.activation is None
     conv = (nn.Conv2d if plain else partial(Conv2d, **followers))(**_arguments(layer), bias=False)
     conv.weight.data = layer.rigid_weight()
@@ -271,15 +290,24 @@ def _rigid(layer: AdaptiveConv2d) -> nn.Conv2d:
 
 def _become(module: nn.Module, other: nn.Module) -> None:
     """Makes ``module`` what ``other`` is; whoever holds or hooks it need not know."""
-    hooks = {name: value for name, value in vars(module).items() if "hook" in name}
+    own = _attributes()
+    kept = {name: v for name, v in vars(module).items() if name not in own or "hook" in name}
     training = module.training
     module.__class__ = type(other)
     vars(module).clear()
-    vars(module).update(vars(other) | hooks)
+    vars(module).update(vars(other) | kept)
     module.training = training
     if isinstance(module, AdaptiveConv2d):
         for generator in module.generators:
             generator.train(training)
+
+
+@cache
+def _attributes() -> frozenset[str]:
+    """Those of convolutions and of adaptive layers; any other was put there by whoever uses it."""
+    with torch.device("meta"):  # no random number is drawn
+        modules = [nn.Conv2d(1, 1, 1), *(kind(1, 1, 1) for kind in KINDS.values())]
+    return frozenset(name for module in modules for name in vars(module))
 
 
 def _multiply_adds(model: nn.Module, inputs: tuple | None) -> int:

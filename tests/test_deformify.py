@@ -252,6 +252,38 @@ def test_a_tensor_that_is_made_anew_is_left_alone_until_its_maker_is_removed(nam
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize(
+    "name, attached",
+    [
+        ("norm", nn.BatchNorm2d(8)),
+        ("activation", nn.ReLU()),
+        ("activation", nn.functional.relu),
+        ("gain", nn.Parameter(torch.ones(()))),
+        ("scale", nn.Buffer(torch.ones(()))),
+        ("activation_post_process", nn.Identity()),  # as torch.ao attaches an observer
+    ],
+)
+def test_what_an_adaptive_layer_cannot_hold(name, attached):
+    """The module around a convolution may use it, as ``conv.norm(conv(x))``."""
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(2)))
+    setattr(model[1], name, attached)
+    report = deformify(model)
+    assert report.changed == ["0"]
+    assert report.kept["1"].startswith(f"it holds {name}, which an adaptive layer cannot: keep")
+    assert getattr(model[1], name) is attached
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attributes_of_others_stay(kind):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model[0].tag = 3
+    attributes = list(vars(model[0]))
+    deformify(model, kind)
+    assert model[0].tag == 3 and not hasattr(model[0], "transposed")
+    undeformify(model)
+    assert model[0].tag == 3 and sorted(vars(model[0])) == sorted(attributes)
+
+
 def test_hooks_norms_training_and_gradients_stay():
     norm = nn.BatchNorm2d(8)
     conv = Conv2d(8, 8, 3, padding=1, norm=norm, activation=nn.functional.relu)
