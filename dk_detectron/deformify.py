@@ -24,6 +24,8 @@ MAX_NAMES = 4
 METHODS = "__call__", "forward", "_conv_forward"
 # What detectron2's convolutions and adaptive layers apply to their outputs.
 FOLLOWERS = "norm", "activation"
+# Classes that learn of no parameter after they have wrapped a module; not every torch has them.
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 # Patterns of names, or a choice by name and convolution.
 Where = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
@@ -97,10 +99,12 @@ def deformify(
             what its layers share).
 
     Raises:
-        ValueError: an unknown kind, a pattern that no convolution's name has, nothing to change, or
-            lazy modules that have seen no input yet; the model is as it was.
+        ValueError: an unknown kind, a pattern that no convolution's name has, nothing to change,
+            lazy modules that have seen no input yet, or a model that is wrapped for several
+            processes; the model is as it was.
         TypeError: an option that the kind does not have; the model is as it was.
     """
+    _check_unwrapped(model)
     if isinstance(kind, str) and kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     constructor = partial(KINDS[kind] if isinstance(kind, str) else kind, **options)
@@ -137,9 +141,10 @@ def undeformify(model: nn.Module) -> list[str]:
         Their names.
 
     Raises:
-        ValueError: some are no rigid convolutions any more, as their generators have learnt; the
-            model is as it was.
+        ValueError: some are no rigid convolutions any more, as their generators have learnt, or the
+            model is wrapped for several processes; it is as it was.
     """
+    _check_unwrapped(model)
     rigid, learnt = {}, []
     layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptiveConv2d)}
     for name, layer in layers.items():
@@ -159,6 +164,16 @@ def undeformify(model: nn.Module) -> list[str]:
         if hasattr(module, "shared_offset_generator"):  # of a stage of this project's backbones
             module.shared_offset_generator = None  # type: ignore[assignment]
     return list(rigid)
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Raises ``ValueError`` on what would not average, or shard, the new parameters."""
+    for module in model.modules():
+        if WRAPPERS & {kind.__name__ for kind in type(module).__mro__}:
+            raise ValueError(
+                f"model: expected none that is wrapped, got a {type(module).__name__}, which would "
+                "not know the new parameters: deformify, or undeformify, before wrapping"
+            )
 
 
 def _convolutions(model: nn.Module) -> dict[str, Any]:

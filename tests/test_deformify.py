@@ -9,6 +9,7 @@ import torchvision
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from dk_detectron import deformify, undeformify
@@ -197,6 +198,19 @@ def test_bad_arguments_leave_the_model_as_it_was():
         deformify(model, scop_size=5)
     with pytest.raises(ValueError, match="offset_generator: expected one of full, separable"):
         deformify(model, offset_generator="cheap")
+    assert not any(isinstance(m, AdaptiveConv2d) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "wrapper", [nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule]
+)
+def test_wrapped_networks_would_not_know_the_new_parameters(wrapper):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model.__class__ = type("Wrapped", (wrapper, nn.Sequential), {})  # as fully_shard does
+    for change in deformify, undeformify:
+        for wrapped in model, nn.Sequential(model):
+            with pytest.raises(ValueError, match="deformify, or undeformify, before wrapping"):
+                change(wrapped)
     assert not any(isinstance(m, AdaptiveConv2d) for m in model.modules())
 
 
