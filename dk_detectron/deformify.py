@@ -178,17 +178,25 @@ def _check_unwrapped(model: nn.Module) -> None:
 
 def _convolutions(model: nn.Module) -> dict[str, Any]:
     """The convolutions, by name, that are not parts of adaptive ones."""
-    kinds = nn.modules.conv._ConvNd
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and not GENERATOR.search(f"{name}.")
+        if _is_convolution(module) and not GENERATOR.search(f"{name}.")
     }
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    """Scripted ones have the name of their class alone."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "Conv" in module.original_name and hasattr(module, "weight")
+    return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _obstacle(conv: nn.Module, owners: Counter[int]) -> str:
     """Why a convolution cannot become adaptive, in words; empty if it can."""
     kind = type(conv).__name__
+    if isinstance(conv, torch.jit.ScriptModule):
+        return "scripted: deformify before torch.jit.script or trace"
     if not isinstance(conv, nn.Conv2d):
         return f"a {kind}, of which there is no adaptive kind"
     if _has_own_way(conv):
@@ -200,6 +208,10 @@ def _obstacle(conv: nn.Module, owners: Counter[int]) -> str:
         )
     if held := ", ".join(_without_place(conv)):
         return f"it holds {held}, which an adaptive layer cannot: keep that in the module around it"
+    if not conv.weight.is_floating_point():
+        return f"weight: expected a floating point type, got {conv.weight.dtype}"
+    if conv.weight.is_inference():
+        return "its weight was made in torch.inference_mode: make the network outside of it"
     if owners[id(conv.weight)] > 1:
         return "another module has the same weight"
     return ""
@@ -268,6 +280,7 @@ def _arguments(conv: Any) -> dict:
     return arguments | {"device": conv.weight.device, "dtype": conv.weight.dtype}
 
 
+@torch.inference_mode(False)  # or the new parameters could not be trained
 def _adapted(conv: Any, constructor: Callable[..., AdaptiveConv2d]) -> AdaptiveConv2d:
     layer = constructor(
         **_arguments(conv),
@@ -291,6 +304,7 @@ def _check_generators(layers: Iterable[AdaptiveConv2d]) -> None:
         )
 
 
+@torch.inference_mode(False)
 def _rigid(layer: AdaptiveConv2d) -> nn.Conv2d:
     from detectron2.layers import Conv2d
 

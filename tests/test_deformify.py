@@ -242,7 +242,6 @@ def test_a_convolution_of_its_own_way_is_left_alone():
         deformify(nn.Sequential(nn.LazyConv2d(8, 3)))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
 @pytest.mark.parametrize(
     "name, make, remove",
     [
@@ -264,6 +263,37 @@ def test_a_tensor_that_is_made_anew_is_left_alone_until_its_maker_is_removed(nam
     expected = model(x)
     assert deformify(model).changed == ["1"]
     torch.testing.assert_close(model(x), expected)
+
+
+def test_weights_that_no_adaptive_layer_can_have():
+    with torch.inference_mode():
+        fixed = nn.Conv2d(8, 8, 3)
+    report = deformify(
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, dtype=torch.complex64), fixed)
+    )
+    assert report.changed == ["0"]
+    assert report.kept == {
+        "1": "weight: expected a floating point type, got torch.complex64",
+        "2": "its weight was made in torch.inference_mode: make the network outside of it",
+    }
+
+
+def test_what_is_made_in_inference_mode_can_be_trained():
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3)), torch.randn(1, 8, 9, 9)
+    for change in deformify, undeformify:
+        with torch.inference_mode():
+            change(model)
+        model(x).sum().backward()
+
+
+def test_scripted_convolutions_are_left_alone():
+    scripted, plain = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3))), nn.Conv2d(8, 8, 3)
+    traced = torch.jit.trace(nn.Conv2d(8, 8, 3), torch.randn(1, 8, 9, 9))
+    report = deformify(nn.Sequential(scripted, traced, plain))
+    reason = "scripted: deformify before torch.jit.script or trace"
+    assert report.changed == ["2"] and report.kept == {"0.0": reason, "1": reason}
+    with pytest.raises(ValueError, match=f"got none:\n(?s:.*)kept: {reason}"):
+        deformify(scripted)
 
 
 @pytest.mark.parametrize(
