@@ -13,17 +13,15 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from .layers import GENERATOR, KINDS, AdaptiveConv2d, LocalConv2d
+from .convolutions import FOLLOWERS, convolutions, followers, hands_on_features, obstacle
+from .layers import KINDS, AdaptiveConv2d, LocalConv2d
 from .layers.costs import count_multiply_adds, count_parameters
 
 # A dense convolution of no more input channels sees the picture itself: a stem.
 PICTURE_CHANNELS = 4
 # Of the names in a line of a report.
 MAX_NAMES = 4
-# Any of which may make a convolution compute something else.
-METHODS = "__call__", "forward", "_conv_forward"
-# What detectron2's convolutions and adaptive layers apply to their outputs.
-FOLLOWERS = "norm", "activation"
+NOT_CHOSEN = "not chosen by where"
 # Classes that learn of no parameter after they have wrapped a module; not every torch has them.
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
@@ -92,7 +90,8 @@ def deformify(
         kind: "local" or "global" deformable kernel, "conditional", "dcn", "dcn+local", or a
             constructor with ``nn.Conv2d``'s arguments.
         where: patterns of names, such as "backbone.bottom_up.res[345].*", that narrow the default
-            choice; or a predicate of name and convolution, which decides alone.
+            choice; or a predicate of name and convolution, which decides alone. Of a convolution
+            with several names, any may be chosen.
         inputs: of the model, a batch of one, with which to count its multiply-adds.
         options: what the layers take beyond ``nn.Conv2d``'s arguments, such as ``scope_size``,
             ``num_experts`` or ``offset_generator`` (but "shared": the network would have to hand on
@@ -108,26 +107,26 @@ def deformify(
     if isinstance(kind, str) and kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     constructor = partial(KINDS[kind] if isinstance(kind, str) else kind, **options)
-    convolutions = _convolutions(model)
-    choose = _chooser(where, list(convolutions))
+    found = convolutions(model)
+    choose = _chooser(where, [name for names in found.values() for name in names])
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     layers, kept = {}, {}
-    for name, conv in convolutions.items():
-        reason = _obstacle(conv, owners) or choose(name, conv)
+    for conv, names in found.items():
+        reason = obstacle(conv, owners) or choose(names, conv)
         if not reason:
             try:
-                layers[name] = _adapted(conv, constructor)
+                layers[conv] = _adapted(conv, constructor)
             except ValueError as error:
                 reason = str(error)
         if reason:
-            kept[name] = reason
+            kept[names[0]] = reason
     before = count_parameters(model), _multiply_adds(model, inputs)
-    report = Report(_kind_name(kind), list(layers), kept, (before[0], before[0]))
+    report = Report(_kind_name(kind), [found[c][0] for c in layers], kept, (before[0], before[0]))
     if not layers:
         raise ValueError(f"where: expected convolutions to change, got none:\n{report}")
     _check_generators(layers.values())
-    for name, layer in layers.items():
-        _become(convolutions[name], layer)
+    for conv, layer in layers.items():
+        _become(conv, layer)
     report.parameters = before[0], count_parameters(model)
     if inputs is not None:
         report.multiply_adds = before[1], _multiply_adds(model, inputs)
@@ -161,7 +160,7 @@ def undeformify(model: nn.Module) -> list[str]:
     for name, conv in rigid.items():
         _become(layers[name], conv)
     for module in model.modules():
-        if hasattr(module, "shared_offset_generator"):  # of a stage of this project's backbones
+        if hands_on_features(module):
             module.shared_offset_generator = None  # type: ignore[assignment]
     return list(rigid)
 
@@ -176,74 +175,7 @@ def _check_unwrapped(model: nn.Module) -> None:
             )
 
 
-def _convolutions(model: nn.Module) -> dict[str, Any]:
-    """The convolutions, by name, that are not parts of adaptive ones."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if _is_convolution(module) and not GENERATOR.search(f"{name}.")
-    }
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    """Scripted ones have the name of their class alone."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "Conv" in module.original_name and hasattr(module, "weight")
-    return isinstance(module, nn.modules.conv._ConvNd)
-
-
-def _obstacle(conv: nn.Module, owners: Counter[int]) -> str:
-    """Why a convolution cannot become adaptive, in words; empty if it can."""
-    kind = type(conv).__name__
-    if isinstance(conv, torch.jit.ScriptModule):
-        return "scripted: deformify before torch.jit.script or trace"
-    if not isinstance(conv, nn.Conv2d):
-        return f"a {kind}, of which there is no adaptive kind"
-    if _has_own_way(conv):
-        return f"a {kind}, which convolves in a way of its own"
-    if made := [name for name in ("weight", "bias") if name not in conv._parameters]:
-        return (
-            f"its {' and '.join(made)} is made by a parametrization or by pruning: remove that "
-            "first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove or the like)"
-        )
-    if held := ", ".join(_without_place(conv)):
-        return f"it holds {held}, which an adaptive layer cannot: keep that in the module around it"
-    if not conv.weight.is_floating_point():
-        return f"weight: expected a floating point type, got {conv.weight.dtype}"
-    if conv.weight.is_inference():
-        return "its weight was made in torch.inference_mode: make the network outside of it"
-    if owners[id(conv.weight)] > 1:
-        return "another module has the same weight"
-    return ""
-
-
-def _has_own_way(conv: nn.Conv2d) -> bool:
-    """Whether it convolves neither as torch's nor as detectron2's does."""
-    from detectron2.layers import Conv2d  # late, since it takes as long to import as torch
-
-    known = nn.Conv2d, Conv2d
-    return any(
-        name in vars(conv) or getattr(type(conv), name) not in [getattr(k, name) for k in known]
-        for name in METHODS
-    )
-
-
-def _followers(conv: nn.Conv2d) -> dict[str, Any]:
-    """What it applies to its outputs. torch's applies nothing, whatever is attached to it."""
-    from detectron2.layers import Conv2d
-
-    names = FOLLOWERS if type(conv).forward is Conv2d.forward else ()
-    return {name: getattr(conv, name) for name in names}
-
-
-def _without_place(conv: nn.Conv2d) -> list[str]:
-    """Names of tensors and modules that would be lost, or applied by the layer itself."""
-    held = [*conv._parameters, *conv._buffers, *conv._modules]
-    held += [name for name in FOLLOWERS if vars(conv).get(name) is not None]
-    return [name for name in held if name not in ("weight", "bias", *_followers(conv))]
-
-
-def _from_3x3_on(name: str, conv: nn.Conv2d) -> str:
+def _from_3x3_on(names: Sequence[str], conv: nn.Conv2d) -> str:
     """The default choice: why not, or empty."""
     if max(conv.kernel_size) < 3:
         return "x".join(map(str, conv.kernel_size))
@@ -252,12 +184,12 @@ def _from_3x3_on(name: str, conv: nn.Conv2d) -> str:
     return ""
 
 
-def _chooser(where: Where | None, names: list[str]) -> Callable[[str, nn.Conv2d], str]:
-    """Why not, by name and convolution, or empty."""
+def _chooser(where: Where | None, names: list[str]) -> Callable[[Sequence[str], nn.Conv2d], str]:
+    """Why not, by all names of a convolution and itself, or empty."""
     if where is None:
         return _from_3x3_on
     if callable(where):
-        return lambda name, conv: "" if where(name, conv) else "not chosen by where"
+        return lambda names, conv: "" if any(where(n, conv) for n in names) else NOT_CHOSEN
     patterns = [where] if isinstance(where, str) else list(where)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -266,10 +198,10 @@ def _chooser(where: Where | None, names: list[str]) -> Callable[[str, nn.Conv2d]
                 f"{pattern!r}, which is none's"
             )
 
-    def choose(name: str, conv: nn.Conv2d) -> str:
-        if not any(fnmatchcase(name, pattern) for pattern in patterns):
-            return "not chosen by where"
-        return _from_3x3_on(name, conv)
+    def choose(names: Sequence[str], conv: nn.Conv2d) -> str:
+        if not any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+            return NOT_CHOSEN
+        return _from_3x3_on(names, conv)
 
     return choose
 
@@ -286,7 +218,7 @@ def _adapted(conv: Any, constructor: Callable[..., AdaptiveConv2d]) -> AdaptiveC
         **_arguments(conv),
         bias=False,
         padding_mode=conv.padding_mode,
-        **_followers(conv),
+        **followers(conv),
     )
     layer.set_rigid_weight(conv.weight.detach())
     layer.bias = conv.bias

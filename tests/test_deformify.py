@@ -365,6 +365,23 @@ def test_generators_are_no_convolutions_to_change():
         deformify(model)
 
 
+@pytest.mark.parametrize("name", ["gate_generator", "shared_offset_generator"])
+def test_modules_of_others_that_have_the_names_of_generators(name):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model.add_module(name, nn.Conv2d(8, 8, 3))
+    assert deformify(model).changed == ["0", name]
+    assert undeformify(model) == ["0", name]
+    assert type(model.get_submodule(name)) is nn.Conv2d
+
+
+@pytest.mark.parametrize("where", ["b", lambda name, conv: name == "b"])
+def test_a_shared_convolution_is_found_under_any_of_its_names(where):
+    conv = nn.Conv2d(8, 8, 3)
+    model = nn.ModuleDict({"a": conv, "b": conv, "c": nn.Conv2d(8, 8, 3)})
+    report = deformify(model, where=where)
+    assert report.changed == ["a"] and report.kept == {"c": "not chosen by where"}
+
+
 def test_undeformify_knows_what_is_rigid():
     """Offsets that are the same for every input make a rigid kernel; moved data do not."""
     x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
