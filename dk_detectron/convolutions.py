@@ -59,7 +59,7 @@ def obstacle(conv: nn.Module, owners: Counter[int]) -> str:
     if made := [name for name in ("weight", "bias") if name not in conv._parameters]:
         return (
             f"its {' and '.join(made)} is made by a parametrization or by pruning: remove that "
-            "first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove or the like)"
+            "first, by remove_parametrizations, prune.remove or the like"
         )
     if held := ", ".join(_without_place(conv)):
         return f"it holds {held}, which an adaptive layer cannot: keep that in the module around it"

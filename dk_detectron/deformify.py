@@ -78,8 +78,9 @@ def deformify(
     Each is the same object afterwards, of another class: its name, its hooks, its norm, whether it
     learns, and everything that refers to it stay. Its weight becomes what
     :meth:`AdaptiveConv2d.set_rigid_weight` makes of it; its generators are new, so that an
-    optimizer has to be built afterwards. The network still loads the weights of the rigid one,
-    which has the same names but for the generators.
+    optimizer has to be built afterwards, and the network be wrapped for several processes. It still
+    loads the weights of the rigid one, which has the same names but for the generators. What no
+    adaptive layer could compute or hold is left as it is, with the reason in the report.
 
     The paper adapts the depthwise 3x3 convolutions of the residual blocks, and leaves the stem and
     the heads alone (section 4). The default choice therefore is every convolution of 3x3
