@@ -111,7 +111,7 @@ inline ConvParams checked_params(const Tensor& input, const Tensor& weight,
   check_pair(padding, "padding", 0);
   check_pair(dilation, "dilation", 1);
   check_pair(weight.sizes().slice(2), "scope size", 1);
-  constexpr int64_t most = std::numeric_limits<int>::max() / 2;
+  constexpr int64_t most = std::numeric_limits<int>::max() / 3;  // offsets and factors have an int
   DK_CHECK(kernel_size[0] * kernel_size[1] <= most && weight.size(2) * weight.size(3) <= most,
            "kernel_size, scope size: expected at most ", most, " taps and cells, got ", kernel_size,
            " and ", weight.sizes().slice(2));

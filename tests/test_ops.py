@@ -1215,6 +1215,29 @@ def test_the_padded_size_has_the_padding_of_each_axis(size, padding, dilation, p
         operators.deform_kernel_conv2d(**call)
 
 
+@pytest.mark.parametrize("outputs", [1, 2], ids=["depthwise", "dense"])
+def test_cells_have_positions_of_32_bits(outputs):
+    one = torch.zeros(1, 1, 1, 1)
+    call = {"kernel_size": [1, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+    tensors = one, one.expand(outputs, 1, 2048, 2048), None, torch.zeros(1, 2, 1, 1), None
+    with pytest.raises(RuntimeError, match="expected a scope of at most 4194303 cells"):
+        compiled(*tensors, **call, groups=1, clip=True)
+
+
+@pytest.mark.parametrize("axis", [2, 3], ids=["rows", "columns"])
+def test_deformed_images_have_positions_of_32_bits(axis):
+    sizes = [1, 1, 1, 1]
+    sizes[axis] = 2**31
+    input, offset = torch.zeros(1, 1, 1, 1).expand(sizes), torch.zeros(1, 2, 1, 1)
+    call = {"kernel_size": [1, 1], "stride": [2**30, 2**30], "padding": [0, 0]}
+    offset = offset.expand(1, 2, *[(size - 1) // 2**30 + 1 for size in sizes[2:]])
+    with pytest.raises(RuntimeError, match="expected at most 2147483647 rows and columns"):
+        compiled(
+            input, torch.zeros(2, 1, 1, 1), None, None, offset, **call, dilation=[1, 1], groups=1,
+            clip=True,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("scope", [(3, 4), (4, 3)], ids=str)
 def test_without_offsets_the_scope_is_the_kernel(scope, operators):
     case = Case(scope=scope, **NEITHER)

@@ -1,8 +1,10 @@
 """The operators inside PyTorch: autograd, autocast, compile, export, threads, instruction sets."""
 
 import os
+import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,6 +296,25 @@ for size in (0, 5), (5, 0), (0, 0):
         survive(deform_kernel_conv2d, image, scope, None, *offsets,
                 kernel_size=3, padding=2, groups=64)
 """
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["dense", "depthwise"])
+def test_no_memory_for_a_kernel_is_an_error(groups):
+    """Tables of 400 million taps, with room for a gibibyte."""
+    case = Case(
+        batch=1, channels=2, groups=groups, size=(1, 1), scope=(1, 1), kernel=(20000, 20000)
+    )
+    case = replace(case, padding=(10000, 10000), stride=(2, 2))
+    tensors = replace(case, kernel=(1, 1), padding=(0, 0)).tensors(torch.float32)
+    tensors["kernel_offset"] = torch.zeros(()).expand(1, 2 * 20000**2, 1, 1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, hard))
+    try:
+        with pytest.raises(RuntimeError, match="bytes of memory .* got none: use fewer threads"):
+            compiled(**tensors, **case.arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_no_call_kills_the_interpreter():

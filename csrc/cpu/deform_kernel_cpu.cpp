@@ -6,6 +6,14 @@
 #include "kernels.h"
 
 namespace dk {
+
+void out_of_memory(int64_t bytes) {
+  throw std::runtime_error(
+      message("deform_kernel_conv2d: expected ", bytes,
+              " bytes of memory for what a thread keeps of its taps, got none: use fewer threads "
+              "(torch.set_num_threads), or smaller images or kernels"));
+}
+
 namespace {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -42,6 +50,17 @@ Isa current_isa() {
 #else
 #define DK_CALL(function, ...) baseline::function(__VA_ARGS__);
 #endif
+
+// Kernels count cells, and with data_offset rows and columns, in 32 bits.
+void check_sizes(const ConvParams& p, bool kernel, bool data) {
+  constexpr int64_t limit = std::numeric_limits<int>::max(), most = limit / (4 * kChannelBlock);
+  DK_CHECK(!kernel || (p.scope_h + int64_t(1)) * (p.scope_w + int64_t(1)) <= most,
+           "weight: on a CPU, expected a scope of at most ", most,
+           " cells, with one more row and column, got ", p.scope_h, "x", p.scope_w);
+  DK_CHECK(!data || std::max(p.in_h, p.in_w) <= limit,
+           "input: on a CPU, with data_offset, expected at most ", limit, " rows and columns, got ",
+           p.in_h, "x", p.in_w);
+}
 
 int64_t channel_blocks(const ConvParams& p) {
   return (p.channels + kChannelBlock - 1) / kChannelBlock;
@@ -174,7 +193,9 @@ void dense_taps_gradient(DenseBackward<scalar_t> a, const Tensor& weight,
   // 4 MiB of floats, which stay in the caches; up to 16 MiB for a thousand pixels, as each tile
   // reads the whole weight.
   constexpr int64_t kCached = int64_t(1) << 20, kMost = 4 * kCached, kPixels = 1024;
-  constexpr int64_t kPixelGrain = 16;
+  // Pixels of an item, whole rows of blocks of a matrix product: which rows such a block has, and
+  // so how a compiler may round them, does not depend on the threads.
+  constexpr int64_t kItem = 24;
   const ConvParams& p = a.params;
   const int64_t pixels = p.batch * p.out_h * p.out_w;
   const int64_t values = p.taps() * p.channels;
@@ -186,8 +207,9 @@ void dense_taps_gradient(DenseBackward<scalar_t> a, const Tensor& weight,
   a.grad_taps = taps.mutable_data_ptr<T>();
   for (a.first = 0; a.first < pixels; a.first += step) {
     a.count = std::min(step, pixels - a.first);
-    stable::parallel_for(0, a.count, kPixelGrain,
-                         [&](int64_t begin, int64_t end) { DK_CALL(taps_gradient, a, begin, end) });
+    stable::parallel_for(0, (a.count + kItem - 1) / kItem, 1, [&](int64_t begin, int64_t end) {
+      DK_CALL(taps_gradient, a, begin * kItem, std::min(a.count, end * kItem))
+    });
     if (grad_input) add_grad_taps(a, grad_input);
   }
 }
@@ -202,6 +224,7 @@ Tensor deform_kernel_conv2d_cpu(const Tensor& input, const Tensor& weight,
                                 int64_t groups, bool clip) {
   const ConvParams p = checked_params(input, weight, bias, kernel_offset, data_offset, kernel_size,
                                       stride, padding, dilation, groups, clip);
+  check_sizes(p, kernel_offset.has_value(), data_offset.has_value());
   const MemoryFormat format = output_format(input);
   const bool nchw = p.depthwise() && format == MemoryFormat::Contiguous;
   const Tensor x =
@@ -263,7 +286,8 @@ Tensor sum_weight_gradient(DepthwiseBackward<scalar_t> a, const Tensor& weight, 
   const ConvParams& p = a.params;
   const Tensor from = stable::contiguous(to_type(weight, scalar_type_of<T>));
   const Tensor to = stable::new_empty(from, weight.sizes());
-  const auto [parts, at_once] = plan_passes(p, rows);
+  const Passes passes = plan_passes(p, rows);
+  const int64_t parts = passes.parts, at_once = passes.blocks;
   const int64_t size = at_once * p.cells() * kChannelBlock;
   const Tensor scope = stable::new_empty(from, {size}),
                sums = stable::new_empty(from, {parts, size});
@@ -299,6 +323,7 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cpu(
   const ConvParams p =
       checked_backward_params(grad_output, input, weight, kernel_offset, data_offset, kernel_size,
                               stride, padding, dilation, groups, clip, output_mask);
+  check_sizes(p, kernel_offset.has_value(), data_offset.has_value());
   if (input.numel() == 0 || grad_output.numel() == 0) {
     return needed_gradients(zero_gradients(input, weight, kernel_offset, data_offset), output_mask);
   }

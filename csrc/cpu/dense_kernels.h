@@ -268,7 +268,8 @@ template <typename scalar_t>
 void taps_gradient(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
-  const int64_t step = dense::tile_size(end - begin, most_pixels(p));
+  const int64_t tile = dense::tile_size(end - begin, most_pixels(p));
+  const int64_t step = (tile + kSumRows - 1) / kSumRows * kSumRows;
   Scratch<T> grad_columns(step * block_row(p)), right(kDepth * kPanel);
   std::memset(right.tiles, 0, sizeof(T) * kDepth * kPanel);  // also beyond a group's last columns
   for (; begin < end; begin += step) {

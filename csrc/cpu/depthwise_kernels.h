@@ -119,8 +119,9 @@ struct ImageRows {
       : channels(channels),
         height(height),
         nchw(nchw),
-        places{nchw && wanted < height ? wanted : height, width, nchw ? kChannelBlock : channels},
-        copies(nchw ? places.kept * width * kChannelBlock : 1) {}
+        places{nchw && wanted < height ? wanted : height, width,
+               nchw && channels > kChannelBlock ? kChannelBlock : channels},
+        copies(nchw ? places.kept * width * places.step : 1) {}
 
   // What the places of image n count from, for `count` channels from c on and the rows from `top`
   // to before `bottom`, some of which may be outside. `again`: another image or block than before.

@@ -7,6 +7,9 @@
 
 namespace dk {
 
+// Throws. (Not in the kernels: what makes a message of a number would be compiled with them.)
+[[noreturn]] void out_of_memory(int64_t bytes);
+
 // Channels in a block of the scope.
 constexpr int64_t kChannelBlock = 128;
 
@@ -52,13 +55,6 @@ inline int64_t dense_width(const ConvParams& p, int64_t c) {
   return std::min(p.channels - c, kDenseChannels);
 }
 
-// Pixels at a time: as floats, the columns of a block and the outputs take at most 1 MiB each,
-// about what stays in the second-level cache.
-inline int64_t most_pixels(const ConvParams& p) {
-  constexpr int64_t values = int64_t(1) << 18, fewest = 12;
-  return std::max(values / std::max(p.cells() * dense_width(p, 0), p.out_channels), fewest);
-}
-
 // How far rows of so many values are apart: whole vectors, and not a power of two, at which they
 // would evict each other from the caches.
 inline int64_t padded_row(int64_t values) { return (values / 16 + 2) * 16; }
@@ -77,6 +73,14 @@ inline int64_t output_panels(const ConvParams& p) {
 // What they have of a panel, in whole vectors.
 inline int64_t panel_width(const ConvParams& p) {
   return std::min((p.out_channels / p.groups + 15) / 16 * 16, kPanel);
+}
+
+// Pixels at a time: as floats, the columns of a block and the outputs take at most 1 MiB each,
+// about what stays in the second-level cache.
+inline int64_t most_pixels(const ConvParams& p) {
+  constexpr int64_t values = int64_t(1) << 18, fewest = 12;
+  const int64_t outputs = p.groups * output_panels(p) * panel_width(p);
+  return std::max(values / std::max(p.cells() * dense_width(p, 0), outputs), fewest);
 }
 
 template <typename scalar_t>

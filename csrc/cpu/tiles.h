@@ -292,9 +292,10 @@ using ImageTile = TapTile<T, int64_t>;
 // Per-call scratch: mostly one Tile per tap.
 template <typename Tile>
 struct Scratch {
-  explicit Scratch(int64_t count)
-      : tiles(static_cast<Tile*>(std::aligned_alloc(64, (sizeof(Tile) * count + 63) / 64 * 64))) {
-    if (!tiles) std::abort();
+  explicit Scratch(int64_t count) {
+    const int64_t bytes = (sizeof(Tile) * count + 63) / 64 * 64;
+    tiles = static_cast<Tile*>(std::aligned_alloc(64, bytes));
+    if (!tiles) out_of_memory(bytes);
   }
   ~Scratch() { std::free(tiles); }
   Scratch(const Scratch&) = delete;
