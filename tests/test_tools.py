@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from dk_detectron.data import datasets
 from dk_detectron.data.shapes import write_split
+from dk_detectron.layers import DeformKernelConv2d, LocalDeformKernel2d
 
 F32 = torch.float32
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -113,6 +114,20 @@ def test_cold_calls_follow_others_and_warm_ones_their_own(benchmark_ops, monkeyp
     benchmark_ops.measure(workload, ["rigid", "ours"], "cpu", torch.float32, rounds=2)
     a_round = [name for name in ("rigid", "ours") for _ in range(1 + benchmark_ops.WARM_CALLS)]
     assert order[-2 * len(a_round) :] == a_round * 2
+
+
+@pytest.mark.parametrize("data_offset", [False, True], ids=["DK", "DCN + DK"])
+def test_the_layer_is_the_one_of_the_workload(benchmark_ops, monkeypatch, data_offset):
+    used = []
+    for name in "LocalDeformKernel2d", "DeformKernelConv2d":
+        layer = getattr(benchmark_ops, name)
+        monkeypatch.setattr(
+            benchmark_ops, name, lambda *a, layer=layer, **k: used.append(layer) or layer(*a, **k)
+        )
+    workload = benchmark_ops.Workload("tiny", 1, 8, 6, 7, data_offset=data_offset)
+    measured = benchmark_ops.measure_layer(workload, "cpu", F32, rounds=1)
+    assert used == [DeformKernelConv2d if data_offset else LocalDeformKernel2d]
+    assert measured["over_rigid"] > 0
 
 
 def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys):

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
-from dk_detectron.layers import LocalDeformKernel2d, spread_offset
+from dk_detectron.layers import DeformKernelConv2d, LocalDeformKernel2d, spread_offset
 from dk_detectron.ops import composed_deform_kernel_conv2d, deform_kernel_conv2d
 
 # Relative to the largest value of the float64 result.
@@ -424,13 +424,14 @@ def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, roun
 
 
 def measure_layer(w: Workload, device: str, dtype: torch.dtype, rounds: int) -> dict:
-    """Training step of the whole layer, generator included, over that of a rigid convolution."""
+    """Training step of the whole layer, generators included, over that of a rigid convolution."""
     arguments = {"padding": w.kernel // 2, "device": device, "dtype": dtype}
     arguments["groups"] = w.arguments["groups"]
     shape = w.c, w.out_channels, w.kernel, w.stride
+    deformable = DeformKernelConv2d if w.data_offset else LocalDeformKernel2d
     layers = [
         nn.Conv2d(*shape, **arguments),
-        LocalDeformKernel2d(*shape, scope_size=w.scope, **arguments),
+        deformable(*shape, scope_size=w.scope, **arguments),
     ]
     tensors = draw_inputs(w, device, dtype)
 
