@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def test_the_layer_is_the_one_of_the_workload(benchmark_ops, monkeypatch, data_o
     assert measured["over_rigid"] > 0
 
 
-def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys):
+def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys, tmp_path):
     def wrong(w, t):
         output, by = benchmark_ops.ours(w, t)
         return output * 1.01, by
@@ -140,7 +141,32 @@ def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys):
     rows = benchmark_ops.measure(workload, ["rigid", "ours", "wrong"], "cpu", torch.float32, 1)
     assert [r["accurate"] for r in rows] == [True, True, True, True, False, False]
     benchmark_ops.print_tables(rows, [])
-    assert "wrong (inaccurate: not ranked)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "wrong (inaccurate: not ranked)" in printed
+    ranking = printed.split("times faster than")[1].split("\n\n")[1]
+    header, _, line = ([x.strip() for x in line.split("|")] for line in ranking.splitlines())
+    ranks = dict(zip(header, line, strict=True))
+    assert ranks["wrong"] == "–" and float(ranks["rigid"]) > 0
+
+    heights = []
+    monkeypatch.setattr("matplotlib.axes.Axes.bar", lambda self, x, h, *a, **k: heights.append(h))
+    benchmark_ops.plot(rows, str(tmp_path / "plot.png"))
+    assert [math.isnan(height) for (height,) in heights] == [False, False, True] * 2
+    benchmark_ops.check_ours(rows, F32)
+
+
+def test_if_ours_is_wrong_nothing_passes(benchmark_ops, monkeypatch, capsys, tmp_path):
+    """All is written first."""
+    monkeypatch.setattr(benchmark_ops, "GATE", {F32: 0.0})
+    tiny = [benchmark_ops.Workload("tiny", 1, 8, 6, 7)]
+    monkeypatch.setattr(benchmark_ops, "workloads", lambda quick, dense, device: tiny)
+    report = tmp_path / "report.json"
+    arguments = ["--quick", "--rounds", "1", "--json", str(report)]
+    monkeypatch.setattr(sys, "argv", ["benchmark_ops.py", *arguments])
+    with pytest.raises(SystemExit, match="ours: expected results within 0 .* got others on tiny"):
+        benchmark_ops.main()
+    assert report.exists()
+    assert "| tiny | – | – |" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("what", ["output", "kernel_offset", "scope"])
