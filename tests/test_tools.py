@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,23 @@ def test_the_layer_is_the_one_of_the_workload(benchmark_ops, monkeypatch, data_o
     measured = benchmark_ops.measure_layer(workload, "cpu", F32, rounds=1)
     assert used == [DeformKernelConv2d if data_offset else LocalDeformKernel2d]
     assert measured["over_rigid"] > 0
+
+
+def test_what_is_called_compiled_is_compiled(monkeypatch):
+    """In each of many workloads; where one alone has too many shapes, an error."""
+    graphs = []
+    backend = lambda graph, _: graphs.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    tool = load_tool("benchmark_ops")
+    for width in range(5, 10):
+        workload = tool.Workload("tiny", 1, 2, 6, width, data_offset=width > 7)
+        tool.measure(workload, ["rigid", "compiled"], "cpu", F32, rounds=1)
+    assert len(graphs) == 5 * 2  # with gradients and without
+
+    sets = [tool.draw_inputs(replace(workload, h=h), "cpu", F32) for h in range(2, 11)]
+    with pytest.raises(Exception, match="fullgraph"):
+        for tensors in sets:
+            tool.compiled(workload, tensors)
 
 
 def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys, tmp_path):

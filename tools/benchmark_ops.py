@@ -198,7 +198,8 @@ def composed(w: Workload, t: dict[str, Tensor]):
     return _deformable(composed_deform_kernel_conv2d, w, t)
 
 
-_compiled = torch.compile(composed_deform_kernel_conv2d, dynamic=False)
+# With fullgraph, too many shapes are an error; otherwise the calls with further ones are eager.
+_compiled = torch.compile(composed_deform_kernel_conv2d, dynamic=False, fullgraph=True)
 
 
 def compiled(w: Workload, t: dict[str, Tensor]):
@@ -383,6 +384,7 @@ class Timed:
 
 def measure(w: Workload, names: list[str], device: str, dtype: torch.dtype, rounds: int) -> list:
     """One row per contender and pass, with the times of either state."""
+    torch._dynamo.reset()  # of a function, it compiles no more than a few shapes
     sets = rotation(w, device, dtype)
     rows, timed, exact = [], [], {}
     for name in names:
