@@ -9,8 +9,8 @@ All contenders of a workload take turns in one process, and only ratios within o
 quoting. One that fails the accuracy gate is shown but not ranked: what it has computed, of the very
 tensors on which it is timed, is compared with float64. If it is ours, the exit status is 1.
 
-Each is timed in two states: cold, after calls on other tensors, and warm, after a call on the same
-ones, which are in the cache then as far as they fit.
+Each is timed in two states: cold, after so much other memory was read and written that the cache
+holds nothing else, and warm, after a call on the same tensors, which are in it as far as they fit.
 
 "x floor" is the time over that in which a copy moves as many bytes as must be read and written.
 """
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import accumulate
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's complaint that there is no GPU
@@ -47,6 +48,8 @@ GATE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Calls in one CUDA graph, over inputs that together exceed the second-level cache of any GPU.
 GRAPH_CALLS = 20
 COLD_BYTES = 240 * 2**20
+# Read and written before each cold call on a CPU: more than its caches, as far as they are its own.
+OTHER_BYTES = 64 * 2**20
 # Calls on a CPU that are timed together as warm.
 WARM_CALLS = 3
 STATES = "cold", "warm"
@@ -353,6 +356,16 @@ def rotation(w: Workload, device: str, dtype: torch.dtype) -> list[dict[str, Ten
     return [first] + [draw_inputs(w, device, dtype) for _ in range(count - 1)]
 
 
+@cache
+def other_memory() -> Tensor:
+    return torch.zeros(OTHER_BYTES, dtype=torch.uint8)
+
+
+def fill_cache() -> None:
+    """With what no contender reads."""
+    other_memory().add_(1)
+
+
 class Timed:
     """Seconds of one call on each set of inputs, round by round, in either state."""
 
@@ -366,6 +379,8 @@ class Timed:
 
     def time_round(self) -> None:
         """Both states: what is cold leaves the cache warm, on a GPU a graph of the warm calls."""
+        if self.device == "cpu":
+            fill_cache()
         self.seconds["cold"].append(time_once(self.cold, self.device))
         if self.device == "cuda":
             time_once(self.warm, self.device)
