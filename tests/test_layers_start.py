@@ -197,14 +197,14 @@ def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
 
 def test_first_steps_name_the_step_of_divergence(study):
     common = {"config": "configs/demo/pretrained_MNV2_FPN_dk_l3.yaml", "opts": "", "start": "ours"}
-    common |= {"limit": 0.05, "factor": 0.1}
+    common |= {"limit": 0.05, "factor": 0.1, "steps": 200, "seed": 0}
     results = [
         {**common, "rate": 0.005, "diverged": None, "loss": 1.25},
         {**common, "rate": 0.02, "diverged": 17, "loss": None},
     ]
     row = study.tabulate_first_steps(results).splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "3x3 local", "ours", "0.05", "0.1", "1.25", "† 17"
+        "3x3 local", "ours", "0.05", "0.1", "200", "1.25", "† 17"
     ]  # fmt: skip
 
 

@@ -4,9 +4,10 @@ import importlib.util
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,40 @@ def test_tables_json_and_plot(benchmark_ops, monkeypatch, capsys, tmp_path):
     assert {r["contender"] for r in rows} == {"rigid", "ours", "composed"}
     assert all(r[state]["milliseconds"] > 0 for r in rows for state in ("cold", "warm"))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_has_a_row_for_each_number_of_steps_and_its_seeds_in_order():
+    tool = load_tool("study_start")
+    results = [
+        {**asdict(tool.FineTuningRun("", "", "ours", 0.1, 0.1, 0.005, seed, steps)), **found}
+        for seed, steps, found in (
+            (1, 200, {"diverged": None, "loss": 2.0}),
+            (0, 400, {"diverged": None, "loss": 1.0}),
+            (0, 200, {"diverged": 17, "loss": None}),
+        )
+    ]
+    tool.kernels = lambda *_: "3x3 local"
+    rows = tool.tabulate_first_steps(results).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[-2:] for row in cells] == [["200", "† 17, 2.00"], ["400", "1.00"]]
+
+
+def test_a_study_leaves_no_folder_behind(monkeypatch):
+    tool = load_tool("study_start")
+    folders = []
+
+    class Trainer:
+        def __init__(self, cfg):
+            folders.append(Path(cfg.OUTPUT_DIR))
+            assert folders[0].is_dir()
+
+        def resume_or_load(self, resume):
+            assert not resume
+
+    monkeypatch.setattr(tool, "Trainer", Trainer)
+    monkeypatch.setattr(tool, "load_config", lambda *_: SimpleNamespace(SEED=0))
+    assert isinstance(tool.build_trainer("config", []), Trainer)
+    assert not folders[0].exists()
 
 
 def test_models_are_measured_against_the_rigid_one(monkeypatch, capsys, tmp_path):

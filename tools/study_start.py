@@ -268,10 +268,10 @@ class FineTuningRun:
 
 def build_trainer(config: str, opts: list[str]) -> Trainer:
     cfg = load_config(config, opts)
-    cfg.OUTPUT_DIR = tempfile.mkdtemp()
-    seed_all_rng(cfg.SEED)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=False)
+    with tempfile.TemporaryDirectory() as cfg.OUTPUT_DIR:  # nothing is written later
+        seed_all_rng(cfg.SEED)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
     return trainer
 
 
@@ -395,20 +395,21 @@ def tabulate_scratch(results: list[dict]) -> str:
 
 
 def tabulate_first_steps(results: list[dict]) -> str:
-    """Rows by start and factor, columns by rate: the last losses, or the step of divergence."""
+    """Rows by setting, columns by rate: by seed, the last loss or the step of divergence."""
     rates = sorted({r["rate"] for r in results})
+    keys = "config", "opts", "start", "limit", "factor", "steps"
     rows = []
-    for setting, group in group_results(results, ("config", "opts", "start", "limit", "factor")):
+    for setting, group in group_results(results, keys):
         cells = [
             ", ".join(
                 f"{r['loss']:.2f}" if r["diverged"] is None else f"† {r['diverged']}"
-                for r in group
+                for r in sorted(group, key=lambda r: r["seed"])
                 if r["rate"] == rate
             )
             for rate in rates
         ]
         rows.append([kernels(*setting[:2]), *setting[2:], *cells])
-    header = ["kernels", "start", "limit", "factor", *map(str, rates)]
+    header = ["kernels", *keys[2:], *map(str, rates)]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
