@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 from running import run_tool
 
+from dk_detectron.commands import check_dataset as command
 from dk_detectron.data import checking, coco
 from dk_detectron.data.checking import Release, check_dataset, class_conflict, gate, shared_images
 from dk_detectron.data.datasets import adopt, repaired
@@ -401,6 +402,36 @@ def test_the_tool(tmp_path):
             f"do: wget -c http://images.cocodataset.org/{archive} && "
             f"unzip -qo {name} -d {tmp_path}/coco"
         ) in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["shapes_val", "cats"], "cats: expected a data set; DATASETS: expected"),
+        (["shapes_val", "voc_2007_val"], "voc_2007_val: expected a data set that is registered in"),
+        (["--html", "."], "--html: expected a file, got the folder '.'"),
+        (["--json-report", "/dev/null/report.json"], "--json-report: expected a file in a folder"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_the_first_picture(
+    monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(command, "check_dataset", lambda *_: pytest.fail("has begun"))
+    monkeypatch.setattr(sys, "argv", ["dk-check-dataset", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_folders_of_what_is_written_are_made(dataset, tmp_path, monkeypatch):
+    report, page = tmp_path / "new" / "report.json", tmp_path / "other" / "page.html"
+    arguments = ["sound", "--json-report", str(report), "--html", str(page)]
+    monkeypatch.setattr(sys, "argv", ["dk-check-dataset", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 0
+    assert json.loads(report.read_text())[0]["name"] == "sound" and page.exists()
 
 
 def test_coco_is_what_detectron2_registers():

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.checking import COCO, Report, check_dataset, class_conflict, shared_images
-from ..data.datasets import PREFIX, datasets_root
+from ..data.datasets import PREFIX, datasets_root, is_coco, resolve
 from ..data.page import write_page
 
 
@@ -32,6 +32,33 @@ def print_report(report: Report) -> None:
         print(report.table())
 
 
+def require_coco(name: str) -> None:
+    """
+    Raises:
+        ValueError: it is no data set in COCO's format.
+    """
+    try:
+        resolve(name)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a data set; {error}") from None
+    if not is_coco(name):
+        raise ValueError(f"{name}: expected a data set that is registered in COCO's format")
+
+
+def output_file(text: str) -> Path:
+    """An argument: a file that is written at the end, in a folder that is made at once."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a file in a folder that can be made, got {text!r} ({error}): give another"
+        ) from error
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}: name a file")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,24 +68,30 @@ def main() -> None:
     )
     parser.add_argument("--json", help="a file of annotations in COCO's format, with --images")
     parser.add_argument("--images", help="the folder of its pictures")
-    parser.add_argument("--json-report", metavar="OUT", help="also write what was found as JSON")
-    parser.add_argument("--html", metavar="OUT", help="also as a page, with charts and pictures")
+    parser.add_argument(
+        "--json-report", metavar="OUT", type=output_file, help="also write what was found as JSON"
+    )
+    parser.add_argument(
+        "--html", metavar="OUT", type=output_file, help="also as a page, with charts and pictures"
+    )
     args = parser.parse_args()
     if (args.json is None) != (args.images is None):
         parser.error("--json and --images: expected both, or neither")
     names = args.names + ([f"{PREFIX}{args.json}:{args.images}"] if args.json else [])
+    try:
+        for name in names:
+            require_coco(name)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"DETECTRON2_DATASETS: {datasets_root().resolve()}")
     reports = []
     for name in names or COCO:
-        try:
-            report = check_dataset(name, partial(tqdm, desc=name, unit="image", leave=False))
-        except ValueError as error:
-            parser.error(str(error))
+        report = check_dataset(name, partial(tqdm, desc=name, unit="image", leave=False))
         print_report(report)
         reports.append(report)
     if args.json_report:
         found = [{k: v for k, v in asdict(r).items() if k != "contents"} for r in reports]
-        Path(args.json_report).write_text(json.dumps(found, indent=2))
+        args.json_report.write_text(json.dumps(found, indent=2))
     across = shared_images(reports)
     conflict = class_conflict(reports) if args.names and all(r.survey for r in reports) else None
     across += [conflict] if conflict else []
