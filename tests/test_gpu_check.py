@@ -30,8 +30,8 @@ def check(tmp_path):
             "HOME": os.environ["HOME"],
         }
         result = subprocess.run(
-            ["bash", ROOT / "tools" / "gpu_check.sh", tmp_path / "out"],
-            env=environment, capture_output=True, text=True,
+            ["bash", ROOT / "tools" / "gpu_check.sh", "out"],
+            env=environment, cwd=tmp_path, capture_output=True, text=True,
         )  # fmt: skip
         summary = (tmp_path / "out" / "summary.md").read_text()
         rows = [line for line in summary.splitlines() if line.startswith("| ")][1:]

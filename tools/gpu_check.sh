@@ -4,16 +4,18 @@
 # torch.compile, benchmark.
 # Needs torch with CUDA, nvcc, pytest and pytest-xdist; takes under 10 minutes with 16 cores.
 #
-#     tools/gpu_check.sh [OUT]     logs and results go to OUT (default: output/gpu_check)
+#     tools/gpu_check.sh [OUT]     logs and results go to OUT (default: the repository's
+#                                  output/gpu_check)
 #
 # Runs every stage even if one fails; exits with an error if any did. OUT/summary.md is the file to
 # send: a row for each thing that is claimed of the kernels, and the times measured.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-output/gpu_check}
+repository=$(cd "$(dirname "$0")/.." && pwd)
+out=${1:-$repository/output/gpu_check}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+cd "$repository" || exit
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 # Stages run beside each other; more threads would only wait for each other.
