@@ -178,7 +178,7 @@ def test_a_wrong_contender_does_not_rank(benchmark_ops, monkeypatch, capsys, tmp
 
     heights = []
     monkeypatch.setattr("matplotlib.axes.Axes.bar", lambda self, x, h, *a, **k: heights.append(h))
-    benchmark_ops.plot(rows, str(tmp_path / "plot.png"))
+    benchmark_ops.plot(rows, tmp_path / "plot.png")
     assert [math.isnan(height) for (height,) in heights] == [False, False, True] * 2
     benchmark_ops.check_ours(rows, F32)
 
@@ -246,7 +246,7 @@ def test_workloads_of_dense_convolutions(benchmark_ops):
 def test_tables_json_and_plot(benchmark_ops, monkeypatch, capsys, tmp_path):
     tiny = [benchmark_ops.Workload("tiny", 1, 8, 6, 7)]
     monkeypatch.setattr(benchmark_ops, "workloads", lambda quick, dense, device: tiny)
-    report, picture = tmp_path / "report.json", tmp_path / "plot.png"
+    report, picture = tmp_path / "new" / "report.json", tmp_path / "other" / "plot.png"
     arguments = ["--quick", "--rounds", "1", "--json", report, "--plot", picture]
     monkeypatch.setattr(sys, "argv", ["benchmark_ops.py", *map(str, arguments)])
     benchmark_ops.main()
@@ -256,6 +256,24 @@ def test_tables_json_and_plot(benchmark_ops, monkeypatch, capsys, tmp_path):
     assert {r["contender"] for r in rows} == {"rigid", "ours", "composed"}
     assert all(r[state]["milliseconds"] > 0 for r in rows for state in ("cold", "warm"))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--json", "."], "--json: expected a file, got the folder '.'"),
+        (["--plot", "/dev/null/plot.png"], "--plot: expected a file in a folder"),
+    ],
+    ids=str,
+)
+def test_files_that_cannot_be_are_refused_before_measuring(
+    benchmark_ops, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(benchmark_ops, "measure", lambda *_: pytest.fail("has begun"))
+    monkeypatch.setattr(sys, "argv", ["benchmark_ops.py", *arguments])
+    with pytest.raises(SystemExit):
+        benchmark_ops.main()
+    assert message in capsys.readouterr().err
 
 
 def test_a_study_has_a_row_for_each_number_of_steps_and_its_seeds_in_order():

@@ -30,6 +30,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import accumulate
+from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's complaint that there is no GPU
 
@@ -522,7 +523,7 @@ def print_tables(rows: list[dict], layers: list[dict]) -> None:
     print(tabulate(table, ["", "ms", "x rigid"], tablefmt="github", floatfmt=".2f"))
 
 
-def plot(rows: list[dict], path: str) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -569,6 +570,20 @@ def check_ours(rows: list[dict], dtype: torch.dtype) -> None:
         )
 
 
+def output_file(text: str) -> Path:
+    """An argument: a file that is written at the end, in a folder that is made at once."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a file in a folder that can be made, got {text!r} ({error}): give another"
+        ) from error
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}: name a file")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -580,8 +595,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the four stages, without torchvision")
     parser.add_argument("--dense", action="store_true", help="convolutions that are not depthwise")
     parser.add_argument("--compiled", action="store_true", help="also the composed one, compiled")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("--json", metavar="FILE", type=output_file)
+    parser.add_argument("--plot", metavar="FILE.png", type=output_file)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is available")
