@@ -31,7 +31,9 @@ def load_tool(name):
 
 @pytest.fixture(scope="module")
 def benchmark_ops():
-    return load_tool("benchmark_ops")
+    tool = load_tool("benchmark_ops")
+    tool.OTHER_BYTES = 2**10  # nobody looks at the times
+    return tool
 
 
 @pytest.mark.parametrize(
