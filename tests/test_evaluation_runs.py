@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -53,6 +54,20 @@ def test_a_study_goes_on_where_it_was_killed(tmp_path):
 def test_processes(tmp_path):
     results = execute(RUNS, train, tmp_path / "results.jsonl", workers=2)
     assert sorted(results, key=lambda r: r["seed"]) == expected()
+
+
+def _fail_first(run):
+    if run.seed == 0:
+        raise ValueError("the first")
+    time.sleep(0.1)
+    return train(run)
+
+
+def test_an_error_in_a_process_is_told_before_all_is_done(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(ValueError, match="the first"):
+        execute([Run("a", 0.1, seed) for seed in range(25)], _fail_first, path, workers=2)
+    assert len(read_results(path)) < 15  # those at work and those handed out
 
 
 def _work(path, barrier):

@@ -132,11 +132,14 @@ def _each(waiting: Sequence[Run], train, path: Path, workers: int) -> Iterator[R
             _finish(path, run, train)
             yield run
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
         futures = {pool.submit(_finish, path, run, train): run for run in waiting}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
+    finally:  # after an error, the runs at work end, and no other begins
+        pool.shutdown(cancel_futures=True)
 
 
 def group_results(results: Sequence[dict], keys: Sequence[str]) -> list[tuple[tuple, list[dict]]]:
