@@ -1,7 +1,9 @@
 """Studies of many runs: nothing is done twice, nothing that was finished is lost."""
 
+import errno
 import json
 import multiprocessing
+import os
 import time
 from dataclasses import dataclass
 
@@ -107,6 +109,25 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path):
     process.kill()  # its claim dies with it
     process.join()
     assert len(execute(RUNS, train, path)) == len(RUNS)
+
+
+def _refuse(code):
+    def lockf(*_):
+        raise OSError(code, os.strerror(code))
+
+    return lockf
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
+def test_a_claim_of_another_is_no_error(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_module.fcntl, "lockf", _refuse(code))
+    assert execute(RUNS, pytest.fail, tmp_path / "results.jsonl") == []
+
+
+def test_a_file_system_without_locks_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_module.fcntl, "lockf", _refuse(errno.ENOLCK))
+    with pytest.raises(OSError, match="results.jsonl: expected a file system where .* No locks"):
+        execute(RUNS, train, tmp_path / "results.jsonl")
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):

@@ -52,6 +52,9 @@ def _claim(path: Path, run: Run) -> Iterator[bool]:
     """Whether this process alone has the run; the claim of a process ends with it.
 
     A lock on one byte, the run's, of a file beside the results.
+
+    Raises:
+        OSError: there are no locks on the file system of the results.
     """
     digest = sha256(json.dumps(asdict(run), sort_keys=True).encode()).digest()
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
@@ -59,8 +62,14 @@ def _claim(path: Path, run: Run) -> Iterator[bool]:
             fcntl.lockf(
                 file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int.from_bytes(digest[:7], "big") + 1
             )
-        except OSError:
+        except (BlockingIOError, PermissionError):  # systems differ in what they call it
             yield False
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{path}: expected a file system where files can be locked, got {error.strerror}: "
+                "keep the results on another",
+            ) from error
         else:
             yield True
 
@@ -112,6 +121,9 @@ def execute(
 
     Returns:
         All results in the file.
+
+    Raises:
+        OSError: the results are where no file can be locked or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     results = read_results(path)
