@@ -32,8 +32,11 @@ def test_taps_by_hand():
 @pytest.mark.parametrize("kind", [LocalDeformKernel2d, GlobalDeformKernel2d])
 def test_every_layer_with_a_scope_is_watched(kind):
     network = nn.Sequential(layer(kind), layer(kind), layer(DeformConv2d))
-    seen = watch_taps(network)
-    network(torch.randn(2, 4, 5, 5))
+    with watch_taps(network) as seen:
+        network(torch.randn(2, 4, 5, 5))
+    before = dict(seen)
+    network(torch.randn(2, 4, 5, 5))  # no longer
+    assert seen == before
     assert list(seen) == ["0", "1"] and all(0 < look["moved"] < 10 for look in seen.values())
 
 

@@ -10,6 +10,7 @@ from scipy import stats
 from torch import nn
 
 from dk_detectron.analysis import count_multiply_adds, count_parameters
+from dk_detectron.analysis.ablation import generators
 from dk_detectron.commands import reproduce_evidence
 from dk_detectron.data.deformed import MATCHING, VALIDATION, Sample, Task
 from dk_detectron.evaluation import evidence, evidence_report
@@ -205,6 +206,18 @@ def test_a_run_learns_and_is_repeatable(small, kind):
     assert bool(result["replaced"]) == moves
     if moves:
         assert result["replaced"]["own"] == pytest.approx(result["errors"][MATCHING])
+
+
+def test_taps_are_those_of_the_networks_own_offsets():
+    """Not of those that the replacements, which come later, put before them."""
+    torch.manual_seed(0)
+    ours = network("local DK").eval()
+    for generator in generators(ours):
+        nn.init.normal_(generator.weight, std=0.2)
+    alone = evidence.look_at_offsets(ours, small_sample(12))
+    alone = {name: dict(look) for name, look in alone.items()}
+    stored = {name: look(ours, small_sample(12)) for name, look in evidence.LOOKS.items()}
+    assert len(alone) == 5 and stored["taps"] == alone
 
 
 def test_the_search_sees_validation_pictures_alone(small):

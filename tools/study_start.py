@@ -228,9 +228,8 @@ def train_small_network(run: ScratchRun) -> dict:
                     nn.utils.clip_grad_norm_(module.parameters(), run.limit)
             optimizer.step()
             schedule.step()
-    seen = watch_taps(model.eval())
     generator.manual_seed(99)
-    with torch.no_grad():
+    with watch_taps(model.eval()) as seen, torch.no_grad():
         right = [
             model(data.draw(images[test], generator)).argmax(1) == labels[test] for _ in range(3)
         ]
@@ -293,9 +292,9 @@ def first_steps(run: FineTuningRun) -> dict:
     trainer = build_trainer(run.config, opts)
     model = trainer.model.train()
     restart(model, run.start)
-    seen, losses, diverged = watch_taps(model), [], None
+    losses, diverged = [], None
     images = iter(trainer.data_loader)
-    with EventStorage(0):
+    with EventStorage(0), watch_taps(model) as seen:
         for step in range(run.steps):
             seed_all_rng(1000 * run.seed + step)
             try:

@@ -36,17 +36,22 @@ def look_at_taps(layer: ScopeConv2d, offset: Tensor) -> dict[str, float]:
     }
 
 
-def watch_taps(model: nn.Module) -> dict[str, dict[str, float]]:
-    """A look at the last forward pass of each layer with a scope, by name, once there was one."""
-    seen = {}
+@contextmanager
+def watch_taps(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
+    """Within it, notes a look at the last forward pass of each layer with a scope, by name."""
+    seen, hooks = {}, []
     for name, layer in model.named_modules():
         if isinstance(layer, ScopeConv2d):
 
             def look(_, inputs, offset, name=name, layer=layer):
                 seen[name] = look_at_taps(layer, offset.detach())
 
-            layer.kernel_offset_generator.register_forward_hook(look)
-    return seen
+            hooks.append(layer.kernel_offset_generator.register_forward_hook(look))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _over_places(offset: Tensor) -> Tensor:

@@ -277,8 +277,8 @@ def _percent(wrong: Tensor) -> float:
 
 def look_at_offsets(network: nn.Module, sample: Sample) -> dict[str, dict[str, float]]:
     """Of each layer with a scope: ``analysis.ablation.look_at_taps``."""
-    seen = watch_taps(network)
-    find_wrong(network, Sample(*(part[:TEST_BATCH] for part in sample)))
+    with watch_taps(network) as seen:
+        find_wrong(network, Sample(*(part[:TEST_BATCH] for part in sample)))
     return seen
 
 
