@@ -23,8 +23,9 @@ def look_at_taps(layer: ScopeConv2d, offset: Tensor) -> dict[str, float]:
     """Of a layer's kernel offsets [N, 2*K] or [N, 2*K, H, W], in scope cells.
 
     Returns:
-        ``moved``, the mean distance along an axis from where they rest; ``clipped``, the share that
-        leads out of the scope; ``dead``, the share of taps that are clipped everywhere.
+        Of the taps' coordinates, rows and columns each by themselves: ``moved``, the mean distance
+        from where they rest; ``clipped``, the share that leads out of the scope; ``dead``, the
+        share that does so everywhere.
     """
     rest = layer.kernel_offset_generator.bias.detach()
     rest = rest.view(-1, *[1] * (offset.dim() - 2))

@@ -120,8 +120,8 @@ def offsets_table(results: Results, data: str) -> str:
             other = {r["seed"]: r["replaced"][name] for r in found}
             row.append(_told(paired_difference(other, own)))
         rows.append(row)
-    header = ["kind", "moved (cells)", "clipped %", "dead %", "error %"]
-    return _table(rows, header + [f"more with {name}" for name in REPLACEMENTS])
+    header = ["kind", "moved (cells)", "clipped coordinates %", "dead coordinates %"]
+    return _table(rows, [*header, "error %", *(f"more with {name}" for name in REPLACEMENTS)])
 
 
 def _taps(found: list[dict]) -> list[str]:
