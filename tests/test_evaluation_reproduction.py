@@ -223,6 +223,18 @@ def test_networks_of_a_seed_start_as_one_function(tmp_path):
     assert (outputs["MNV2", 0] - outputs["MNV2", 1]).abs().max() > 0.01
 
 
+def test_weights_that_the_options_name_are_not_made_up(tmp_path, monkeypatch):
+    path = tmp_path / "typo.pth"
+    settings = Settings("shapes", opts=["MODEL.WEIGHTS", str(path)])
+    (run,) = plan(select_rows([3, 4], ["MNV2"]), settings, tmp_path, [0])
+    assert run.config.MODEL.WEIGHTS == str(path)
+    monkeypatch.setattr(reproduction.Trainer, "check_datasets", lambda *_: None)
+    with pytest.raises(FileNotFoundError, match="typo.pth"):
+        reproduction.check([run])
+    reproduction.write_start(run)
+    assert not path.exists()
+
+
 def write_result(output: Path, row: str, seed: int, ap: float, **changes) -> None:
     folder = output / row / f"seed_{seed}"
     folder.mkdir(parents=True)

@@ -99,7 +99,7 @@ class Run:
             also the one that measures receptive fields.
         test_dev: the commands from the trained model to `archive`, the file for COCO's server.
         start: the rigid network whose random weights, in MODEL.WEIGHTS, all runs of the seed start
-            from; None with pretrained weights.
+            from; None with weights that are given.
     """
 
     row: str
@@ -150,7 +150,7 @@ def _plan_run(
             )
     if settings.weights:
         opts += ["MODEL.WEIGHTS", settings.weights.replace("{row}", name)]
-    elif settings.scale == "shapes":
+    elif settings.scale == "shapes" and "MODEL.WEIGHTS" not in settings.opts[::2]:
         (rigid,) = select_rows(TABLES, [family(name)]).values()
         start = load_config(config_file, [*_kernels_of(rigid), *settings.opts])
         opts += ["MODEL.WEIGHTS", str(folder.parents[1] / STARTS / f"{family(name)}_{seed}.pth")]
