@@ -235,6 +235,12 @@ def test_weights_that_the_options_name_are_not_made_up(tmp_path, monkeypatch):
     assert not path.exists()
 
 
+def test_a_torn_line_of_metrics_costs_itself_alone(tmp_path):
+    whole = '{"iteration": 19, "time": 0.1}', '{"iteration": 59, "time": 0.3}'
+    (tmp_path / "metrics.json").write_text('\n{"iteration": 39, "ti\n'.join(whole))
+    assert reproduction._train_seconds(tmp_path) == pytest.approx(0.2)
+
+
 def write_result(output: Path, row: str, seed: int, ap: float, **changes) -> None:
     folder = output / row / f"seed_{seed}"
     folder.mkdir(parents=True)

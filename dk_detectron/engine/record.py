@@ -51,6 +51,20 @@ def run_config(folder: str | Path) -> CfgNode:
     return get_config(path)
 
 
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The lines of a run's metrics.json; none if there is no file.
+
+    Those that an interruption or a full disk has torn are left out.
+    """
+    path, found = Path(folder, "metrics.json"), []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [entry for entry in found if "iteration" in entry]
+
+
 def run_of(config_file: str | Path) -> Path | None:
     """The folder of the run whose config.yaml a file is."""
     path = Path(config_file)

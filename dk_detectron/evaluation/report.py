@@ -23,7 +23,7 @@ from ..engine.detection import inference_folder
 from ..engine.drawing import draw_pair, give_colours, to_instances
 from ..engine.outputs import RESULTS_FILE
 from ..engine.prediction import check_detects
-from ..engine.record import CONFIG_FILE, TRAINING_FILE, last_checkpoint, run_config
+from ..engine.record import CONFIG_FILE, TRAINING_FILE, last_checkpoint, read_metrics, run_config
 from ..engine.trainer import by_task
 from ..weights import replacing
 from . import report_figures as figures
@@ -79,20 +79,9 @@ def read_run(folder: str | Path, name: str) -> Run:
         name,
         folder,
         cfg,
-        _lines(folder / "metrics.json"),
+        read_metrics(folder),
         json.loads(evaluation.read_text()) if evaluation.is_file() else {},
     )
-
-
-def _lines(path: Path) -> list[dict]:
-    """The objects of a file, one a line; the last one may be torn by an interruption."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [entry for entry in found if "iteration" in entry]
 
 
 def write_report(

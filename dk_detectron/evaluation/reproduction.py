@@ -21,6 +21,7 @@ from ..analysis import count_parameters
 from ..analysis.field_survey import correlations
 from ..data.stream import seeded
 from ..engine import EVALUATION_FILE, Trainer, check_weights
+from ..engine.record import read_metrics
 from ..model_zoo import CONFIGS, load_config, paper_rows
 from ..weights import replacing, write_checkpoint
 from .submission import file_name
@@ -251,7 +252,7 @@ def read_result(run: Run) -> dict:
         **{metric: metrics[metric] for metric in METRICS},
         "field_correlation": _field_correlation(run),
         "parameters": count_parameters(build_model(run.config)),
-        "train_seconds": _train_seconds(run.folder / "metrics.json"),
+        "train_seconds": _train_seconds(run.folder),
         "inference_seconds": _inference_seconds(run.folder / "log.txt"),
     }
 
@@ -269,10 +270,9 @@ def _field_correlation(run: Run) -> float | None:
     return None if math.isnan(found) else 100 * found
 
 
-def _train_seconds(path: Path) -> float | None:
+def _train_seconds(folder: Path) -> float | None:
     """The median time of an iteration; None of a run of three, which detectron2 does not time."""
-    lines = map(json.loads, path.read_text().splitlines())
-    times = [line["time"] for line in lines if "time" in line]
+    times = [line["time"] for line in read_metrics(folder) if "time" in line]
     return median(times) if times else None
 
 
