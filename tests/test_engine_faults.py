@@ -34,7 +34,7 @@ from dk_detectron.engine.resources import DiskError, OutOfMemoryError, WorkerErr
 from dk_detectron.engine.run_directory import check_unused, set_aside
 from dk_detectron.engine.signals import StopRequest
 from dk_detectron.model_zoo import load_config
-from dk_detectron.weights import write_checkpoint
+from dk_detectron.weights import replacing, write_checkpoint
 
 ENDLESS = "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 100_000
 ENDLESS += "DATASETS.TEST", "()"
@@ -144,6 +144,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    path = tmp_path / "page"
+    with replacing(path) as first, replacing(path) as second:
+        Path(first).write_text("first")
+        Path(second).write_text("second")
+        assert Path(first).parent == Path(second).parent == tmp_path
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyError), replacing(path) as third:
+        Path(third).write_text("half")
+        raise KeyError
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -178,8 +179,9 @@ def replacing(path: str | Path) -> Iterator[str]:
     """Yields the name to write under; the file takes the place of ``path`` once it is complete.
 
     Complete on the disk, that is, which network file systems and quotas may refuse at the end only.
+    The name is no other writer's: of several who write the same file, the last one's stays.
     """
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         yield temporary
         with open(temporary, "rb") as file:
