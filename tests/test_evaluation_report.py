@@ -16,8 +16,9 @@ from test_engine_prediction import datasets_root  # noqa: F401  (a fixture)
 from dk_detectron.commands import report
 from dk_detectron.data.html import jpeg
 from dk_detectron.engine.detection import inference_folder
-from dk_detectron.evaluation.report import read_run
+from dk_detectron.evaluation.report import _size, read_run, write_report
 from dk_detectron.evaluation.report_figures import smoothed
+from dk_detectron.model_zoo import load_config
 
 BROWSER = next(filter(shutil.which, ["chromium", "chromium-browser", "google-chrome"]), None)
 FLAGS = [
@@ -192,6 +193,20 @@ def test_what_is_no_run(run, other, make, tmp_path):
     for wrong in ["--count", "0"], ["--threshold", "2"]:
         with pytest.raises(SystemExit):
             make(run, *wrong)
+
+
+def test_the_folder_of_the_page_is_made_before_all_work(tmp_path):
+    write_report([], tmp_path / "new" / "report.html", versions="")
+    assert (tmp_path / "new" / "report.html").is_file()
+    with pytest.raises(OSError):  # not an error of the runs, which are none
+        write_report([None], tmp_path / "new" / "report.html" / "report.html", versions="")
+
+
+def test_pictures_that_keep_their_sizes_have_a_cost():
+    assert _size(load_config(CONFIG, ["INPUT.MIN_SIZE_TEST", 600])) == (600, 900)
+    assert _size(load_config(CONFIG, ["INPUT.MIN_SIZE_TEST", 0, "INPUT.MAX_SIZE_TEST", 1333])) == (
+        800, 1200,
+    )  # fmt: skip
 
 
 def test_damaged_weights_are_said_and_no_page_is_left(other, make, tmp_path):

@@ -93,7 +93,7 @@ def write_report(
     count: int = 4,
     progress: Progress = lambda items, _: items,
 ) -> None:
-    """Writes the page, whole or not at all.
+    """Writes the page, whole or not at all, and makes its folder.
 
     Args:
         versions: what the page says of them.
@@ -101,8 +101,10 @@ def write_report(
         count: of the best and of the worst pictures, and of the objects whose fields are drawn.
 
     Raises:
-        ValueError, OSError: a file of a run cannot be read, or its weights are of no use.
+        ValueError, OSError: a file of a run cannot be read, its weights are of no use, or there can
+            be no folder for the page.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     sections = [_overview(runs), _training(runs)]
     for dataset in dict.fromkeys(name for run in runs for name in run.cfg.DATASETS.TEST):
         sections.append(_results(runs, dataset, threshold, count, progress))
@@ -282,8 +284,11 @@ def _networks(runs: Sequence[Run], count: int, progress: Progress) -> list[Secti
 
 
 def _size(cfg: CfgNode) -> tuple[int, int]:
-    """Height and width of an image of 3 : 2 at the configuration's test size."""
-    height = min(cfg.INPUT.MIN_SIZE_TEST, int(cfg.INPUT.MAX_SIZE_TEST / 1.5))
+    """Height and width of an image of 3 : 2 at the configuration's test size.
+
+    800, detectron2's own, is the shorter side where pictures keep their sizes: MIN_SIZE_TEST 0.
+    """
+    height = min(cfg.INPUT.MIN_SIZE_TEST or 800, int(cfg.INPUT.MAX_SIZE_TEST / 1.5))
     return height, int(1.5 * height)
 
 
