@@ -350,6 +350,34 @@ def test_theoretical_fields_through_bilinear_interpolation(corners):
         assert box[1] <= low[0] <= high[0] <= box[3] <= high[0] + 1
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.interpolate(x, (5, 11)),
+        lambda x: F.interpolate(x, scale_factor=1.7),
+        lambda x: x[:, :, -5:, 1::2],
+        lambda x: F.pad(x, (-1, 2, -2, 0)),
+    ],
+    ids=["enlarged", "by a factor", "from the end", "cut off"],
+)
+def test_theoretical_fields_follow_places(function):
+    class Function(nn.Module):
+        def forward(self, x):
+            return function(x * 1.0)
+
+    fields = ReceptiveFields(Function(), torch.rand(1, 9, 7, dtype=torch.float64))
+    for cell in product(*map(range, fields.size)):
+        for row, column in fields.effective(cell).nonzero().tolist():
+            assert fields.theoretical(cell) == (column, row, column + 1, row + 1), cell
+
+
+def test_circular_padding_reads_the_far_edge():
+    convolution = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")
+    fields = ReceptiveFields(convolution, torch.rand(1, 6, 6))
+    assert fields.effective((0, 0))[5, 5] > 0
+    assert fields.theoretical((0, 0)) == (-math.inf, -math.inf, math.inf, math.inf)
+
+
 def test_what_reaches_everywhere_has_no_bound():
     class Gated(nn.Module):
         def forward(self, x):

@@ -98,40 +98,47 @@ def _transposed_window(kernel, stride, padding, dilation=1) -> Step:
 
 
 def _scaled(node: Node, neighbours: bool) -> Step:
-    """Interpolation: nearest, or between neighbours."""
+    """Interpolation: nearest, that is, the one at or before; or between neighbours."""
     into, out = node._saved_self_sym_sizes[-2:], node._saved_output_size
+    factors = node._saved_scales_h, node._saved_scales_w  # where it is told these, not the size
     corners = neighbours and node._saved_align_corners
 
     def step(places, axis):
+        old, new = (1, factors[axis]) if factors[axis] else (into[axis], out[axis])
+        if not neighbours:
+            return np.floor(places * old / new)
         if corners and out[axis] > 1:
             location = places * (into[axis] - 1) / (out[axis] - 1)
         else:
-            location = (places + 0.5) * into[axis] / out[axis] - 0.5
-        if not neighbours:
-            return np.floor(location + 0.5)
+            location = (places + 0.5) * old / new - 0.5
         return np.array([*map(np.floor, location[:1]), *map(np.ceil, location[1:2]), *location[2:]])
 
     return _both(step)
 
 
 def _shifted(pad: tuple[int, ...]) -> Step:
-    """Padding, of the last axis first."""
-    before = (pad[2] if len(pad) > 2 else 0, pad[0])
+    """Padding, of the last axis first; what is negative cuts off."""
+    before = (_signed(pad[2]) if len(pad) > 2 else 0, _signed(pad[0]))
     return _both(lambda places, axis: places - before[axis])
+
+
+def _signed(number: int) -> int:
+    """A number of a node, which keeps those below zero as unsigned ones of 64 bits."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _axis(node: Node) -> int:
     """The axis that a node is about: 0 or 1 of rows or columns, less of channels or the batch."""
     sizes = getattr(node, "_saved_self_sym_sizes", (1, 1, 1, 1))
-    dimension = node._saved_dim - (2**64 if node._saved_dim >= 2**63 else 0)  # it is unsigned
-    return dimension % len(sizes) - len(sizes) + 2
+    return _signed(node._saved_dim) % len(sizes) - len(sizes) + 2
 
 
 def _sliced(node: Node) -> Step:
     axis, every = _axis(node), getattr(node, "_saved_step", 1)
     if axis < 0:
         return _same
-    start = node._saved_start % node._saved_self_sym_sizes[axis - 2]
+    start, size = _signed(node._saved_start), node._saved_self_sym_sizes[axis - 2]
+    start = start if start >= 0 else max(start + size, 0)
     return _both(lambda places, a: places * every + start if a == axis else places)
 
 
@@ -158,6 +165,14 @@ def _step(node: Node) -> Step:
     return _everything
 
 
+def _layer(layer: nn.Module) -> Step:
+    """What a layer with a sliding window does to places."""
+    if getattr(layer, "padding_mode", "zeros") == "circular":  # it reads the far edge as well
+        return _everything
+    kind = _transposed_window if getattr(layer, "transposed", False) else _window
+    return kind(layer.kernel_size, layer.stride, layer.padding, getattr(layer, "dilation", 1))
+
+
 @contextmanager
 def recorded_units(model: nn.Module) -> Iterator[dict[Node, Unit]]:
     """Within it, notes the calls of all layers with a sliding window, adaptive ones included."""
@@ -168,9 +183,7 @@ def recorded_units(model: nn.Module) -> Iterator[dict[Node, Unit]]:
         maps = (t for t in (input, output))
         if not all(isinstance(t, Tensor) and t.dim() == 4 and t.requires_grad for t in maps):
             return
-        kind = _transposed_window if getattr(layer, "transposed", False) else _window
-        sizes = layer.kernel_size, layer.stride, layer.padding, getattr(layer, "dilation", 1)
-        units[get_gradient_edge(output).node] = Unit(get_gradient_edge(input).node, kind(*sizes))
+        units[get_gradient_edge(output).node] = Unit(get_gradient_edge(input).node, _layer(layer))
 
     handles = [
         module.register_forward_hook(note, with_kwargs=True)
