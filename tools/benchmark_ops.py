@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 from tqdm import tqdm
 
+from dk_detectron.commands._outputs import output_file
 from dk_detectron.layers import DeformKernelConv2d, LocalDeformKernel2d, spread_offset
 from dk_detectron.ops import composed_deform_kernel_conv2d, deform_kernel_conv2d
 
@@ -568,20 +569,6 @@ def check_ours(rows: list[dict], dtype: torch.dtype) -> None:
             f"ours: expected results within {GATE[dtype]:g} of float64's largest, "
             f"got others on {', '.join(wrong)}: quote no times before tests/test_ops.py passes"
         )
-
-
-def output_file(text: str) -> Path:
-    """An argument: a file that is written at the end, in a folder that is made at once."""
-    path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected a file in a folder that can be made, got {text!r} ({error}): give another"
-        ) from error
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}: name a file")
-    return path
 
 
 def main() -> None:

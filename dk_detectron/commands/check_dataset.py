@@ -12,13 +12,13 @@ import json
 import sys
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
 from ..data.checking import COCO, Report, check_dataset, class_conflict, shared_images
-from ..data.datasets import PREFIX, datasets_root, is_coco, resolve
+from ..data.datasets import PREFIX, datasets_root, require_coco
 from ..data.page import write_page
+from ._outputs import output_file
 
 
 def print_report(report: Report) -> None:
@@ -30,33 +30,6 @@ def print_report(report: Report) -> None:
     print("\n".join(report.lines()), end="\n" if report.lines() else "")
     if report.survey and report.survey.has_annotations and not report.survey.faults:
         print(report.table())
-
-
-def require_coco(name: str) -> None:
-    """
-    Raises:
-        ValueError: it is no data set in COCO's format.
-    """
-    try:
-        resolve(name)
-    except ValueError as error:
-        raise ValueError(f"{name}: expected a data set; {error}") from None
-    if not is_coco(name):
-        raise ValueError(f"{name}: expected a data set that is registered in COCO's format")
-
-
-def output_file(text: str) -> Path:
-    """An argument: a file that is written at the end, in a folder that is made at once."""
-    path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected a file in a folder that can be made, got {text!r} ({error}): give another"
-        ) from error
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}: name a file")
-    return path
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
 from .coco import Survey, survey
-from .datasets import is_coco, resolve
+from .datasets import require_coco
 from .faults import EXAMPLES, Findings
 from .pictures import Looks, check_pictures, look_at_pictures
 
@@ -200,12 +200,7 @@ def _files(name: str) -> tuple[str, str]:
 
 
 def _examine(name: str, look: Callable[[list, str], Looks], *, skip: bool = False) -> Report:
-    try:
-        resolve(name)
-    except ValueError as error:
-        raise ValueError(f"{name}: expected a data set; {error}") from None
-    if not is_coco(name):
-        raise ValueError(f"{name}: expected a data set that is registered in COCO's format")
+    require_coco(name)
     json_file, image_root = _files(name)
     json_cure, image_cure = _cures(name, json_file, image_root)
     report = Report(name)

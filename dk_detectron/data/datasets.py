@@ -76,6 +76,20 @@ def is_coco(name: str) -> bool:
     return metadata.get("evaluator_type") == "coco" and None not in files
 
 
+def require_coco(name: str) -> None:
+    """:func:`resolve`, of what can be checked.
+
+    Raises:
+        ValueError: it is no data set in COCO's format.
+    """
+    try:
+        resolve(name)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a data set; {error}") from None
+    if not is_coco(name):
+        raise ValueError(f"{name}: expected a data set that is registered in COCO's format")
+
+
 def adopt(name: str, without: Collection[str] = ()) -> None:
     """Has a data set that detectron2 registered in COCO's format read as our own are.
 
