@@ -54,15 +54,12 @@ check() { # sanitizer, device
   echo "=== $1, $2: passed in $((SECONDS - start)) s"
 }
 
-for sanitizer in ${1:-address thread}; do
-  jobs=()
-  for device in ${2:-cuda cpu}; do  # beside each other: each has one thread for most of its time
-    check "$sanitizer" "$device" &
-    jobs+=($!)
-  done
-  failed=0
-  for job in "${jobs[@]}"; do
-    wait "$job" || failed=1
-  done
-  ((failed == 0))
-done
+if [[ ! ${1:-address} =~ ^(address|thread)$ || ! ${2:-cuda} =~ ^(cuda|cpu)$ ]]; then
+  echo "$0: expected [address|thread] [cuda|cpu], got $*" >&2
+  exit 2
+elif (($# == 2)); then
+  check "$@"
+else  # two at a time, the longest first: each has one thread for most of its time
+  printf '%s\n' "address cuda" "thread cuda" "address cpu" "thread cpu" |
+    grep "^${1:-.*} " | xargs -P 2 -L 1 tests/sanitize.sh
+fi
