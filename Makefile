@@ -13,7 +13,9 @@ PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SITE_PACKAGES = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# Relative, as all else here: the clone's own path may have spaces in it.
+SITE_PACKAGES = $(shell $(BIN)/python -c \
+	'import os, sysconfig; print(os.path.relpath(sysconfig.get_path("purelib")))')
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
 	--custom-compile-command 'make lock'
 CSRC := $(shell find csrc -type f)
@@ -47,7 +49,7 @@ fuzz: setup ## Try thousands of strange files and arguments (a part of `make tes
 		--hypothesis-profile=fuzz -s $(OPTS)
 
 sanitize: setup ## Run all kernels on the CPU under AddressSanitizer, UBSan and ThreadSanitizer
-	PYTHON=$(CURDIR)/$(BIN)/python tests/sanitize.sh
+	PYTHON=$(BIN)/python tests/sanitize.sh
 
 ptx: setup ## Run what nvcc makes of the CUDA kernels, without a GPU (a part of `make test`)
 	DK_TEST_PTX=1 $(BIN)/python -m pytest tests/test_csrc_ptx.py tests/test_ptx_machine.py \

@@ -39,6 +39,23 @@ def copy_sources(folder: Path) -> Path:
     return folder
 
 
+def test_make_stays_inside_a_clone_with_a_space_in_its_path(tmp_path):
+    clone, neighbour = tmp_path / "a b", tmp_path / "a" / "kept"
+    (clone / "csrc").mkdir(parents=True)
+    for path in ROOT / "Makefile", *ROOT.glob("requirements*"):
+        shutil.copy(path, clone)
+    venv.create(clone / ".venv")
+    (clone / ".venv" / "bin" / "pip").touch()
+    (site,) = clone.glob(".venv/lib/python*/site-packages")
+    for path in neighbour, site / "tools" / "hides_ours.py":
+        path.parent.mkdir()
+        path.touch()
+    run("make", ".venv/.detectron2", "PIP=true", "DETECTRON2=any", cwd=clone)
+    assert sorted(tmp_path.iterdir()) == [neighbour.parent, clone] and neighbour.is_file()
+    assert (site / "dk_detectron.pth").read_text() == f"{clone}\n"
+    assert not (site / "tools").exists()
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory) -> dict[str, Path]:
     """The source distribution of the sources, and the wheel that pip builds of them."""
