@@ -7,32 +7,53 @@
 #     tools/gpu_check.sh [OUT]     logs and results go to OUT (default: the repository's
 #                                  output/gpu_check)
 #
-# Runs every stage even if one fails; exits with an error if any did. OUT/summary.md is the file to
-# send: a row for each thing that is claimed of the kernels, and the times measured.
+# The Python is that of `make setup` if there is one, unless PYTHON names another. Without a GPU, or
+# once the build fails, nothing is run; else every stage, even if one fails. Exits with an error if
+# any did. OUT/summary.md is the file to send: a row for each thing that is claimed of the kernels,
+# the times measured, and the end of the log of each stage that failed.
 set -uo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-$repository/output/gpu_check}
-python=${PYTHON:-python3}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 cd "$repository" || exit
+python=$repository/.venv/bin/python
+[[ -x $python ]] || python=python3
+python=${PYTHON:-$python}
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 # Stages run beside each other; more threads would only wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 names=()
+unbuilt=
+
+# Without a GPU the tests would be skipped, which pytest counts as passed.
+if ! answer=$("$python" -c 'import torch
+assert torch.cuda.is_available(), f"torch {torch.__version__} finds no GPU"' 2>&1); then
+  echo "gpu_check: expected a Python whose torch finds a GPU, $python says \"${answer##*$'\n'}\":" \
+    "run make setup, install the torch of this GPU's driver, or name another Python, as in" \
+    "PYTHON=path/to/python $0" >&2
+  exit 1
+fi
+
+row() { # name, claim, result, seconds
+  echo "=== $1: $3, $4 s"
+  echo "| $2 | $3 | $4 |" > "$out/$1.row"
+}
 
 stage() { # name, limit in seconds, claim, command...; leaves the claim's row in OUT/name.row
-  local name=$1 limit=$2 claim=$3 start=$SECONDS
+  local name=$1 limit=$2 claim=$3 start=$SECONDS result
   shift 3
-  if timeout "$limit" "$@" > "$out/$name.log" 2>&1; then
-    echo "=== $name: passed in $((SECONDS - start)) s"
-    echo "| $claim | passed | $((SECONDS - start)) |" > "$out/$name.row"
-  else
-    echo "=== $name: FAILED ($?) in $((SECONDS - start)) s; the end of $out/$name.log:"
-    tail -n 25 "$out/$name.log"
-    echo "| $claim | **failed**: $name.log | $((SECONDS - start)) |" > "$out/$name.row"
+  if [[ $unbuilt ]]; then
+    row "$name" "$claim" "not run: no build" 0
+    return
   fi
+  timeout "$limit" "$@" > "$out/$name.log" 2>&1
+  case $? in
+    0) result=passed ;;
+    77) result="left out: $(tail -n 1 "$out/$name.log")" ;; # LEFT_OUT of tools/gpu_check.py
+    *) result="**failed** ($?): $name.log" ;;
+  esac
+  row "$name" "$claim" "$result" $((SECONDS - start))
 }
 
 alone() {
@@ -55,6 +76,8 @@ environment() {
 
 environment 2>&1 | tee "$out/environment.txt"
 alone build 240 "compiles for this GPU" env FORCE_CUDA=1 "$python" setup.py build_ext --inplace
+# An older build would pass for this one.
+grep -q '| passed |' "$out/build.row" || unbuilt=1
 beside tests 300 "every operator's tests on CUDA, in all types and layouts" \
   "$python" -m pytest -q -p no:cacheprovider -n 8 -k cuda tests/test_ops.py
 beside cpu 300 "equals the CPU in float64 on the networks' shapes" "$python" tools/gpu_check.py cpu
@@ -72,9 +95,8 @@ sanitize() { # name, tool, claim, check, options...
     beside "$name" 300 "$claim" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --error-exitcode 9 "$@" "$python" tools/gpu_check.py "$check"
   else
-    echo "=== $name: left out, compute-sanitizer is not installed"
     names+=("$name")
-    echo "| $claim | not installed | 0 |" > "$out/$name.row"
+    row "$name" "$claim" "not installed" 0
   fi
 }
 
@@ -97,19 +119,23 @@ for options in "--dtype bfloat16" "--dtype float32" "--dense --dtype bfloat16" "
     --json "$out/$name.json" --plot "$out/$name.png"
 done
 
+mapfile -t failed < <(cd "$out" && grep -l '\*\*failed' "${names[@]/%/.row}" | sed 's/\.row$//')
 {
   printf '# What a GPU says of the CUDA kernels\n\n```\n'
   cat "$out/environment.txt"
   printf '```\n\n| claim | result | seconds |\n|---|---|---|\n'
   for name in "${names[@]}"; do cat "$out/$name.row"; done
   printf '\n```\n'
-  for name in "${names[@]}"; do [[ $name != benchmark* ]] || cat "$out/$name.log"; done
+  for name in "${names[@]}"; do [[ $name != benchmark* || $unbuilt ]] || cat "$out/$name.log"; done
   printf '```\n'
+  for name in "${failed[@]}"; do
+    printf '\nThe end of %s:\n\n```\n' "$name.log"
+    tail -n 25 "$out/$name.log"
+    printf '```\n'
+  done
 } > "$out/summary.md"
 cat "$out/summary.md"
-failed=$(cd "$out" && grep -l '\*\*failed' "${names[@]/%/.row}" | sed 's/\.row$//' | tr '\n' ' ')
-if [[ $failed ]]; then
-  echo "gpu_check: failed after $SECONDS s: $failed"
-  exit 1
-fi
-echo "gpu_check: passed in $SECONDS s; please send $out/summary.md"
+result="passed in $SECONDS s"
+((${#failed[@]} == 0)) || result="failed after $SECONDS s: ${failed[*]}"
+echo "gpu_check: $result; please send $out/summary.md"
+exit $((${#failed[@]} > 0))
