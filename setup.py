@@ -98,7 +98,9 @@ def choose_nvcc(torch):
         raise SetupError("expected FORCE_CUDA=1 or FORCE_CPU=1, got both: unset one of them")
     if enabled("FORCE_CPU"):
         return None
-    if not torch.version.cuda:
+    if torch.version.hip:
+        lack = f"torch {torch.__version__} is built for ROCm, for which there are no kernels"
+    elif not torch.version.cuda:
         lack = f"torch {torch.__version__} is built without CUDA: install one that is built with it"
     elif not enabled("FORCE_CUDA") and not torch.cuda.is_available():
         lack = "no GPU is visible: set FORCE_CUDA=1 to build for CUDA all the same"

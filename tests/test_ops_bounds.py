@@ -160,6 +160,12 @@ def test_what_helps_where_there_are_no_kernels(device, cure, monkeypatch):
     assert ("FORCE_CUDA=1" in told) == cure
 
 
+def test_no_build_helps_on_rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    told = dispatch.why_composed(SimpleNamespace(device=torch.device("cuda")))
+    assert told == "dk_detectron has no kernels for ROCm"
+
+
 def sums_of_channels() -> str:
     """A hash."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """The wheel and the source distribution, each in an environment and a folder of its own."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import sysconfig
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import setuptools
 from test_engine import OPTIONS, datasets_root, losses  # noqa: F401
 
 from dk_detectron.model_zoo import CONFIGS, paper_rows
@@ -54,6 +57,17 @@ def test_make_stays_inside_a_clone_with_a_space_in_its_path(tmp_path):
     assert sorted(tmp_path.iterdir()) == [neighbour.parent, clone] and neighbour.is_file()
     assert (site / "dk_detectron.pth").read_text() == f"{clone}\n"
     assert not (site / "tools").exists()
+
+
+def test_a_build_for_rocm_is_refused_by_that_name(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    monkeypatch.delenv("FORCE_CPU", raising=False)
+    version = SimpleNamespace(hip="7.1", cuda=None)
+    choose_nvcc = runpy.run_path(str(ROOT / "setup.py"))["choose_nvcc"]
+    told = r"but torch 2\.14\.1\+rocm7\.1 is built for ROCm, for which there are no kernels$"
+    with pytest.raises(setuptools.errors.SetupError, match=told):
+        choose_nvcc(SimpleNamespace(__version__="2.14.1+rocm7.1", version=version))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ WARNED: set[str] = set()
 def why_composed(input: Tensor) -> str:
     """Why no compiled kernel takes the input, in words; empty if one does."""
     device = input.device.type
+    if device == "cuda" and torch.version.hip:  # by that name torch calls AMD's GPUs as well
+        return "dk_detectron has no kernels for ROCm"
     if device not in DEVICES:
         cure = ": build it where there is a GPU, or with FORCE_CUDA=1" if device == "cuda" else ""
         return f"dk_detectron has been built without kernels for {device}{cure}"
