@@ -1,6 +1,7 @@
 """The wheel and the source distribution, each in an environment and a folder of its own."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -57,6 +58,13 @@ def test_make_stays_inside_a_clone_with_a_space_in_its_path(tmp_path):
     assert sorted(tmp_path.iterdir()) == [neighbour.parent, clone] and neighbour.is_file()
     assert (site / "dk_detectron.pth").read_text() == f"{clone}\n"
     assert not (site / "tools").exists()
+
+
+def test_the_commands_of_the_readme_are_for_a_clone():
+    readme = (ROOT / "README.md").read_text()
+    commands = "".join(re.findall(r"^```bash$(.*?)^```$", readme, re.MULTILINE | re.DOTALL))
+    assert "\n. .venv/bin/activate " in commands and "\ndk-" not in commands
+    assert all((ROOT / tool).is_file() for tool in re.findall(r"tools/\w+\.\w+", commands))
 
 
 def test_a_build_for_rocm_is_refused_by_that_name(monkeypatch):
