@@ -35,10 +35,10 @@ def run(*command, cwd: Path, **environment) -> str:
 def copy_sources(folder: Path) -> Path:
     """What a release is made of: no caches, nothing compiled."""
     names = "setup.py pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md CITATION.cff"
-    for name in names.split():
+    for name in *names.split(), "CONTRIBUTING.md", "Makefile", ".clang-format":
         shutil.copy(ROOT / name, folder / name)
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in "dk_detectron", "csrc", "configs", "tools", "docs":
+    for name in "dk_detectron", "csrc", "configs", "tools", "docs", "tests", ".ci":
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     return folder
 
@@ -58,6 +58,14 @@ def test_make_stays_inside_a_clone_with_a_space_in_its_path(tmp_path):
     assert sorted(tmp_path.iterdir()) == [neighbour.parent, clone] and neighbour.is_file()
     assert (site / "dk_detectron.pth").read_text() == f"{clone}\n"
     assert not (site / "tools").exists()
+
+
+def test_the_source_distribution_has_what_make_needs(tmp_path):
+    run(sys.executable, "setup.py", "-q", "egg_info", cwd=copy_sources(tmp_path))
+    names = (tmp_path / "dk_detectron.egg-info" / "SOURCES.txt").read_text().splitlines()
+    tests = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("tests/**/*.*")}
+    assert tests | {"Makefile", ".clang-format", ".ci/run"} <= set(names)
+    assert {"tests/sanitize.sh", "tests/ptx/faults.cu", "tests/data/layers_0.1.pth"} <= tests
 
 
 def test_the_commands_of_the_readme_are_for_a_clone():
