@@ -77,7 +77,8 @@ lock: .venv/.requirements ## Pin the dependencies anew (OPTS=--upgrade: to their
 	$(LOCK) $(OPTS) -c requirements-build.txt -o requirements.txt pyproject.toml requirements.in
 
 clean: ## Remove what was compiled, and caches
-	rm -rf build dist *.egg-info dk_detectron/_C*.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist *.egg-info dk_detectron/_C*.so .pytest_cache .ruff_cache .mypy_cache \
+		.hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well
