@@ -19,6 +19,7 @@ SITE_PACKAGES = $(shell $(BIN)/python -c \
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
 	--custom-compile-command 'make lock'
 CSRC := $(shell find csrc -type f)
+CXX_SOURCES := $(CSRC) $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 OPERATORS := dk_detectron/_C.abi3.so
 
 ifeq ($(filter shapes trees,$(DATASET)),)
@@ -65,12 +66,12 @@ lint: .venv/.requirements ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: .venv/.requirements ## Correct style and format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 lock: .venv/.requirements ## Pin the dependencies anew (OPTS=--upgrade: to their newest versions)
 	printf '%s\n' 'setuptools<82' wheel | $(LOCK) $(OPTS) -o requirements-build.txt -

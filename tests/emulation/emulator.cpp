@@ -1,6 +1,6 @@
 // Runs the blocks of a grid on the CPU, each thread a fiber that runs until it has to wait.
 //
-// DK_EMULATED_ORDER  in which order fibers and blocks get their turn: forward, reverse, or any other
+// DK_EMULATED_ORDER  in which order fibers and blocks get their turn: forward, reverse, or another
 //                    word, a seed: then at random, a fiber being passed over every other time.
 // A kernel with all its barriers gives the same bits in every order.
 #include "stable.h"
@@ -35,7 +35,7 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-// ---- switching -----------------------------------------------------------------------------------
+// ---- switching ----------------------------------------------------------------------------------
 
 #if DK_FAST_SWITCH
 // swapcontext() makes a system call each time; a warp shuffle of a whole block would make hundreds.
@@ -101,7 +101,7 @@ struct Fiber : Context {
   std::unique_ptr<unsigned char[]> memory{new unsigned char[kStack]};
   State state = State::ready;
   dim3 index;
-  int tag = 0;            // of the warp barrier it waits at
+  int tag = 0;  // of the warp barrier it waits at
   unsigned exchanges = 0, block_barriers = 0, warp_barriers = 0;
   std::deque<Copy> copies;
   const char* error = nullptr;
@@ -118,8 +118,8 @@ struct Block {
   Context scheduler;
   Fiber* current = nullptr;
   const std::function<void()>* kernel = nullptr;
-  // What the thread sanitizer knows of order, as addresses: the launch, its end, and for each block its
-  // barriers, then its warps'. Two by turns: who leaves one barrier has not yet heard of the next.
+  // What the thread sanitizer knows of order, as addresses: the launch, its end, and for each block
+  // its barriers, then its warps'. Two by turns: who leaves one has not yet heard of the next.
   char launched, finished;
   std::vector<std::array<char, 2>> barriers;
   // The thread sanitizer's: a stack that two blocks used would look like memory that they share.
@@ -132,7 +132,7 @@ struct Block {
 
 Block block;
 
-// This file is not instrumented itself (build.py): the scheduler's accesses are no accesses of threads.
+// This file is not instrumented itself (build.py): the scheduler's accesses are no threads'.
 [[maybe_unused]] void acquire(void* address) {
 #if defined(DK_THREAD_SANITIZER)
   __tsan_acquire(address);
@@ -195,13 +195,14 @@ void start(Fiber& f) {
 #endif
 #if defined(DK_THREAD_SANITIZER)
   if (f.fiber) __tsan_destroy_fiber(f.fiber);
-  block.old_stacks.push_back(std::exchange(f.memory, std::make_unique_for_overwrite<unsigned char[]>(kStack)));
+  block.old_stacks.push_back(
+      std::exchange(f.memory, std::make_unique_for_overwrite<unsigned char[]>(kStack)));
   f.fiber = __tsan_create_fiber(0);
 #endif
   f.stack = f.memory.get();
   f.stack_size = kStack;
 #if DK_FAST_SWITCH
-  // As dk_emulated_switch left it: six registers, the return address, and a stack aligned as at a call.
+  // As dk_emulated_switch left it: six registers, the return address, a stack aligned as at a call.
   auto top = reinterpret_cast<std::uintptr_t>(f.memory.get() + kStack) / 16 * 16;
   auto frame = reinterpret_cast<void**>(top) - 8;
   std::fill(frame, frame + 8, nullptr);
@@ -216,7 +217,7 @@ void start(Fiber& f) {
 #endif
 }
 
-// ---- scheduling ----------------------------------------------------------------------------------
+// ---- scheduling ---------------------------------------------------------------------------------
 
 class Order {
  public:
@@ -255,7 +256,8 @@ bool release_barriers(std::size_t threads) {
   for (std::size_t begin = 0; begin < threads; begin += kWarp) {
     if (count(begin, begin + kWarp, State::at_warp_barrier) < kWarp) continue;
     for (std::size_t i = begin; i < begin + kWarp; ++i) {
-      if (block.fibers[i].tag != block.fibers[begin].tag) fail("the lanes of a warp wait for different things");
+      if (block.fibers[i].tag != block.fibers[begin].tag)
+        fail("the lanes of a warp wait for different things");
       block.fibers[i].state = State::ready;
     }
     released = true;
@@ -357,8 +359,8 @@ void check_shape(dim3 grid, dim3 threads) {
   }
 }
 
-// Takes a launch: the kernel's mangled name, the launch's shape, and its arguments with their sizes.
-// Returns whether it did.
+// Takes a launch: the kernel's mangled name, the launch's shape, and its arguments with their
+// sizes. Returns whether it did.
 using Launcher = int (*)(const char* name, unsigned grid, unsigned block, std::size_t shared_bytes,
                          int count, void** args, const std::size_t* sizes);
 Launcher launcher = nullptr;
@@ -372,7 +374,8 @@ bool launched_elsewhere(void* kernel, dim3 grid, dim3 threads, std::size_t share
   return launcher(info.dli_sname, grid.x, threads.x, shared_bytes, count, args, sizes);
 }
 
-void run_grid(dim3 grid, dim3 threads, std::size_t shared_bytes, const std::function<void()>& kernel) {
+void run_grid(dim3 grid, dim3 threads, std::size_t shared_bytes,
+              const std::function<void()>& kernel) {
   check_shape(grid, threads);
   Order order;
   grid_size = grid;
@@ -390,11 +393,11 @@ void run_grid(dim3 grid, dim3 threads, std::size_t shared_bytes, const std::func
   order.arrange(blocks);
   std::vector<std::unique_ptr<void, decltype(&std::free)>> shared;
   for (unsigned b : blocks) {
-    // Fresh and exactly as large as asked for: what is read before it is written shows, and so does,
-    // under the address sanitizer, what lies outside.
+    // Fresh and exactly as large as asked for: what is read before it is written shows, and so
+    // does, under the address sanitizer, what lies outside.
     void* memory = nullptr;
     if (posix_memalign(&memory, 128, shared_bytes ? shared_bytes : 1)) throw std::bad_alloc();
-#if !defined(DK_THREAD_SANITIZER)  // to which freeing it would be a race, or an order between blocks
+#if !defined(DK_THREAD_SANITIZER)  // to which freeing it would be a race, or an order of blocks
     shared.clear();
 #endif
     shared.emplace_back(memory, &std::free);
@@ -409,7 +412,7 @@ void run_grid(dim3 grid, dim3 threads, std::size_t shared_bytes, const std::func
 
 }  // namespace emulated
 
-// ---- runtime -------------------------------------------------------------------------------------
+// ---- runtime ------------------------------------------------------------------------------------
 
 namespace {
 int from_environment(const char* name, int otherwise) {
@@ -441,7 +444,7 @@ extern "C" void dk_emulated_set_launcher(emulated::Launcher launcher) {
   emulated::launcher = launcher;
 }
 
-// ---- the C shim's part for CUDA ------------------------------------------------------------------
+// ---- the C shim's part for CUDA -----------------------------------------------------------------
 
 extern "C" {
 

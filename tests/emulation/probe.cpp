@@ -20,7 +20,8 @@ extern "C" int dk_emulated_launch(std::size_t shared_bytes, int allowed) {
   return cudaLaunchKernel(nothing, dim3(1), dim3(32), nullptr, shared_bytes, nullptr);
 }
 
-// Runs a kernel of products.cu, with 16 bytes of shared memory for each thread. Returns what went wrong, or nothing.
+// Runs a kernel of products.cu, with 16 bytes of shared memory for each thread. Returns what went
+// wrong, or nothing.
 extern "C" const char* dk_emulated_product(const char* name, unsigned threads, const uint32_t* a,
                                            const uint32_t* b, float* d) {
   static const std::map<std::string, void (*)(const uint32_t*, const uint32_t*, float*)> kernels = {

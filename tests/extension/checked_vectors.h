@@ -1,5 +1,6 @@
-// Comes before every source of the build under UndefinedBehaviorSanitizer, which looks at conversions
-// of numbers, not of vectors. There, a location that no integer can hold would go unnoticed.
+// Comes before every source of the build under UndefinedBehaviorSanitizer, which looks at
+// conversions of numbers, not of vectors. There, a location that no integer can hold would go
+// unnoticed.
 #pragma once
 
 #include <type_traits>

@@ -1,5 +1,5 @@
-// Stands before the toolkit's header on the include path: just enough CUDA for csrc/cuda to compile as
-// C++, with each block's threads run as fibers on the CPU by ../emulator.cpp. For tests only.
+// Stands before the toolkit's header on the include path: just enough CUDA for csrc/cuda to compile
+// as C++, with each block's threads run as fibers on the CPU by ../emulator.cpp. For tests only.
 #pragma once
 
 #include <algorithm>
@@ -95,10 +95,11 @@ void atomicAdd(T* address, T value) {
     std::memcpy(&sum, &before, sizeof(T));
     sum += value;
     std::memcpy(&after, &sum, sizeof(T));
-  } while (!__atomic_compare_exchange_n(word, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  } while (
+      !__atomic_compare_exchange_n(word, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 
-// ---- instead of the PTX in csrc/cuda/mma.cuh, which says what these do ---------------------------
+// ---- instead of the PTX in csrc/cuda/mma.cuh, which says what these do --------------------------
 
 #define DK_EMULATED_MMA
 
@@ -172,7 +173,7 @@ inline void wait_for_copies() {
 }  // namespace cuda
 }  // namespace dk
 
-// ---- runtime -------------------------------------------------------------------------------------
+// ---- runtime ------------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -192,7 +193,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 typedef struct CUstream_st* cudaStream_t;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
-// The next launch fails with the error in DK_EMULATED_LAUNCH_ERROR, so that its message can be tested.
+// The next launch fails with the error in DK_EMULATED_LAUNCH_ERROR, to test its message.
 cudaError_t emulated_launch_error();
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -223,7 +224,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   limit = std::min(limit, emulated::shared_limit(reinterpret_cast<void*>(kernel)));
   const bool nothing = grid.x * grid.y * grid.z == 0 || block.x * block.y * block.z == 0;
-  if (shared_bytes > static_cast<std::size_t>(limit) || block.x * block.y * block.z > 1024 || nothing) {
+  if (shared_bytes > static_cast<std::size_t>(limit) || block.x * block.y * block.z > 1024 ||
+      nothing) {
     return cudaErrorInvalidValue;
   }
   const std::size_t sizes[] = {sizeof(P)...};
@@ -231,8 +233,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
                                    sizeof...(P), args, sizes)) {
     return cudaSuccess;
   }
-  emulated::run_grid(grid, block, shared_bytes, [&] {
-    emulated::call(kernel, args, std::index_sequence_for<P...>());
-  });
+  emulated::run_grid(grid, block, shared_bytes,
+                     [&] { emulated::call(kernel, args, std::index_sequence_for<P...>()); });
   return cudaSuccess;
 }
