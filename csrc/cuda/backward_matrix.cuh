@@ -24,18 +24,20 @@ using BackwardTaps = MatrixTaps<c10::BFloat16>;
 
 // Bytes of shared memory, and where its arrays begin:
 //   taps     BackwardTaps
+//   cell     [pairs]         int, the first of the 2x2 that the tap reads, as 4 * row + column
 //   sample   [pairs]         TapSample<float>
 //   sums     [warps, pairs]  Vector<float, 4>, gradients of the coefficients
 //   stage    StagedTile of grad_output
 struct BackwardLayout {
-  size_t sample, sums, stage, bytes;
+  size_t cell, sample, sums, stage, bytes;
 };
 template <typename scalar_t>
 DK_INLINE BackwardLayout backward_layout() {
   constexpr int lanes = kBackwardLanes;
   using Taps = BackwardTaps;
   BackwardLayout s;
-  s.sample = Taps::bytes;
+  s.cell = Taps::bytes;
+  s.sample = s.cell + sizeof(int) * Taps::pairs;
   s.sums = s.sample + sizeof(TapSample<float>) * Taps::pairs;
   s.stage = s.sums + sizeof(Vector<float, 4>) * Taps::pairs * (lanes / kWarpVectors);
   s.bytes = s.stage + StagedTile<scalar_t>::bytes(lanes);
@@ -107,6 +109,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
   const int pad_h = static_cast<int>(p.pad_h), pad_w = static_cast<int>(p.pad_w);
   const BackwardLayout layout = backward_layout<scalar_t>();
   const Taps taps(memory);
+  int* cell = reinterpret_cast<int*>(memory + layout.cell);
   auto* samples = reinterpret_cast<TapSample<float>*>(memory + layout.sample);
   auto* coef_sums = reinterpret_cast<Vector<float, 4>*>(memory + layout.sums);
   const StagedTile<scalar_t> stage(memory + layout.stage, lanes);
@@ -155,9 +158,10 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
         const bool fed = next_fed;
         next_fed = locate(j + kMatrixThreads, &next);
         taps.clear(j - lane);
-        taps.cell[j] = kNotFed;
+        cell[j] = kNotFed;
         if (!fed) continue;
         samples[j] = sample_at(p, size, at);
+        cell[j] = 4 * samples[j].h.cell + samples[j].w.cell;
         taps.store(j, samples[j]);
       }
       const int upper = (tile.h + row) * in_w + tile.w + g;
@@ -208,7 +212,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
         Vector<float, 4>* sums = coef_sums + own * Taps::pairs + pair;
         DK_UNROLL
         for (int i = 0; i < 2; ++i) {
-          store_cell_sums(sums + g + 8 * i, taps.cell[pair + g + 8 * i], q,
+          store_cell_sums(sums + g + 8 * i, cell[pair + g + 8 * i], q,
                           {coef_sum[0][2 * i], coef_sum[0][2 * i + 1]},
                           {coef_sum[1][2 * i], coef_sum[1][2 * i + 1]});
         }
@@ -247,7 +251,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
       __syncthreads();
 
       for (int j = threadIdx.x; j < Taps::pairs; j += blockDim.x) {
-        if (taps.cell[j] == kNotFed) continue;
+        if (cell[j] == kNotFed) continue;
         const Pixel out = fed_by(j);
         Vector<float, 4> sum = coef_sums[j];
         for (int i = 1; i < warps; ++i) add_scaled(sum, 1.f, coef_sums[i * Taps::pairs + j]);
@@ -268,7 +272,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
     if (i0 == 0) {
       DK_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const int cell = matrix_cell(g) + 2 * i, row = cell / 4, column = cell % 4;
+        const int at = matrix_cell(g) + 2 * i, row = at / 4, column = at % 4;
         if (row >= S || column >= S) continue;
         float* to =
             a.weight_partial + (int64_t(share.split) * (S * S) + row * S + column) * channels;

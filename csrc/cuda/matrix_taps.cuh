@@ -185,21 +185,18 @@ struct StagedTile {
 
 // ---- coefficients -------------------------------------------------------------------------------
 
-// Of every tap of a tile's pixels, in shared memory: its coefficients on all 16 cells, and the
-// first of the 2x2 cells that it reads, as 4 * row + column. Coefficients lie as a thread wants
-// them, 16 bytes for two pixels and a row of the scope: columns 0 and 1 of pixel g, of pixel g + 8,
-// columns 2 and 3 of both.
+// Of every tap of a tile's pixels, in shared memory: its coefficients on all 16 cells. They lie as
+// a thread wants them, 16 bytes for two pixels and a row of the scope: columns 0 and 1 of pixel g,
+// of pixel g + 8, columns 2 and 3 of both.
 template <typename half_t>
 struct MatrixTaps {
   static constexpr int pixels = kMatrixRows * kMatrixColumns, pairs = kMatrixTaps * pixels;
   static constexpr int row_bytes = kScopeRows * 8, part_bytes = pairs * row_bytes;
-  static constexpr int bytes = kCoefParts * part_bytes + pairs * static_cast<int>(sizeof(int));
+  static constexpr int bytes = kCoefParts * part_bytes;
 
   unsigned char* coef;  // [kCoefParts, kMatrixTaps, pixels / 2, kScopeRows, 16]
-  int* cell;            // [kMatrixTaps, pixels]
 
-  DK_INLINE explicit MatrixTaps(unsigned char* memory)
-      : coef(memory), cell(reinterpret_cast<int*>(memory + kCoefParts * part_bytes)) {}
+  DK_INLINE explicit MatrixTaps(unsigned char* memory) : coef(memory) {}
 
   // Of `pair` (a multiple of 16, plus g) and the pair 8 pixels away. Rows are turned, so that eight
   // neighbouring threads, of eight pixels or of two, use all banks.
@@ -222,7 +219,6 @@ struct MatrixTaps {
 
   // The four cells that a sample reads; the others are clear.
   DK_INLINE void store(unsigned pair, const TapSample<float>& sample) const {
-    cell[pair] = 4 * sample.h.cell + sample.w.cell;
     DK_UNROLL
     for (int k = 0; k < 2; ++k) {
       uint32_t part[kCoefParts];
