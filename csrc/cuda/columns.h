@@ -10,28 +10,28 @@ namespace cuda {
 // A tile of columns (csrc/dense.h): `count` output pixels from `first` on, of all N * H_out *
 // W_out. The input is channels_last.
 template <typename scalar_t>
-struct ColumnsArgs {
+struct ColumnsTile {
   using T = opmath_t<scalar_t>;
   ConvParams params;
   const scalar_t* input;
   Offset<const T> kernel_offset, data_offset;
   int64_t first, count;
-  scalar_t* columns;  // [groups, count, cells, C / groups], to be written
-  int pixels;         // of a block
+  int pixels;  // of a block
 };
 
 template <typename scalar_t>
-struct ColumnsBackwardArgs {
+struct ColumnsArgs : ColumnsTile<scalar_t> {
+  scalar_t* columns;  // [groups, count, cells, C / groups], to be written
+};
+
+template <typename scalar_t>
+struct ColumnsBackwardArgs : ColumnsTile<scalar_t> {
   using T = opmath_t<scalar_t>;
-  ConvParams params;
-  const scalar_t* input;
-  Offset<const T> kernel_offset, data_offset;
-  int64_t first, count;
   const scalar_t* grad_columns;                    // [groups, count, cells, C / groups]
   T* grad_taps;                                    // [count, taps, C], of what each tap reads
   Offset<T> grad_kernel_offset, grad_data_offset;  // zero at the start
   T* grad_input;                                   // channels_last, added to; zero at the start
-  int pixels, lanes;                               // of a block; threads that share a pixel
+  int lanes;                                       // threads that share a pixel
 };
 
 // Neighbouring channels of one group that a thread takes: so many, or one.

@@ -129,8 +129,8 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
                               output.mutable_data_ptr<scalar_t>(),
                               {}};
       if (!p.depthwise()) {
-        return cuda::dense_forward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x, w, b,
-                                             output);
+        return cuda::dense_forward<scalar_t>({{p, a.input, a.kernel_offset, a.data_offset}}, x, w,
+                                             b, output);
       }
       const cudaStream_t stream = current_stream(input);
       if (nchw) return cuda::launch_forward_nchw(a, stream);
@@ -282,8 +282,8 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       a.data_offset = offset_view<T>(p, data);
       if (!p.depthwise()) {
         gradients =
-            cuda::dense_backward<scalar_t>({p, a.input, a.kernel_offset, a.data_offset}, x, weight,
-                                           kernel, data, grad, output_mask, deterministic);
+            cuda::dense_backward<scalar_t>({{p, a.input, a.kernel_offset, a.data_offset}}, x,
+                                           weight, kernel, data, grad, output_mask, deterministic);
         return;
       }
 

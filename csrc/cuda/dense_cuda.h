@@ -64,10 +64,10 @@ struct DenseBackend {
     const ConvParams& p = a.params;
     const Tensor result =
         stable::new_empty(like, {p.groups, count, p.channels / p.groups * p.cells()}, type);
-    launch_columns<scalar_t>(
-        {p, a.input, a.kernel_offset, a.data_offset, first, count,
-         result.mutable_data_ptr<scalar_t>(), columns_pixels(a, count, /*backward=*/false)},
-        stream);
+    launch_columns<scalar_t>({{p, a.input, a.kernel_offset, a.data_offset, first, count,
+                               columns_pixels(a, count, /*backward=*/false)},
+                              result.mutable_data_ptr<scalar_t>()},
+                             stream);
     return result;
   }
 
