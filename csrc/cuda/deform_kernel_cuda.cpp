@@ -53,17 +53,17 @@ Tensor laid_out(const ConvParams& p, const Tensor& input, MemoryFormat format) {
   return p.depthwise() || is_aligned(x) ? x : stable::clone(x);
 }
 
-// Whether the kernels on tensor cores take the call. Those multiply bfloat16 since compute
-// capability 8.0.
-template <typename scalar_t, typename... Tensors>
+// Whether the kernels on tensor cores take the call, which is not of double. Those multiply
+// bfloat16 since compute capability 8.0. `aligned`: what they read in vectors can be.
+template <typename scalar_t>
 bool has_matrix_kernel(const ConvParams& p, const std::optional<Tensor>& kernel_offset,
-                       const std::optional<Tensor>& data_offset, const Tensors&... activations) {
-  return !std::is_same_v<scalar_t, double> && kernel_offset && !is_modulated(p, *kernel_offset) &&
-         !data_offset && p.kernel_h == 3 && p.kernel_w == 3 && p.scope_h == p.scope_w &&
+                       const std::optional<Tensor>& data_offset, bool aligned) {
+  return aligned && kernel_offset && !is_modulated(p, *kernel_offset) && !data_offset &&
+         p.kernel_h == 3 && p.kernel_w == 3 && p.scope_h == p.scope_w &&
          (p.scope_h == 3 || p.scope_h == 4) && p.stride_h == 1 && p.stride_w == 1 &&
          p.dilation_h == 1 && p.dilation_w == 1 &&
          p.batch * std::max(p.in_h * p.in_w, p.out_h * p.out_w) < int64_t(1) << 31 &&
-         p.channels % (16 / sizeof(scalar_t)) == 0 && (is_aligned(activations) && ...) &&
+         p.channels % (16 / sizeof(scalar_t)) == 0 &&
          cuda::device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
 }
 
@@ -138,7 +138,7 @@ Tensor deform_kernel_conv2d_cuda(const Tensor& input, const Tensor& weight,
       const bool aligned = p.channels % wide == 0 && is_aligned(x) && is_aligned(w);
       a.channels = plan_forward<scalar_t>(p, kernel.has_value(), data.has_value(), aligned);
       if constexpr (!std::is_same_v<scalar_t, double>) {
-        if (has_matrix_kernel<scalar_t>(p, kernel, data, x, w)) {
+        if (has_matrix_kernel<scalar_t>(p, kernel, data, aligned)) {
           return cuda::launch_forward_matrix(a, stream);
         }
       }
@@ -302,7 +302,7 @@ std::vector<Tensor> deform_kernel_conv2d_backward_cuda(
       const bool aligned =
           p.channels % wide == 0 && is_aligned(x) && is_aligned(grad) && is_aligned(w);
       const bool matrix =
-          sizeof(scalar_t) == 2 && has_matrix_kernel<scalar_t>(p, kernel, data, x, grad, w);
+          sizeof(scalar_t) == 2 && has_matrix_kernel<scalar_t>(p, kernel, data, aligned);
       const int blocks_per_processor =
           matrix ? plan_backward_matrix(a) : plan_backward_block(a, aligned);
       const int64_t tiles =
