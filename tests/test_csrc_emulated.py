@@ -188,6 +188,28 @@ class TestEveryOrder:
         assert case.in_registers(torch.bfloat16)
         check(case, dtype, torch.channels_last)
 
+    @pytest.mark.parametrize(
+        "case, dtype",
+        [
+            *((Case(channels=8), dtype) for dtype in (F32, *MATRIX_SUMMANDS)),
+            *((DENSE[0], dtype) for dtype in MATRIX_SUMMANDS),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("version, on_tensor_cores", [("75", False), ("80", True)])
+    def test_code_for_older_gpus(self, version, on_tensor_cores, case, dtype, monkeypatch):
+        """Whatever GPU runs it: of PTX for 7.5 the kernels on tensor cores are a trap."""
+        monkeypatch.setenv("DK_EMULATED_PTX_VERSION", version)
+        names = []
+
+        def see(name, *_):
+            names.append(name)
+            return False
+
+        with plugin.launcher(see):
+            check(case, dtype, torch.channels_last)
+        assert any(b"matrix_kernel" in name for name in names) == on_tensor_cores
+
     def test_small_factors_of_float16(self):
         """2^-20 times a coefficient is none of its normal numbers; times large pixels, it is."""
         case = Case(channels=16, out_channels=24, groups=1, modulated=True)

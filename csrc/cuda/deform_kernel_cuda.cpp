@@ -53,8 +53,8 @@ Tensor laid_out(const ConvParams& p, const Tensor& input, MemoryFormat format) {
   return p.depthwise() || is_aligned(x) ? x : stable::clone(x);
 }
 
-// Whether the kernels on tensor cores take the call, which is not of double. Those multiply
-// bfloat16 since compute capability 8.0. `aligned`: what they read in vectors can be.
+// Whether the kernels on tensor cores take the call, which is not of double. `aligned`: what they
+// read in vectors can be.
 template <typename scalar_t>
 bool has_matrix_kernel(const ConvParams& p, const std::optional<Tensor>& kernel_offset,
                        const std::optional<Tensor>& data_offset, bool aligned) {
@@ -63,8 +63,7 @@ bool has_matrix_kernel(const ConvParams& p, const std::optional<Tensor>& kernel_
          (p.scope_h == 3 || p.scope_h == 4) && p.stride_h == 1 && p.stride_w == 1 &&
          p.dilation_h == 1 && p.dilation_w == 1 &&
          p.batch * std::max(p.in_h * p.in_w, p.out_h * p.out_w) < int64_t(1) << 31 &&
-         p.channels % (16 / sizeof(scalar_t)) == 0 &&
-         cuda::device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
+         p.channels % (16 / sizeof(scalar_t)) == 0 && cuda::compiled_for() >= cuda::kTensorCores;
 }
 
 [[noreturn]] void refuse_scope(const ConvParams& p, size_t bytes, int64_t limit) {

@@ -182,7 +182,7 @@ bool has_dense_matrix_kernel(const ColumnsBackwardArgs<scalar_t>& a) {
          std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) <= most &&
          DenseLayout(DenseWindow<false>(p).pixels()).bytes() <=
              device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) &&
-         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
+         compiled_for() >= kTensorCores;
 }
 
 // In a scope of 4x4, zeros around a smaller one.

@@ -109,6 +109,13 @@ struct BackwardArgs {
   T* grad_input_sum;     // with data_offset: zero at the start; may be null
 };
 
+// The compute capability that the code on this GPU was compiled for, as 10 * major + minor: lower
+// than the GPU's own where it took the PTX of an older one. Not remembered, since a process may
+// have several GPUs, and a query costs little beside a launch.
+int compiled_for();  // in forward_float.cu: every .cu is compiled for the same
+// Below it, the kernels on tensor cores are but a trap (mma.cuh).
+constexpr int kTensorCores = 80;
+
 // ---- launchers, one instantiation per type in its own .cu ---------------------------------------
 
 template <typename scalar_t>

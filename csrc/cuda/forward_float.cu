@@ -4,3 +4,15 @@
 
 DK_INSTANTIATE_FORWARD(float)
 DK_INSTANTIATE_FORWARD_MATRIX(float)
+
+namespace dk {
+namespace cuda {
+
+int compiled_for() {
+  cudaFuncAttributes attributes{};
+  check_launch(cudaFuncGetAttributes(&attributes, forward_matrix_kernel<float, 4>));
+  return attributes.ptxVersion;
+}
+
+}  // namespace cuda
+}  // namespace dk

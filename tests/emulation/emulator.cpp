@@ -425,6 +425,8 @@ cudaError_t emulated_launch_error() {
   return static_cast<cudaError_t>(from_environment("DK_EMULATED_LAUNCH_ERROR", 0));
 }
 
+int emulated_ptx_version() { return from_environment("DK_EMULATED_PTX_VERSION", 90); }
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:

@@ -3,6 +3,7 @@
 `with emulated_cuda("forward"):` does it for as long as it lasts.
 """
 
+import ctypes
 import os
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +19,10 @@ from .build import build
 ORDERS = os.environ.get("DK_EMULATED_ORDERS", "forward reverse seed1 seed2").split()
 OPERATORS = ["deform_kernel_conv2d", "deform_kernel_conv2d_backward"]
 _library = torch.library.Library("dk_emulated", "DEF")
+_LAUNCHER = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t),
+)  # fmt: skip
 
 
 @cache
@@ -63,6 +68,23 @@ def order(name: str):
             del os.environ["DK_EMULATED_ORDER"]
         else:
             os.environ["DK_EMULATED_ORDER"] = before
+
+
+@contextmanager
+def launcher(take):
+    """Every launch is offered to a function, which says whether it took it.
+
+    Args:
+        take: of the kernel's mangled name, the grid, the block, the bytes of shared memory, the
+            number of arguments, pointers to them and their sizes. It must not raise.
+    """
+    library = ctypes.CDLL(str(load()))
+    function = _LAUNCHER(take)
+    library.dk_emulated_set_launcher(function)
+    try:
+        yield
+    finally:
+        library.dk_emulated_set_launcher(None)
 
 
 @contextmanager

@@ -27,10 +27,6 @@ from .parser import Entry, Module
 _POISON = 0xA5  # of arena.cpp
 _MOST_TENSORS = 4096
 _TYPES = {"f": "float", "d": "double", "N3c108BFloat16E": "bfloat16", "N3c104HalfE": "half"}
-_LAUNCHER = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int,
-    ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t),
-)  # fmt: skip
 
 
 def plain_name(mangled: str) -> str:
@@ -65,7 +61,6 @@ class Device:
 
     def __init__(self, sources: list[Path]):
         self.sources = sources
-        self.library = ctypes.CDLL(str(plugin.load()))
         self.arena = ctypes.CDLL(str(build_arena()))
         self.arena.arena_base.restype = ctypes.c_void_p
         self.arena.arena_used.restype = ctypes.c_size_t
@@ -107,14 +102,12 @@ class Device:
             self.arena.arena_switch(1)
             return 1
 
-        launcher = _LAUNCHER(take)
-        self.library.dk_emulated_set_launcher(launcher)
-        self.arena.arena_switch(1)
-        try:
-            yield launches
-        finally:
-            self.arena.arena_switch(0)
-            self.library.dk_emulated_set_launcher(None)
+        with plugin.launcher(take):
+            self.arena.arena_switch(1)
+            try:
+                yield launches
+            finally:
+                self.arena.arena_switch(0)
         if errors:
             raise errors[0]
 
