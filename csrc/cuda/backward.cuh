@@ -24,8 +24,8 @@ struct Share {
   DK_INLINE Share(int block, int splits, int groups, int channel_tiles, int64_t tiles) {
     split = block / groups;
     group = block % groups;
-    first_channels = group * channel_tiles / groups;
-    last_channels = (group + 1) * channel_tiles / groups;
+    first_channels = static_cast<int>(int64_t(group) * channel_tiles / groups);
+    last_channels = static_cast<int>(int64_t(group + 1) * channel_tiles / groups);
     first = split * tiles / splits;
     last = (split + 1) * tiles / splits;
   }
