@@ -211,7 +211,8 @@ using Gradients = std::array<std::optional<Tensor>, 4>;
 inline Gradients zero_gradients(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& kernel_offset,
                                 const std::optional<Tensor>& data_offset) {
-  Gradients gradients{zeros_like(input), zeros_like(weight)};
+  // The weight's is contiguous, as everywhere, whatever the strides of the weight.
+  Gradients gradients{zeros_like(input), stable::new_zeros(weight, weight.sizes())};
   if (kernel_offset) gradients[2] = zeros_like(*kernel_offset);
   if (data_offset) gradients[3] = zeros_like(*data_offset);
   return gradients;

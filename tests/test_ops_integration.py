@@ -48,15 +48,19 @@ def test_opcheck(geometry, layout, which, device):
 
 @every_offset
 @every_path
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck_backward(layout, groups, which, device):
-    case = Case(groups=groups, scope=(3, 3), bias=False, **which)
+@pytest.mark.parametrize(
+    "layout, batch",
+    [(torch.contiguous_format, 2), (torch.channels_last, 2), (torch.channels_last, 0)],
+    ids=str,
+)
+def test_opcheck_backward(layout, batch, groups, which, device):
+    case = Case(batch=batch, groups=groups, scope=(3, 3), bias=False, **which)
     tensors = {
         name: None if t is None else t.to(memory_format=layout)
         for name, t in case.tensors(torch.float32, device).items()
     }
     del tensors["bias"]
-    grad_output = torch.randn(2, 3, *case.output_size, device=device)
+    grad_output = torch.randn(batch, 3, *case.output_size, device=device)
     mask = [tensor is not None for tensor in tensors.values()]
     for output_mask in mask, [False, *mask[1:]]:
         torch.library.opcheck(
