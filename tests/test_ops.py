@@ -881,6 +881,20 @@ def test_nan_shows_in_its_output_location_only(name, padding, axis, groups, func
         assert_close(actual[offset][elsewhere], expected[offset][elsewhere])
 
 
+@every_implementation
+@every_path
+def test_an_infinite_factor_shows_in_its_output_location_also_from_the_padding(
+    groups, function, device
+):
+    case = Case(groups=groups, modulated=True)
+    tensors = case.tensors(device=device)
+    tensors["kernel_offset"][1, 18, 0, 0] = INFINITY  # of the first tap
+    output = function(**tensors, **case.arguments)
+    missing = torch.zeros_like(output, dtype=torch.bool)
+    missing[1, :, 0, 0] = True
+    assert torch.equal(output.isnan(), missing)
+
+
 @every_path
 @pytest.mark.parametrize(
     "deterministic", [False, True], ids=["any-order", "deterministic"], indirect=True

@@ -221,11 +221,12 @@ struct ForwardPixels {
     }
   }
 
-  // A tap in the padding adds 0, but a NaN of its offset still shows in the output.
+  // A tap in the padding adds 0, but a NaN of its offset still shows in the output, and so does an
+  // infinite factor.
   template <typename V, int U>
   DK_INLINE void add_padding(int t, int i, V* acc) const {
     if constexpr (kKernel) {
-      const T sum = scope[t].h[i] + scope[t].w[i] + scope[t].factor[i];
+      const T sum = scope[t].h[i] + scope[t].w[i] + 0 * scope[t].factor[i];
       if (sum == sum) return;
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) acc[u] += sum;
