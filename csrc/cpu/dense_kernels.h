@@ -10,6 +10,7 @@ namespace dk {
 namespace DK_ISA {
 
 DK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+DK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- matrix products ---------------------------------------------------------------------------
 
@@ -189,10 +190,11 @@ struct ForwardTile {
   DK_INLINE void add_products(int64_t group, int64_t row, const T* left, int64_t values) const {
     const ConvParams& p = a.params;
     const int64_t panels = output_panels(p), width = panel_width(p);
+    const int64_t begin = most(group * panels, first_panel);
+    const int64_t end = least((group + 1) * panels, last_panel);
     for (int64_t k = 0; k < values; k += kDepth) {
       const int64_t depth = least(values - k, kDepth);
-      for (int64_t panel = group * panels; panel < (group + 1) * panels; ++panel) {
-        if (panel < first_panel || panel >= last_panel) continue;
+      for (int64_t panel = begin; panel < end; ++panel) {
         const Product<T> product{
             depth,        left + k,       block_row(p), 1, panel_rows(panel, row + k, depth),
             width,        sums_of(panel), width,
