@@ -129,6 +129,8 @@ def every(**values):
         (annotation(segmentation=[[float("nan")] * 6]), "not finite: 1"),
         (image(width=1334, height=1), "beyond 1333 : 1: 1 .*1334x1"),
         (every(bbox=[0.1, 0.2, 0.5, 0.5]), "in fractions of the image.*: 3 .*id 1"),
+        # An object as large as its image.
+        (boxes([0.1, 0.2, 0.5, 0.5], [0, 0, 1, 1], [0, 0, 1, 0.7]), "in fractions .*: 3 .*id 1"),
         (every(bbox=[20, 10, 35, 25]), "are corners .*: 3 .*id 1"),
         # Corners of objects on the left and above do not stick out, when read as sizes.
         (boxes([1, 2, 10, 12], [3, 4, 20, 16], [20, 10, 35, 25]), "are corners .*: 3 .*id 1"),
@@ -143,6 +145,11 @@ def test_faults_of_the_json(dataset, change, message):
     texts = [text for text, _ in problems]
     assert any(re.search(message, text) for text in texts), texts
     assert all(str(dataset[1]) in text for text in texts if "another size" not in text)
+
+
+def test_boxes_of_one_pixel_are_no_fractions(dataset):
+    edit(dataset[1], boxes([0, 0, 1, 1], [7.5, 4.25, 1, 1], [0.5, 0.5, 1, 1]))
+    assert check_dataset("sound").problems == []
 
 
 POLYGON = [1.0, 2.0, 31.0, 2.0, 31.0, 22.0]

@@ -44,7 +44,7 @@ class Entries:
         self.images: dict[int, dict] = {}
         self.categories: dict[int, dict] = {}
         self.crowds = 0
-        self.boxes = self.corners = self.fractions = self.hanging = 0
+        self.boxes = self.corners = self.units = self.fractions = self.hanging = 0
 
     def read(self, content: dict) -> None:
         """Judges a file's content, and repairs it in place."""
@@ -197,7 +197,8 @@ class Entries:
         x, y, width, height = box
         self.boxes += 1
         self.corners += x < width <= size[0] + 1 and y < height <= size[1] + 1
-        if width <= 1 and max(box) <= 1:
+        if width <= 1 and max(box) <= 1:  # in pixels, it would lie in the corner of its image
+            self.units += 1
             self.fractions += not all(value == int(value) for value in box)
         if overhang(box, size) > 1:
             self.hanging += 1
@@ -245,7 +246,7 @@ class Entries:
             )
         elif self.corners >= 0.99 * self.boxes and self.hanging > CORNERS_HANG * self.boxes:
             kind = "bboxes that are corners (x1, y1, x2, y2); COCO's are x, y, width, height"
-        elif self.boxes and self.fractions == self.boxes:
+        elif self.fractions and self.units >= 0.99 * self.boxes:  # one of a whole image is whole
             kind = "bboxes in fractions of the image; COCO's are in pixels"
         for annotation in annotations if kind else ():
             if isinstance(annotation, dict):
