@@ -19,7 +19,7 @@ from pycocotools import mask as mask_util
 from running import run_tool
 
 from dk_detectron.commands import check_dataset as command
-from dk_detectron.data import checking, coco
+from dk_detectron.data import checking, coco, entries
 from dk_detectron.data.checking import Release, check_dataset, class_conflict, gate, shared_images
 from dk_detectron.data.datasets import adopt, repaired
 
@@ -135,16 +135,34 @@ def every(**values):
         # Corners of objects on the left and above do not stick out, when read as sizes.
         (boxes([1, 2, 10, 12], [3, 4, 20, 16], [20, 10, 35, 25]), "are corners .*: 3 .*id 1"),
         (every(iscrowd=1), "all crowds .*: 3 .*id 1"),
+        (every(image_id=7), "annotations none of which can be used: 3 .*id 1"),
+        (annotation(keypoints=[3, 4, 2, 5, 6]), "no list of x, y, visibility, ...: 1 .*id 1"),
+        (lambda c: [category(keypoints=["l", "r"])(c), annotation(keypoints=[3, 4, 2])(c)],
+         "not the 2 that the category names: 1 .*id 1: 1"),
         (lambda c: c.update(images=[]), "expected images and categories, found an empty list"),
         (lambda c: c.pop("images"), "found no list of images"),
     ],
-)
+)  # fmt: skip
 def test_faults_of_the_json(dataset, change, message):
     edit(dataset[1], change)
     problems = check_dataset("sound").problems
     texts = [text for text, _ in problems]
     assert any(re.search(message, text) for text in texts), texts
     assert all(str(dataset[1]) in text for text in texts if "another size" not in text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (category(name=None), "category without a proper name: 1"),
+        (lambda c: [entry.update(width=0.5) for entry in c["images"]], "without a proper width: 3"),
+    ],
+)
+def test_annotations_of_what_is_refused_are_not_at_fault(dataset, change, message):
+    edit(dataset[1], change)
+    report = check_dataset("sound")
+    ((text, _),) = report.problems
+    assert message in text and report.repairs == []
 
 
 def test_boxes_of_one_pixel_are_no_fractions(dataset):
@@ -186,6 +204,8 @@ POLYGON = [1.0, 2.0, 31.0, 2.0, 31.0, 22.0]
          [1, 2, 30, 20]),
         (annotation(bbox=None, segmentation={"counts": [62, 5, 25, 3, 1105]}), "around its mask",
          "bbox", [2, 2, 2, 5]),
+        (annotation(keypoints=[3, 4, 2, 5, 6, 1, 0, 0, 0]), "without num_keypoints",
+         "num_keypoints", 2),
         (image(width="40"), "width was not written as an integer", "id", 1),
     ],
 )  # fmt: skip
@@ -201,6 +221,36 @@ def test_what_is_repaired_is_said_and_read_so_by_all(dataset, change, repair, ke
     with repaired("sound"):
         assert MetadataCatalog.get("sound").json_file == coco.survey(str(dataset[1])).path
     assert MetadataCatalog.get("sound").json_file == str(dataset[1])
+
+
+def test_annotations_that_are_there_twice_are_learnt_once(dataset):
+    def merge(content):
+        crowd, other, third = content["annotations"]
+        crowd["iscrowd"] = 1
+        renumbered = {**other, "id": 7}
+        # Of two outlines of one object nobody knows which is meant.
+        refined = {**third, "id": 8, "segmentation": [POLYGON]}
+        content["annotations"] += [dict(crowd), renumbered, refined]
+
+    edit(dataset[1], merge)
+    report = check_dataset("sound")
+    assert report.problems == [] and report.annotations == 4 and report.survey.crowds == 1
+    assert report.repairs == [
+        "annotation that repeats another one, left out: 2 (such as id 1, id 7)"
+    ]
+    assert report.notes == [
+        "annotation of the same image, category and box as another one: 1 (such as id 8)"
+    ]
+    read = json.loads(Path(coco.survey(str(dataset[1])).path).read_text())
+    assert [annotation["id"] for annotation in read["annotations"]] == [1, 2, 3, 8]
+
+
+def test_a_few_annotations_that_are_there_twice_are_noted(dataset, monkeypatch):
+    monkeypatch.setattr(entries, "REPEATED", 0.25)
+    edit(dataset[1], lambda c: c["annotations"].append({**c["annotations"][0], "id": 7}))
+    report = check_dataset("sound")
+    assert report.notes == ["annotation that repeats another one: 1 (such as id 7)"]
+    assert report.annotations == 4 and report.problems == report.repairs == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from typing import Any
 
 from tqdm import tqdm
@@ -27,6 +29,8 @@ MOST_PIXELS = 2**32  # of pycocotools' RLEs
 # Corners that are read as sizes stick out of the image wherever an object lies right of its middle,
 # or below: three in four do if objects lie anywhere. Careless boxes do so far more rarely.
 CORNERS_HANG = 0.1
+# COCO's own training set has a few objects twice: no reason to read other data than all do.
+REPEATED = 0.001
 REFERENCES = "image_id", "category_id"  # of an annotation
 
 
@@ -43,6 +47,7 @@ class Entries:
         self.faults, self.repairs, self.notes = Findings(), Findings(), Findings()
         self.images: dict[int, dict] = {}
         self.categories: dict[int, dict] = {}
+        self.refused: set[tuple[str, int]] = set()  # "image" or "category", and the id
         self.crowds = 0
         self.boxes = self.corners = self.units = self.fractions = self.hanging = 0
 
@@ -53,14 +58,7 @@ class Entries:
         self._judge_images()
         self._judge_names()
         if "annotations" in content:
-            annotations = tqdm(
-                content["annotations"], "Annotations", unit_scale=True, delay=1, disable=None
-            )
-            content["annotations"] = [
-                annotation
-                for position, annotation in enumerate(annotations)
-                if self._read_annotation(annotation, position)
-            ]
+            content["annotations"] = self._read_annotations(content["annotations"])
             self._number(content["annotations"])
             self._judge_all(content["annotations"])
 
@@ -75,6 +73,8 @@ class Entries:
                 lacking.append(text)
             if lacking:
                 self.faults.add(f"{what} without a proper {', '.join(lacking)}", entry)
+                if "id" not in lacking:
+                    self.refused.add((what, entry["id"]))
             elif entry["id"] in sound:
                 self.faults.add(f"{what} whose id is taken", entry["id"])
             else:
@@ -115,6 +115,48 @@ class Entries:
             if other is not category["name"]:
                 self.notes.add("categories of one name", f"{other!r} and {category['name']!r}")
 
+    def _read_annotations(self, annotations: list) -> list:
+        """Repairs all annotations, and returns those that are not left out."""
+        progress = tqdm(annotations, "Annotations", unit_scale=True, delay=1, disable=None)
+        kept = [a for position, a in enumerate(progress) if self._read_annotation(a, position)]
+        if self.faults.counts:
+            return kept
+        if not kept:
+            for annotation in annotations:
+                self.faults.add("annotations none of which can be used", _label(annotation))
+        return self._without_repeats(kept)
+
+    def _without_repeats(self, annotations: list[dict]) -> list[dict]:
+        """Leaves out what is there twice but for its id, as after merging a list with itself.
+
+        Every repeat is an object that an evaluation misses, however well it is found.
+        """
+        places = [
+            hash((a["image_id"], a["category_id"], a["iscrowd"], *a["bbox"])) for a in annotations
+        ]
+        counts = Counter(places)
+        if len(counts) == len(places):
+            return annotations
+        seen: set[int | str] = set()
+        repeats: dict[int, dict] = {}
+        for position, (place, annotation) in enumerate(zip(places, annotations, strict=True)):
+            if counts[place] > 1:
+                content = json.dumps({**annotation, "id": None}, sort_keys=True)
+                if content in seen:
+                    repeats[position] = annotation
+                elif place in seen:
+                    kind = "annotation of the same image, category and box as another one"
+                    self.notes.add(kind, _label(annotation))
+                seen |= {place, content}
+        few = len(repeats) <= REPEATED * len(annotations)
+        kind = "annotation that repeats another one" + ("" if few else ", left out")
+        for annotation in repeats.values():
+            (self.notes if few else self.repairs).add(kind, _label(annotation))
+        if few:
+            return annotations
+        self.crowds -= sum(annotation["iscrowd"] for annotation in repeats.values())
+        return [a for position, a in enumerate(annotations) if position not in repeats]
+
     def _read_annotation(self, annotation: object, position: int) -> bool:
         """Repairs an annotation; False if it is left out."""
         if not isinstance(annotation, dict):
@@ -128,9 +170,11 @@ class Entries:
                 return True
         image = self.images.get(annotation["image_id"])
         if image is None:
-            self.repairs.add("annotation of an unknown image, left out", label)
+            if ("image", annotation["image_id"]) not in self.refused:
+                self.repairs.add("annotation of an unknown image, left out", label)
             return False
-        if annotation["category_id"] not in self.categories:
+        category = self.categories.get(annotation["category_id"])
+        if category is None and ("category", annotation["category_id"]) not in self.refused:
             self.faults.add("annotation of an unknown category", label)
         size = image["width"], image["height"]
         covers = has_area(annotation.get("bbox")) or self._read_strings(annotation, label)
@@ -142,9 +186,8 @@ class Entries:
                 return False
             self._read_area(annotation, label)
         self._read_flags(annotation, label)
-        keypoints = annotation.get("keypoints")
-        if keypoints and not _are_keypoints(keypoints):
-            self.faults.add("keypoints that are no list of x, y, visibility, ...", label)
+        if annotation.get("keypoints"):
+            self._read_keypoints(annotation, (category or {}).get("keypoints"), label)
         return True
 
     def _read_strings(self, annotation: dict, label: str) -> bool:
@@ -187,6 +230,17 @@ class Entries:
         if crowd not in (0, 1):
             self.faults.add("annotation whose iscrowd is neither 0 nor 1", label)
         self.crowds += crowd == 1
+
+    def _read_keypoints(self, annotation: dict, names: Any, label: str) -> None:
+        keypoints: Any = annotation["keypoints"]
+        if not _are_keypoints(keypoints):
+            self.faults.add("keypoints that are no list of x, y, visibility, ...", label)
+        elif names and isinstance(names, list) and len(keypoints) != 3 * len(names):
+            kind = f"keypoints that are not the {len(names)} that the category names"
+            self.faults.add(kind, f"{label}: {len(keypoints) // 3}")
+        elif type(annotation.get("num_keypoints")) is not int:  # pycocotools needs it
+            annotation["num_keypoints"] = sum(visibility > 0 for visibility in keypoints[2::3])
+            self.repairs.add("keypoints without num_keypoints: those that are labelled", label)
 
     def _read_box(self, annotation: dict, size: tuple[int, int], label: str, covers: bool) -> bool:
         """Judges the box; False if it has no meaning."""
@@ -256,6 +310,10 @@ class Entries:
         if annotations and (unused := [c for i, c in self.categories.items() if i not in used]):
             for category in unused:
                 self.notes.add("category without boxes", repr(category["name"]))
+
+
+def _label(annotation: dict) -> str:
+    return f"id {annotation.get('id')}"
 
 
 def _are_keypoints(value: object) -> bool:
