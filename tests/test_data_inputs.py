@@ -101,8 +101,8 @@ def test_what_would_be_read_wrongly_is_refused_by_name(tmp_path):
         "cut.jpg": "unreadable image",
         "damaged.jpg": "image that is damaged inside",
         "zeros.jpg": "image that is not whole",
-        "page.png": "unreadable image",
-        "empty.png": "unreadable image",
+        "page.png": "unreadable image, of no format that Pillow knows",
+        "empty.png": "unreadable image, of no format that Pillow knows",
         "sixteen.png": "image of 16 bits",
         "gone.png": "missing image",
     }

@@ -14,7 +14,7 @@ from detectron2.data.detection_utils import read_image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .pictures import UNREADABLE, divert_warnings, picture_fault
+from .pictures import divert_warnings, picture_fault, reading_fault
 
 VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 # Of a webcam that does not say.
@@ -132,8 +132,8 @@ def read_picture(path: str | Path) -> np.ndarray:
         if fault is None:
             return np.ascontiguousarray(read_image(str(path), "BGR"))
     # Pillow reports a broken file in many ways.
-    except Exception:
-        fault = UNREADABLE
+    except Exception as error:
+        fault = reading_fault(error)
     raise ValueError(f"{path}: {fault}")
 
 

@@ -8,14 +8,15 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import DataLoader, Dataset
 
 from .cache import cache_file, read, state_of, write
@@ -24,6 +25,14 @@ from .faults import Findings
 BATCH = 32
 # So many are decoded before every training of new data: ten seconds on two cores.
 FEW = 2000
+JPEGS = "JPEG", "MPO"  # as Pillow calls those of phones that have a second picture in them
+END = b"\xff\xd9"  # of a JPEG
+# What libjpeg says of JPEGs that it decodes to the right pixels.
+HARMLESS = (
+    b"Invalid SOS parameters for sequential JPEG",
+    b"Warning: unknown JFIF revision number",
+    b"Unknown Adobe color transform code",
+)
 
 
 class Folder:
@@ -109,19 +118,23 @@ class Looks:
 def look_at_pictures(
     pictures: list[tuple[str, int, int]], root: str, progress: Callable | None = None
 ) -> Looks:
-    """The faults that training would meet, remembered until a file changes.
+    """The faults that training would meet; what is sound is remembered until a file changes.
 
+    The rest is looked at again: a right to read, or another Pillow, cures without such a change.
     Few pictures are decoded, of many only head and end are read: `dk-check-dataset` decodes all.
     """
     sizes = json.dumps(pictures)
     state = state_of([os.path.join(root, name) for name, _, _ in pictures] + [sizes])
     kept = cache_file("pictures", state)
-    if content := read(kept):
-        return Looks(**content)
     decode = len(pictures) <= FEW
+    if (before := read(kept)) is not None:
+        faulty = set(before)
+        pictures = [picture for picture in pictures if picture[0] in faulty]
+        if not pictures:
+            return Looks([], [])
     looks = check_pictures(pictures, root, decode=decode, progress=progress)
     looks.hashes = {}
-    write(kept, asdict(looks))
+    write(kept, looks.faulty)
     return looks
 
 
@@ -158,6 +171,8 @@ def check_pictures(
 
 MISSING = "missing image"
 UNREADABLE = "unreadable image"
+UNKNOWN = "unreadable image, of no format that Pillow knows"
+TOO_LARGE = "image of more pixels than Pillow decodes: cut it into tiles"
 TOO_DEEP = "image of 16 bits or of floats, which would be read as white; convert it to 8 bits"
 DRAWN = "image that a program would draw (EPS): convert it to PNG"
 DAMAGED = "image that is damaged inside, of which part decodes to something else"
@@ -177,23 +192,35 @@ def picture_fault(path: str, size: tuple[int, int] | None, decode: bool) -> str 
             if fault := _format_fault(image):
                 return fault
             kind, found, turned = image.format, image.size, _is_turned(image)
-            if kind != "JPEG" and (decode or kind != "PNG"):
+            is_jpeg = kind in JPEGS
+            if not is_jpeg and (decode or kind != "PNG"):
                 image.load()
         if kind == "PNG":
             with Image.open(path) as image:
                 image.verify()  # the sums of its parts, without decoding
-        if kind == "JPEG" and (fault := _jpeg_fault(path, content)):
+        if is_jpeg and (fault := _jpeg_fault(path, content)):
             return fault
-    except FileNotFoundError:
-        return MISSING
-    # Pillow reports a broken file in many ways, its decompression bombs among them.
-    except Exception:
-        return UNREADABLE
+    # Pillow reports a broken file in many ways.
+    except Exception as error:
+        return reading_fault(error)
     if size is None or found[:: -1 if turned else 1] == size:  # detectron2 turns it
         return None
     if found == size:
         return "image that its EXIF turns, where the JSON has the size before; boxes may be turned"
     return "image of another size than the JSON says"
+
+
+def reading_fault(error: Exception) -> str:
+    """The kind of fault that an error in reading a picture tells of."""
+    if isinstance(error, FileNotFoundError):
+        return MISSING
+    if isinstance(error, Image.DecompressionBombError):
+        return TOO_LARGE
+    if isinstance(error, UnidentifiedImageError):
+        return UNKNOWN
+    if isinstance(error, OSError) and error.strerror:  # of the system, not of Pillow
+        return f"{UNREADABLE} ({error.strerror})"
+    return UNREADABLE
 
 
 def _format_fault(image: Image.Image) -> str | None:
@@ -240,26 +267,32 @@ def read_picture(path: str) -> Image.Image:
 
 
 def _jpeg_fault(path: str, content: bytes | None) -> str | None:
+    """What is wrong inside a JPEG, of an MPO inside its first picture, the one that is used.
+
+    Without the content, it is read if the file ends otherwise than a picture does.
+    """
     if content is None:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - 4096))
-            end = file.read()
-    else:
-        end = content
-    stripped = end.rstrip(b"\0")
-    ends = stripped.endswith(b"\xff\xd9")
-    if not ends and len(end) - len(stripped) > 64:
-        return UNFINISHED
-    if content is None and ends:
-        return None
-    with Image.open(path) as image:
+            if file.read().rstrip(b"\0").endswith(END):
+                return None
+        content = Path(path).read_bytes()
+    zeros = len(content) - len(content.rstrip(b"\0"))
+    with JpegImageFile(path) as image:
+        # What a camera appends, such as a film, may end in zeros, but the picture ends before it.
+        if zeros > 64 and content.find(END, image.fp.tell()) < 0:
+            return UNFINISHED
         image.draft("L", (1, 1))  # an eighth of the size: all is read, little computed
         image.load()
-    return DAMAGED if _warns(content or Path(path).read_bytes()) else None
+    return DAMAGED if _warns(content) else None
 
 
 def _warns(jpeg: bytes) -> bool:
-    """Whether libjpeg has something to say; OpenCV lets it say it, on standard error."""
+    """Whether libjpeg tells of damage; OpenCV lets it, on standard error."""
     before = os.fstat(2).st_size
     cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
-    return os.fstat(2).st_size > before
+    if os.fstat(2).st_size <= before:
+        return False
+    with open("/dev/stderr", "rb") as said:
+        said.seek(before)
+        return not all(line.startswith(HARMLESS) for line in said)
