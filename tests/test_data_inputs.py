@@ -57,6 +57,20 @@ def test_folders_are_searched_but_for_what_is_hidden(tmp_path, monkeypatch):
     assert find_inputs(["0"], leave_out=tmp_path).pictures == ["0"]
 
 
+def test_links_to_folders_are_followed_and_none_in_a_circle(tmp_path):
+    for name in "inputs/x.png", "elsewhere/y.png", "elsewhere/notes.gif", "out/z.png":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    folder = tmp_path / "inputs"
+    (folder / "link").symlink_to("../elsewhere")
+    (folder / "out").symlink_to("../out")
+    (folder / "self").symlink_to(".")
+    (tmp_path / "elsewhere" / "back").symlink_to("../inputs")
+    found = find_inputs([str(folder)], leave_out=tmp_path / "out")
+    assert found.pictures == [f"{folder}/x.png", f"{folder}/link/y.png"]
+    assert found.others == [f"{folder}/link/notes.gif"] and not found.faults
+
+
 def test_nothing_to_predict_on_is_an_error(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="INPUT: expected pictures .* got none but 1 other file"):

@@ -234,6 +234,7 @@ def inputs(tmp_path, pictures, monkeypatch) -> Path:
     exif[274] = 6
     Image.fromarray(noise(48, 80)).save(folder / "turned.jpg", exif=exif)
     (folder / "page.jpg").write_text("<html>")
+    (folder / "notes.gif").write_text("what is not looked into")
     (folder / "._x.png").write_bytes(b"\0\5\x16\7")
     Image.fromarray(noise()[:, :, 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
     cv2.imwrite(str(folder / "thin.png"), noise(1, 1400))
@@ -267,6 +268,7 @@ def test_files_become_pictures_results_a_table_and_crops(
     for fault in "page.jpg: unreadable", "sixteen.png: image of 16 bits", "thin.png: expected":
         assert f"inputs/{fault}" in said.err
     assert f"Weights: {run / 'model_final.pth'}, on cpu" in said.out
+    assert "1 other files in the folders, left out, such as inputs/notes.gif: name " in said.out
     assert "out: 35 objects in 7 images" in said.out
 
     out = tmp_path / "out"
@@ -331,7 +333,7 @@ def test_files_become_pictures_results_a_table_and_crops(
 
 def test_the_folder_of_the_output_is_no_input(run, inputs, monkeypatch):
     shutil.rmtree(inputs / ".cache")
-    for name in "page.jpg", "sixteen.png", "thin.png":
+    for name in "page.jpg", "sixteen.png", "thin.png", "notes.gif":
         (inputs / name).unlink()
     arguments = run, inputs, "--threshold", 1, "--output"
     assert command(monkeypatch, *arguments, inputs / "out") == 0

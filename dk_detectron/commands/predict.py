@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..data.faults import EXAMPLES
 from ..data.inputs import find_inputs
 from ..engine.outputs import predict_into
 from ..engine.prediction import Predictor
@@ -72,6 +73,11 @@ def main() -> None:
             batch_size=args.batch,
             opts=args.opts,
         )
+        if inputs.others:
+            print(
+                f"{len(inputs.others):,} other files in the folders, left out, such as "
+                f"{', '.join(inputs.others[:EXAMPLES])}: name pictures and videos themselves"
+            )
         print(f"Weights: {predictor.weights}, on {predictor.cfg.MODEL.DEVICE}")
         with logging_redirect_tqdm():
             summary = predict_into(args.output, predictor, inputs, crops=args.crops, progress=tqdm)

@@ -30,7 +30,7 @@ class Inputs:
     Attributes:
         pictures: files.
         videos: files, and numbers of webcams.
-        others: files in the folders that are no pictures.
+        others: files in the folders that are no pictures by their names.
         faults: folders that cannot be read.
     """
 
@@ -44,7 +44,8 @@ def find_inputs(names: Sequence[str], leave_out: Path) -> Inputs:
     """Sorts out what pictures, folders, videos and webcams are meant; each is taken once.
 
     Args:
-        names: folders are searched with all below them, but for what is hidden (``.name``).
+        names: folders are searched with all below them, links too, but for what is hidden
+            (``.name``).
         leave_out: a folder that is not searched, such as that of the output.
 
     Raises:
@@ -79,12 +80,12 @@ def is_webcam(name: str) -> bool:
 
 
 def _search(root: str, leave_out: Path, found: Inputs) -> None:
-    for folder, folders, files in os.walk(root, onerror=lambda e: found.faults.append(str(e))):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and Path(folder, name).resolve() != leave_out
-        )
+    searched = {leave_out, Path(root).resolve()}  # a link may lead back
+    walk = os.walk(root, onerror=lambda e: found.faults.append(str(e)), followlinks=True)
+    for folder, folders, files in walk:
+        below = {Path(folder, name).resolve(): name for name in folders if name[0] != "."}
+        folders[:] = sorted(name for real, name in below.items() if real not in searched)
+        searched |= below.keys()
         for name in sorted(files):
             if not name.startswith("."):  # "._name" is what macOS leaves on other disks
                 kind = found.pictures if name.lower().endswith(IMG_EXTENSIONS) else found.others
