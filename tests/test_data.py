@@ -2,8 +2,11 @@
 
 import io
 import json
+import logging
 import os
+import re
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from running import run_tool
 
-from dk_detectron.data import datasets, outlines, shapes, trees
+from dk_detectron.commands import prepare_trees
+from dk_detectron.data import datasets, image_folder, outlines, shapes, trees
 from dk_detectron.data.writing import make_folder
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +114,8 @@ def test_prepare_shapes_is_idempotent_and_keeps_other_sets(tmp_path):
     assert len(before) == 3 + 2 + 2 + 3 + 1
     assert "already there" in prepare_shapes(tmp_path, *args).stdout
     refused = prepare_shapes(tmp_path, *args, "--seed", "5")
-    assert refused.returncode != 0 and "--force" in refused.stderr
+    assert refused.returncode == 1 and "--force" in refused.stderr
+    assert refused.stderr.startswith(f"error: {tmp_path / 'shapes'}: expected")
     assert files(tmp_path) == before
     forced = prepare_shapes(tmp_path, *args, "--seed", "5", "--force")
     assert forced.returncode == 0 and files(tmp_path) != before
@@ -138,6 +143,36 @@ def test_a_missing_set_names_its_cure():
     path, name = "nowhere/instances_val.json", "trees_val"
     with pytest.raises(FileNotFoundError, match=f"{path}; make it with .*prepare_trees.py"):
         datasets.load(path, "nowhere", name)
+
+
+def test_a_path_in_a_name_is_its_own_cure(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "coco:~/gone.json:~"
+    datasets.resolve(name)
+    try:
+        metadata = MetadataCatalog.get(name)
+        assert (metadata.json_file, metadata.image_root) == (f"{tmp_path}/gone.json", str(tmp_path))
+        cure = "gone.json; correct the path, which is relative to the current folder"
+        with pytest.raises(FileNotFoundError, match=cure):
+            datasets.check_on_disk(name)
+        with pytest.raises(FileNotFoundError, match=cure):
+            DatasetCatalog.get(name)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_pictures_of_other_names_in_class_folders_are_said_to_be_left_out(
+    tmp_path, caplog, monkeypatch
+):
+    for name in "a/1.png", "b/1.png", "b/2.jfif", "b/3.jfif", "b/._4.jfif":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    # As in a process of its own: detectron2's set-up of logs, which others call, stops them here.
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    assert len(image_folder.read_image_folder(str(tmp_path)).samples) == 2
+    (message,) = caplog.messages
+    assert re.match(f"{tmp_path}: 2 files that are not named as .*, left out: b/[23].jfif", message)
 
 
 def test_registered_under_their_names(shapes_folder, tmp_path):
@@ -242,3 +277,19 @@ def test_trees_say_how_to_go_without_a_network(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RuntimeError, match="give the file with --wheel"):
         trees.download_wheel(tmp_path)
+
+
+def fail_to_download(folder):
+    raise RuntimeError("pip could not download it")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--wheel", "gone.whl"], "No such file.*gone.whl"), ([], "pip could not download it")],
+)
+def test_trees_end_with_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(trees, "download_wheel", fail_to_download)
+    monkeypatch.setattr(sys, "argv", ["dk-prepare-trees", *arguments])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        prepare_trees.main()

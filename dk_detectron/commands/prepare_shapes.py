@@ -5,6 +5,7 @@
 """
 
 import argparse
+import sys
 
 from ..data.datasets import datasets_root
 from ..data.shapes import OUTLINES, write_class_split, write_split
@@ -45,7 +46,10 @@ def main() -> None:
             write(folder, split, args[split], seed=args["seed"], side=args["side"])
 
     target = datasets_root() / ("shapes_classes" if classes else "shapes")
-    made = make_folder(target, args, build, force=force)
+    try:
+        made = make_folder(target, args, build, force=force)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(f"{target}: {'made' if made else 'already there'}")
 
 

@@ -5,6 +5,7 @@ installs.
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,15 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="the wheel, if it is already here")
     parser.add_argument("--force", action="store_true", help="replace a set made differently")
     args = parser.parse_args()
-    if args.wheel:
-        trees.check_wheel(args.wheel)
     target = datasets_root() / "trees"
     arguments = {"source": trees.REQUIREMENT, "tile": trees.TILE, "overlap": trees.OVERLAP}
     build = partial(trees.write_dataset, wheel=args.wheel)
-    made = make_folder(target, arguments, build, force=args.force)
+    try:
+        if args.wheel:
+            trees.check_wheel(args.wheel)
+        made = make_folder(target, arguments, build, force=args.force)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(f"{target}: {'made' if made else 'already there'}")
 
 

@@ -66,7 +66,7 @@ def resolve(name: str) -> None:
             "or coco:JSON:IMAGES, such as coco:annotations/train.json:images/train, "
             f"got {name!r}"
         )
-    register(name, json_file, image_root)
+    register(name, *map(os.path.expanduser, (json_file, image_root)))
 
 
 def is_coco(name: str) -> bool:
@@ -123,8 +123,17 @@ def check_on_disk(name: str) -> None:
     for key in "json_file", "image_root":
         path = metadata.get(key)
         if path is not None and not PathManager.exists(path):
-            cure = metadata.get("how_to_get", "set DETECTRON2_DATASETS to the folder that holds it")
-            raise FileNotFoundError(f"DATASETS: {name!r} expects its {key} at {path}; {cure}")
+            raise FileNotFoundError(
+                f"DATASETS: {name!r} expects its {key} at {path}; {_cure(name)}"
+            )
+
+
+def _cure(name: str) -> str:
+    """What to do where a registered data set is missing."""
+    if name.startswith(PREFIX):
+        return "correct the path, which is relative to the current folder"
+    default = "correct the path, or set DETECTRON2_DATASETS to the folder that holds it"
+    return MetadataCatalog.get(name).get("how_to_get", default)
 
 
 def load(json_file: str, image_root: str, name: str, without: Collection[str] = ()) -> list[dict]:
@@ -135,8 +144,7 @@ def load(json_file: str, image_root: str, name: str, without: Collection[str] = 
         ValueError: it is of no use; every fault is named.
     """
     if not PathManager.isfile(json_file):
-        cure = MetadataCatalog.get(name).get("how_to_get", "correct the path")
-        raise FileNotFoundError(f"{name}: expected its annotations at {json_file}; {cure}")
+        raise FileNotFoundError(f"{name}: expected its annotations at {json_file}; {_cure(name)}")
     found = survey(json_file)
     if found.faults:
         raise ValueError(f"{json_file}: " + "; ".join(found.faults))

@@ -77,10 +77,12 @@ class ClassFolders(ImageFolder):
 
     Attributes:
         left_out: such folders, and pictures by their names, in ``root``.
+        others: what is no picture by its name.
     """
 
     def __init__(self, root: str):
         self.left_out: list[str] = []
+        self.others: list[str] = []
         super().__init__(root, is_valid_file=lambda path: self._is_picture(path, root))
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
@@ -90,13 +92,15 @@ class ClassFolders(ImageFolder):
         return names, {name: label for label, name in enumerate(names)}
 
     def _is_picture(self, path: str, root: str) -> bool:
-        if not has_file_allowed_extension(path, IMG_EXTENSIONS):
-            return False
         name = os.path.relpath(path, root)
-        if any(map(is_left_behind, Path(name).parts)):
+        is_picture = has_file_allowed_extension(path, IMG_EXTENSIONS)
+        if not any(map(is_left_behind, Path(name).parts)):
+            if not is_picture:
+                self.others.append(name)
+            return is_picture
+        if is_picture:
             self.left_out.append(name)
-            return False
-        return True
+        return False
 
 
 def is_left_behind(name: str) -> bool:
@@ -119,9 +123,14 @@ def read_image_folder(root: str) -> Pictures:
             f"{root}: expected one folder of pictures for each class: {error} Pictures are "
             f"{', '.join(IMG_EXTENSIONS)}"
         ) from None
-    if found := folder.left_out:
-        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        LOGGER.warning("%s: %d hidden files and folders, left out: %s", root, len(found), some)
+    kinds = {
+        "hidden files and folders": folder.left_out,
+        f"files that are not named as pictures are ({', '.join(IMG_EXTENSIONS)})": folder.others,
+    }
+    for kind, found in kinds.items():
+        if found:
+            some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            LOGGER.warning("%s: %d %s, left out: %s", root, len(found), kind, some)
     return Pictures(folder.classes, folder.samples)
 
 
