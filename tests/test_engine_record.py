@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from running import finish
 from test_engine import (  # noqa: F401
     CONFIG,
@@ -116,6 +117,24 @@ def test_a_run_that_cannot_be_resumed_keeps_its_record(start, model, weights):
     with pytest.raises(CheckpointError, match="the very same network to resume from"):
         start("MODEL.FPN.OUT_CHANNELS", 16, resume=True)
     assert before == {name: (run / name).read_text() for name in before}
+
+
+@pytest.mark.parametrize(
+    ("resume", "others", "message"),
+    [
+        (True, ["none"], "got model_0000003.pth on process 0 and none on process 2: share"),
+        (False, ["model_0000001.pth"], "got none on process 0 and model_0000001.pth on process 2"),
+        (True, ["model_0000003.pth", "model_0000003.pth of iteration 7"], "of iteration 3 on .* 7"),
+    ],
+)
+def test_all_machines_resume_from_the_same(resume, others, message, model, tmp_path, monkeypatch):
+    """The first two processes of three are of this machine, the last has a folder of its own."""
+    checkpointer = RunCheckpointer(model, str(tmp_path), CLASSES)
+    checkpointer.save("model_0000003", iteration=3)
+    answers = iter(others)
+    monkeypatch.setattr(comm, "all_gather", lambda own: [own, own, next(answers)])
+    with pytest.raises(CheckpointError, match=f"same checkpoint on every machine.*{message}"):
+        checkpointer.resume_or_load("", resume=resume)
 
 
 def test_an_evaluation_leaves_the_run_as_it_is(start, model, weights, caplog):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
 from .convert import Report, convert
 from .files import (
@@ -76,9 +77,11 @@ class Checkpointer(DetectionCheckpointer):
         """As in the base class; a last checkpoint that is damaged gives way to those before.
 
         Raises:
-            CheckpointError: all of them are damaged.
+            CheckpointError: all of them are damaged, or the processes have different ones.
         """
-        if not (resume and self.has_checkpoint()):
+        resumes = resume and self.has_checkpoint()
+        self._agree(os.path.basename(self.get_checkpoint_file()) if resumes else "none")
+        if not resumes:
             return self.load(path, checkpointables=[])
         candidates = self._resumable()
         for candidate in candidates:
@@ -87,6 +90,7 @@ class Checkpointer(DetectionCheckpointer):
                     raise UnreadableCheckpointError(f"{candidate}: no such file")
                 checkpoint = self.load(candidate)
                 self.resumed = os.path.basename(candidate)
+                self._agree(f"{self.resumed} of iteration {checkpoint.get('iteration')}")
                 return checkpoint
             except (UnreadableCheckpointError, NonFiniteCheckpointError) as error:
                 self.logger.warning("Trying the checkpoint before, since: %s", error)
@@ -95,6 +99,17 @@ class Checkpointer(DetectionCheckpointer):
             f"{', '.join(map(os.path.basename, candidates))}; start again without --resume, in "
             "another OUTPUT_DIR or after removing them"
         )
+
+    def _agree(self, found: str) -> None:
+        """Raises ``CheckpointError`` in all processes if one has found another to resume from."""
+        first, *others = comm.all_gather(found)
+        for process, other in enumerate(others, start=1):
+            if other != first:
+                raise CheckpointError(
+                    f"{self.save_dir}: expected the same checkpoint on every machine to resume "
+                    f"from, got {first} on process 0 and {other} on process {process}: share the "
+                    "folder (OUTPUT_DIR), or copy it there"
+                )
 
     def _resumable(self) -> list[str]:
         """The last checkpoint, then those of fewer iterations, latest first."""
