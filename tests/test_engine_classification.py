@@ -24,6 +24,7 @@ from torchvision.transforms._presets import ImageClassification
 from dk_detectron.data import image_folder, shapes
 from dk_detectron.data.stream import SampleStream, seeded
 from dk_detectron.engine import AccuracyEvaluator, ClassificationTrainer, Trainer, main, setup
+from dk_detectron.engine.trainer import write_evaluation
 from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
 
 ROOT = Path(__file__).parent.parent
@@ -319,6 +320,45 @@ def test_moving_average_is_one(pictures, tmp_path):
     assert not torch.equal(averaged["linear.weight"], raw["linear.weight"])
     metrics = json.loads((tmp_path / "evaluation.json").read_text())
     assert set(metrics) == {"classification", "classification_ema"}
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["finished", "in the middle"])
+def test_an_average_that_a_run_is_resumed_with_starts_at_its_weights(steps, pictures, tmp_path):
+    """And not at the initialisation, also if there is no step left."""
+    opts = "DATASETS.TEST", "()", "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER"
+    train(ClassificationTrainer, config(pictures, tmp_path, *opts, 1))
+    cfg = config(pictures, tmp_path, *opts, steps, "SOLVER.EMA_DECAY", 0.5)
+    train(ClassificationTrainer, cfg, resume=True)
+    assert_same(model_of(tmp_path / "model_final_ema.pth"), model_of(tmp_path / "model_final.pth"))
+
+
+def test_a_loader_that_is_no_stream_is_taken_as_it_is(pictures, tmp_path, said):
+    """Such as detectron2's own; a resumed run says that its data begin anew."""
+
+    class OwnLoader(ClassificationTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode) -> list[dict]:
+            loader = super().build_train_loader(cfg)
+            return [batch for batch, _ in zip(loader, range(4), strict=False)]
+
+    opts = "DATASETS.TEST", "()", "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER"
+    train(OwnLoader, config(pictures, tmp_path, *opts, 1))
+    assert "build_train_loader" not in said.text
+    _, seen = train(OwnLoader, config(pictures, tmp_path, *opts, 2), resume=True)
+    assert list(seen) == [1]
+    assert "cannot be entered at iteration 1, so the data begin anew" in said.text
+
+
+def test_metrics_of_other_kinds_of_number_are_written(pictures, tmp_path):
+    values = {
+        "float": 0.5, "numpy": np.float32(0.25), "torch": torch.tensor(3), "array": np.ones(2),
+        "nan": np.nan, "infinity": np.float64(np.inf), "tuple": (1, float("-inf")), "name": "a",
+    }  # fmt: skip
+    write_evaluation(config(pictures, tmp_path), {"task": values})
+    assert json.loads((tmp_path / "evaluation.json").read_text())["task"] == {
+        "float": 0.5, "numpy": 0.25, "torch": 3, "array": [1, 1],
+        "nan": None, "infinity": None, "tuple": [1, None], "name": "a",
+    }  # fmt: skip
 
 
 def test_a_run_is_not_scaled_anew_in_the_middle(pictures, tmp_path, monkeypatch):

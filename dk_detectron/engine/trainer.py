@@ -23,13 +23,13 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data.stream import seed_from
+from ..data.stream import SampleStream, seed_from
 from ..modeling import to_channels_last
-from ..weights import replacing, write_checkpoint
+from ..weights import replacing
 from . import schedule
 from .amp import build_loop
+from .average import WeightAverage
 from .divergence import DivergenceGuard
 from .monitoring import OffsetMonitor
 from .optimizer import build_optimizer, parameter_groups
@@ -37,36 +37,11 @@ from .record import FINAL, RunCheckpointer
 from .resources import explained
 from .signals import EvaluationHook, StopHook, StopRequest
 
+# Below detectron2's, whose handlers write to the terminal and to log.txt.
+LOGGER = logging.getLogger("detectron2.dk_detectron.engine.trainer")
+
 EVALUATION_FILE = "evaluation.json"
 OPTIMIZERS = ("SGD", "AdamW")
-
-
-class WeightAverage(HookBase):
-    """Keeps the exponential moving average of a model's weights and buffers.
-
-    It is part of the checkpoints. After the last iteration it is also written for itself, as
-    ``model_final_ema.pth``, a checkpoint like ``model_final.pth``.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, output_dir: str):
-        self.averaged = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        )
-        self.path = os.path.join(output_dir, "model_final_ema.pth")
-
-    def after_step(self):
-        self.averaged.update_parameters(self.trainer.model)
-
-    def after_train(self):
-        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
-            content = {"model": self.averaged.module.state_dict()}
-            write_checkpoint(content | {"classes": self.trainer.checkpointer.classes}, self.path)
-
-    def state_dict(self):
-        return self.averaged.state_dict()
-
-    def load_state_dict(self, state_dict):
-        self.averaged.load_state_dict(state_dict)
 
 
 class BaseTrainer(DefaultTrainer):
@@ -183,8 +158,23 @@ class BaseTrainer(DefaultTrainer):
             self._trainer.reset_data_loader(partial(self.build_train_loader, self.cfg))
 
     def resume_or_load(self, resume: bool = True) -> None:
+        """detectron2's; the data, and an average that is new to the run, go on from there."""
         super().resume_or_load(resume=resume)
-        self.data_loader.batch_sampler.start = self.start_iter
+        stream = getattr(self.data_loader, "batch_sampler", None)
+        if isinstance(stream, SampleStream):
+            stream.start = self.start_iter
+        elif self.start_iter:
+            LOGGER.warning(
+                "build_train_loader: its loader cannot be entered at iteration %d, so the data "
+                "begin anew: the run goes on otherwise than without the interruption",
+                self.start_iter,
+            )
+        if self.ema and self.ema.start_at(self.checkpointer.model) and self.start_iter:
+            LOGGER.warning(
+                "SOLVER.EMA_DECAY: the run to resume had no moving average, which starts at the "
+                "weights of iteration %d",
+                self.start_iter,
+            )
 
     def unfinished(self) -> list[str]:
         """The files that the end of a run, whose iterations are all done, has still to leave."""
@@ -323,7 +313,7 @@ def write_evaluation(cfg: CfgNode, results: dict) -> None:
     """Writes ``OUTPUT_DIR/evaluation.json``, in the main process."""
     if comm.is_main_process():
         with replacing(os.path.join(cfg.OUTPUT_DIR, EVALUATION_FILE)) as path, open(path, "w") as f:
-            json.dump(_without_nan(results), f, indent=2)
+            json.dump(_plain(results), f, indent=2)
 
 
 def by_task(results: dict[str, dict]) -> dict[str, dict]:
@@ -335,8 +325,16 @@ def by_task(results: dict[str, dict]) -> dict[str, dict]:
     return found
 
 
-def _without_nan(results):
-    """JSON has no NaN, which COCO's metrics use where no object has the size in question."""
+def _plain(results):
+    """What JSON has: numbers of Python's own, and None for those that are not finite.
+
+    COCO's metrics are NaN where no object has the size in question; other evaluators may give
+    numbers of numpy or torch.
+    """
+    if hasattr(results, "tolist"):
+        results = results.tolist()
     if isinstance(results, dict):
-        return {key: _without_nan(value) for key, value in results.items()}
-    return None if isinstance(results, float) and math.isnan(results) else results
+        return {key: _plain(value) for key, value in results.items()}
+    if isinstance(results, list | tuple):
+        return [_plain(value) for value in results]
+    return None if isinstance(results, float) and not math.isfinite(results) else results
