@@ -110,6 +110,24 @@ def test_a_resumed_run_remembers_its_start(start, model, weights, caplog):
     assert yaml.safe_load((run / "training.yaml").read_text())["SOLVER"]["WEIGHT_DECAY"] == 0.5
 
 
+def test_a_resumed_run_keeps_its_seed(start, model, weights, caplog):
+    run = start("MODEL.WEIGHTS", weights, "SEED", 3)
+    RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
+    start("SEED", 7, resume=True)
+    assert "SEED: the run in run keeps its own, 3, which its data follow; 7 is for" in caplog.text
+    assert "Resuming with other settings" not in caplog.text
+    assert yaml.safe_load((run / "training.yaml").read_text())["SEED"] == 3
+
+
+def test_a_resumption_without_a_checkpoint_says_so(start, weights, caplog):
+    start("MODEL.WEIGHTS", weights)
+    assert "no checkpoint" not in caplog.text
+    setup(
+        arguments(opts=[*OPTIONS, "OUTPUT_DIR", "run", "MODEL.WEIGHTS", str(weights)], resume=True)
+    )
+    assert "--resume: no checkpoint in run to go on from: a run starts" in caplog.text
+
+
 def test_a_run_that_cannot_be_resumed_keeps_its_record(start, model, weights):
     run = start("MODEL.WEIGHTS", weights)
     RunCheckpointer(model, str(run), CLASSES).save("model_0000001")
@@ -174,8 +192,12 @@ def test_a_copy_is_a_run_of_its_own(start, model, weights, monkeypatch, capsys):
     copy = shutil.copytree(run, "copy")
     cfg = get_own_config(f"{copy}/config.yaml")
     assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == (copy, f"{copy}/model_0000001.pth")
-    # As training was started it stays, also in another folder.
-    assert get_config(f"{copy}/training.yaml").OUTPUT_DIR == "run"
+    # As training was started it stays, also in another folder, unless to go on there.
+    training = f"{copy}/training.yaml"
+    assert get_own_config(training).OUTPUT_DIR == "run"
+    assert get_own_config(training).MODEL.WEIGHTS == str(weights)
+    resumed = get_own_config(training, resume=True)
+    assert (resumed.OUTPUT_DIR, resumed.MODEL.WEIGHTS) == (copy, f"{copy}/model_0000001.pth")
 
     for folder in run, Path(copy):
         (folder / "evaluation.json").write_text(json.dumps({"bbox": {f"of {folder}": 1}}))

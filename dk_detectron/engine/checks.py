@@ -228,18 +228,35 @@ def starts_from_run(cfg: CfgNode, config_file: str) -> str | None:
     )
 
 
+def _before(cfg: CfgNode) -> dict:
+    """What :func:`flat` gives of the run in ``OUTPUT_DIR`` that is to be resumed, if there is."""
+    folder = Path(cfg.OUTPUT_DIR)
+    # Before version 0.2 there was no other record than config.yaml.
+    records = [folder / name for name in (TRAINING_FILE, CONFIG_FILE) if (folder / name).exists()]
+    if not (folder / LAST_CHECKPOINT).exists() or not records:
+        return {}
+    return flat(CfgNode.load_yaml_with_base(str(records[0])))
+
+
+def keep_seed(cfg: CfgNode) -> str | None:
+    """Has a run that is to be resumed keep its ``SEED``; what to know if another was given."""
+    given, seed = cfg.SEED, _before(cfg).get("SEED", cfg.SEED)
+    if given == seed:
+        return None
+    cfg.SEED = seed
+    return (
+        f"SEED: the run in {cfg.OUTPUT_DIR} keeps its own, {seed}, which its data follow; {given} "
+        "is for another run, in another OUTPUT_DIR"
+    )
+
+
 def changes_since(cfg: CfgNode) -> list[str]:
     """How ``cfg`` differs from the run in ``OUTPUT_DIR`` that is to be resumed, "KEY: old -> new".
 
     Raises:
         ValueError: it cannot go on like this.
     """
-    folder = Path(cfg.OUTPUT_DIR)
-    # Before version 0.2 there was no other record than config.yaml.
-    records = [folder / name for name in (TRAINING_FILE, CONFIG_FILE) if (folder / name).exists()]
-    if not (folder / LAST_CHECKPOINT).exists() or not records:
-        return []
-    before = flat(CfgNode.load_yaml_with_base(str(records[0])))
+    before = _before(cfg)
     now = flat(CfgNode.load_cfg(cfg.dump()))
     changed = {
         key: (before[key], value)
@@ -249,9 +266,9 @@ def changes_since(cfg: CfgNode) -> list[str]:
     if "SOLVER.OPTIMIZER" in changed:
         old, new = changed["SOLVER.OPTIMIZER"]
         raise ValueError(
-            f"SOLVER.OPTIMIZER: expected {old!r}, that of the run to resume in {folder}, got "
-            f"{new!r}, which has other states: start a run from its weights, with MODEL.WEIGHTS "
-            "and another OUTPUT_DIR"
+            f"SOLVER.OPTIMIZER: expected {old!r}, that of the run to resume in {cfg.OUTPUT_DIR}, "
+            f"got {new!r}, which has other states: start a run from its weights, with "
+            "MODEL.WEIGHTS and another OUTPUT_DIR"
         )
     return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
 

@@ -22,6 +22,7 @@ from .checks import (
     check_norms,
     check_solver,
     check_weights,
+    keep_seed,
     settle_classes,
     starts_from_run,
     stated_keys,
@@ -110,7 +111,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
         FileExistsError: an earlier run has checkpoints in the folder, and is not to be resumed.
     """
     args.config_file = get_config_file(args.config_file)  # detectron2 reads it again, for its log
-    cfg = get_own_config(args.config_file)
+    cfg = get_own_config(args.config_file, resume=args.resume)
     merge_options(cfg, args.opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("MODEL.DEVICE: no GPU is available, using the CPU")
@@ -135,6 +136,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
     if classes := trainer_class.class_names(names):
         stated = stated_keys(args.config_file, args.opts)
         data += settle_classes(cfg, trainer_class.class_key(cfg), classes, stated)
+    seed = keep_seed(cfg) if args.resume and not args.eval_only else None
     changes = changes_since(cfg) if args.resume else []
     cfg.freeze()
     if not args.eval_only:
@@ -158,6 +160,10 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
             "Resuming with other settings than the run had, which take over from here:\n  %s",
             "\n  ".join(changes),
         )
+    if seed:
+        LOGGER.warning("%s", seed)
+    if starts and args.resume:
+        LOGGER.warning("--resume: no checkpoint in %s to go on from: a run starts", cfg.OUTPUT_DIR)
     if starts and (text := starts_from_run(cfg, args.config_file)):
         LOGGER.warning("%s", text)
     return cfg

@@ -72,16 +72,21 @@ def run_of(config_file: str | Path) -> Path | None:
     return path.parent if is_run else None
 
 
-def get_own_config(config_file: str | Path) -> CfgNode:
+def get_own_config(config_file: str | Path, *, resume: bool = False) -> CfgNode:
     """:func:`get_config`, but a run's config.yaml is about the folder that it is in.
 
     It names the one that it was written in, where after a copy another run may be.
+
+    Args:
+        resume: so is the training.yaml of a run that there is to resume.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`get_config`.
     """
     cfg = get_config(config_file)
     folder = run_of(config_file)
+    if resume and Path(config_file).name == TRAINING_FILE:
+        folder = Path(config_file).parent if last_checkpoint(Path(config_file).parent) else None
     if folder and folder.resolve() != Path(cfg.OUTPUT_DIR).resolve():
         LOGGER.warning(
             "%s: the run was moved or copied from %s: OUTPUT_DIR and MODEL.WEIGHTS are in %s",
