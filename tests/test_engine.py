@@ -532,6 +532,17 @@ def test_float16_skips_a_step_that_overflows_and_scales_less():
     assert not all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_float16_goes_on_from_bfloat16():
+    """Which leaves the state of a scaler that is empty, where one of float32 leaves none."""
+    batches = [torch.randn(2, 8, 9, 10)]
+    _, before, _ = run_loop(amp_config(precision="bfloat16"), batches)
+    _, loop, _ = run_loop(amp_config(), batches)
+    scale = loop.grad_scaler.get_scale()
+    assert before.state_dict()["grad_scaler"] == {}
+    loop.load_state_dict(before.state_dict())
+    assert loop.grad_scaler.get_scale() == scale > 1
+
+
 def test_a_detector_trains_and_resumes_in_bfloat16_on_a_cpu(datasets_root, tmp_path):
     options = "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"
     result = train(datasets_root, tmp_path, *options, "SOLVER.MAX_ITER", 1)
@@ -667,7 +678,7 @@ def test_resume_tells_what_has_changed(run, datasets_root, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     log = result.stdout + result.stderr
     assert "SOLVER.MAX_ITER: 4 -> 5" in log and "-> 0.001" in log
-    assert "The run to resume was without mixed precision" in log
+    assert "The run to resume did not scale gradients" in log
     assert (output / "model_0000004.pth").exists() or 4 in losses(output)
 
 

@@ -46,11 +46,14 @@ class MixedPrecisionTrainer(AMPTrainer):
     """detectron2's, whose own step insists on CUDA."""
 
     def load_state_dict(self, state_dict: dict) -> None:
-        if "grad_scaler" not in state_dict:
-            LOGGER.warning(
-                "The run to resume was without mixed precision: gradients are scaled from %g on",
-                self.grad_scaler.get_scale(),
-            )
+        # Empty is that of bfloat16.
+        if not state_dict.get("grad_scaler"):
+            if self.grad_scaler.is_enabled():
+                LOGGER.warning(
+                    "The run to resume did not scale gradients, as float16 needs it: they are "
+                    "scaled from %g on",
+                    self.grad_scaler.get_scale(),
+                )
             state_dict["grad_scaler"] = self.grad_scaler.state_dict()
         super().load_state_dict(state_dict)
 
