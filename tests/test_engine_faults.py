@@ -31,7 +31,7 @@ from test_engine import (  # noqa: F401
 
 from dk_detectron.engine import setup
 from dk_detectron.engine.resources import DiskError, OutOfMemoryError, WorkerError, explained
-from dk_detectron.engine.run_directory import check_unused, set_aside
+from dk_detectron.engine.run_directory import check_unused, claim, set_aside
 from dk_detectron.engine.signals import StopRequest
 from dk_detectron.model_zoo import load_config
 from dk_detectron.weights import replacing, write_checkpoint
@@ -229,9 +229,28 @@ def test_out_of_memory_names_the_keys_to_turn(error, tmp_path):
         "MODEL.BACKBONE.GRADIENT_CHECKPOINTING True",
     ):
         assert key in text
-    with pytest.raises(OutOfMemoryError, match="INPUT.MIN_SIZE_TEST"):
+    with pytest.raises(OutOfMemoryError, match="INPUT.MIN_SIZE_TEST") as evaluation:
         with explained(cfg, training=False):
             raise error
+    assert "start again" not in str(evaluation.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError("no"), OutOfMemoryError),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), WorkerError),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskError),
+    ],
+)
+def test_an_evaluation_in_a_training_can_be_gone_on_with(error, kind, tmp_path):
+    cfg = load_config(CONFIG, [*OPTIONS, "OUTPUT_DIR", str(tmp_path)])
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    with pytest.raises(kind) as found, explained(cfg, training=True):
+        with explained(cfg, training=False):
+            raise error
+    assert str(found.value).count("--resume goes on from model_0000003.pth") == 1
+    assert found.value.__cause__ is error
 
 
 def test_other_errors_stay_as_they_are(tmp_path):
@@ -262,6 +281,15 @@ def test_a_folder_with_a_run_is_not_used_for_another(run, datasets_root, tmp_pat
     (output / "last_checkpoint").unlink()
     with pytest.raises(FileExistsError, match="write the name of one of them into .*last_check"):
         check_unused(output, resume=True)
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path):
+    left = "model_0000003.pth.0123abcd.tmp", "model_final.pth.0123abcd.tmp"
+    others = "model_0000001.pth", "mine.pth.0123abcd.tmp", "model_0000003.pth.tmp", ".lock"
+    for name in left + others:
+        (tmp_path / name).touch()
+    claim(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others}
 
 
 def test_what_an_early_end_left_is_set_aside(tmp_path):

@@ -54,32 +54,34 @@ def explained(cfg: CfgNode, *, training: bool) -> Iterator[None]:
     """Adds what helps to the errors of what gives out; the whole of their own text stays.
 
     Args:
-        training: whether what is within trains, or evaluates.
+        training: whether what is within trains, and can be gone on with; or evaluates.
 
     Raises:
         OutOfMemoryError, WorkerError, DiskError: in the place of torch's and Python's.
     """
     try:
         yield
-    except (OutOfMemoryError, WorkerError, DiskError):
-        raise
     except (RuntimeError, MemoryError, OSError) as error:
-        go_on = how_to_go_on(cfg.OUTPUT_DIR)
+        go_on = f"\n  {how_to_go_on(cfg.OUTPUT_DIR)}" if training else ""
+        if isinstance(error, OutOfMemoryError | WorkerError | DiskError):
+            # Of an evaluation within, which does not know whether there is a run to go on with.
+            *number, text = error.args
+            raise type(error)(*number, text + go_on) from error.__cause__
         # A worker's own shortage of memory comes as that, with the worker's traceback.
         if WORKER.search(str(error)):
-            raise WorkerError(f"{error}\n  {_cure_of_workers(cfg)}\n  {go_on}") from error
+            raise WorkerError(f"{error}\n  {_cure_of_workers(cfg)}{go_on}") from error
         if is_out_of_memory(error):
             keys = "; ".join(_smaller(cfg) if training else _smaller_evaluation(cfg))
             raise OutOfMemoryError(
                 f"out of memory in {'training' if training else 'evaluation'}: {error}\n"
-                f"  to change: {keys}\n  {go_on}"
+                f"  to change: {keys}{go_on}"
             ) from error
         if isinstance(error, OSError) and error.errno in FULL:
             free = shutil.disk_usage(cfg.OUTPUT_DIR).free / 2**30
             raise DiskError(
                 error.errno,
                 f"{error.strerror}\n  OUTPUT_DIR {cfg.OUTPUT_DIR} has {free:.2f} GiB free: make "
-                f"room, within your quota as well\n  {go_on}",
+                f"room, within your quota as well{go_on}",
             ) from error
         raise
 

@@ -15,6 +15,8 @@ from .record import last_checkpoint
 
 # What a trainer writes; other weights may lie beside them.
 CHECKPOINT = re.compile(r"model_(\d{7}|final|final_ema)\.pth")
+# What `replacing` leaves of one if the process is killed while it writes.
+UNFINISHED = re.compile(CHECKPOINT.pattern + r"\.[0-9a-f]{8}\.tmp")
 # What a run appends to, so that the next would be mixed with it.
 APPENDED = "metrics.json", "events.out.tfevents.*"
 
@@ -24,6 +26,8 @@ _CLAIMED: list[IO] = []
 
 def claim(folder: str | Path) -> None:
     """Keeps other jobs from training in a folder, until this process ends; in all of a job's.
+
+    What a job that was killed has left of a checkpoint is removed.
 
     Raises:
         FileExistsError: another job trains there.
@@ -46,7 +50,10 @@ def _lock(folder: Path) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError:  # a file system without locks
-        pass
+        return True
+    for path in folder.glob("*.tmp"):
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink()
     return True
 
 
