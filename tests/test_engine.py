@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_functions
 from detectron2.modeling import build_model
@@ -656,6 +657,62 @@ def test_the_number_of_classes_comes_from_the_data(config, key, datasets_root, t
     assert f"{key}.NUM_CLASSES: 1, as in the data (square)" in (tmp_path / "log.txt").read_text()
     evaluator = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
     assert Path(evaluator._output_dir).parent == tmp_path / "inference"
+
+
+@pytest.fixture
+def set_of_dicts(datasets_root):
+    """Registered as detectron2's tutorial does it, without what its evaluation needs."""
+    DatasetCatalog.register("dicts", lambda: [])
+    MetadataCatalog.get("dicts").set(thing_classes=["square"])
+    yield "dicts"
+    DatasetCatalog.remove("dicts")
+    MetadataCatalog.remove("dicts")
+
+
+class OwnEvaluator(Trainer):
+    """With the signature that detectron2's examples have."""
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        return output_folder
+
+
+@pytest.mark.parametrize("kind", [None, "pascal_voc"])
+def test_what_cannot_be_evaluated_is_refused_before_training(kind, set_of_dicts):
+    if kind:
+        MetadataCatalog.get(set_of_dicts).set(evaluator_type=kind)
+    cfg = load_config(CONFIG, ["DATASETS.TEST", (set_of_dicts,)])
+    message = f"DATASETS.TEST: expected data sets in COCO .* 'dicts' .* {kind!r}: register it by"
+    for trainer in Trainer, type("Another", (Trainer,), {}):
+        with pytest.raises(ValueError, match=message):
+            trainer.check_datasets(cfg, cfg.DATASETS.TEST)
+    assert OwnEvaluator.check_datasets(cfg, cfg.DATASETS.TEST) == []
+    cfg.DATASETS.TEST = ()
+    assert Trainer.check_datasets(cfg, (set_of_dicts,)) == []
+
+
+def test_own_evaluators_of_augmented_images_write_into_the_run(tmp_path, monkeypatch):
+    cfg = load_config(CONFIG, ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", ("coco:a/b:c",)])
+    monkeypatch.setattr(OwnEvaluator, "measure", lambda cfg, model, evaluators: evaluators)
+    found = OwnEvaluator.measure_with_TTA(cfg, build_model(cfg))
+    assert found == [str(tmp_path / "inference_TTA" / "coco_a_b_c")]
+
+
+@pytest.mark.parametrize("annotations", [[], None])
+def test_data_to_evaluate_on_have_objects_or_no_annotations(annotations, datasets_root, tmp_path):
+    shapes = datasets_root / "shapes"
+    content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+    del content["annotations"]
+    if annotations is not None:
+        content["annotations"] = annotations
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    name = f"coco:{tmp_path}/val.json:{shapes}/val"
+    cfg = load_config(CONFIG, ["DATASETS.TEST", (name,)])
+    if annotations is None:
+        assert Trainer.check_datasets(cfg, [name])
+    else:
+        with pytest.raises(ValueError, match="TEST: expected objects to find in coco:.* among 0 "):
+            Trainer.check_datasets(cfg, [name])
 
 
 def test_resume_tells_what_has_changed(run, datasets_root, tmp_path):

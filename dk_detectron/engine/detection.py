@@ -47,9 +47,13 @@ class Trainer(BaseTrainer):
             FileNotFoundError, ValueError: data that are unknown, not on disk, not sound, or not of
                 the same classes.
         """
+        own, ours = cls.build_evaluator, Trainer.build_evaluator
+        has_own_evaluator = own.__func__ is not ours.__func__  # type: ignore[attr-defined]
         for name in names:
             resolve(name)
             check_on_disk(name)
+            if name in cfg.DATASETS.TEST and not has_own_evaluator:
+                check_evaluated(name)
         # The first process of a machine looks; the others find what it remembers.
         if comm.get_local_rank():
             comm.synchronize()
@@ -139,33 +143,33 @@ class Trainer(BaseTrainer):
 
     @classmethod
     def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, parent: str = "inference"
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DetectionEvaluator:
         """
         Args:
-            parent: the folder in ``OUTPUT_DIR`` for the results.
+            output_folder: for the results; by default :func:`inference_folder`.
         """
-        evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
-        if evaluator_type != "coco":
-            raise ValueError(
-                f"DATASETS.TEST: expected data sets in COCO format, got {dataset_name!r} with "
-                f"evaluator type {evaluator_type!r}"
-            )
-        folder = inference_folder(cfg.OUTPUT_DIR, dataset_name, parent)
+        check_evaluated(dataset_name)
+        folder = output_folder or str(inference_folder(cfg.OUTPUT_DIR, dataset_name))
         heads = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
         tasks = ["bbox", *(task for task, is_on in heads.items() if is_on)]
         with repaired(dataset_name):
             return DetectionEvaluator(
                 dataset_name,
                 if_nothing=tasks,
-                output_dir=str(folder),
+                output_dir=folder,
                 kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
 
     @classmethod
     def measure_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         """Evaluates with test-time augmentation, as detectron2's own ``train_net.py`` does."""
-        evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        evaluators = [
+            cls.build_evaluator(
+                cfg, name, str(inference_folder(cfg.OUTPUT_DIR, name, "inference_TTA"))
+            )
+            for name in cfg.DATASETS.TEST
+        ]
         return cls.measure(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
 
 
@@ -177,6 +181,16 @@ def _readable(cfg: CfgNode, parts: dict, *, replace: bool) -> Readable:
         replace=replace,
         hint="; dk-check-dataset (tools/check_dataset.py) names all that are damaged",
     )
+
+
+def check_evaluated(name: str) -> None:
+    """Raises ``ValueError`` for a data set that is not evaluated as COCO is."""
+    if (kind := MetadataCatalog.get(name).get("evaluator_type")) != "coco":
+        raise ValueError(
+            f"DATASETS.TEST: expected data sets in COCO format, got {name!r} with evaluator type "
+            f"{kind!r}: register it by detectron2's register_coco_instances, name it "
+            'coco:JSON:IMAGES, or train without evaluation by DATASETS.TEST "()"'
+        )
 
 
 def inference_folder(output_dir: str, dataset_name: str, parent: str = "inference") -> Path:
@@ -196,8 +210,14 @@ def _check_uses(cfg: CfgNode, report: Report) -> None:
     """Raises ``ValueError`` if sound data are of no use for this configuration."""
     found = report.survey
     assert found
-    if report.name in cfg.DATASETS.TRAIN and not sum(map(sum, found.boxes)):
+    boxes = sum(map(sum, found.boxes))
+    if report.name in cfg.DATASETS.TRAIN and not boxes:
         raise ValueError(f"DATASETS.TRAIN: expected objects to learn in {report.name}, got none")
+    if report.name in cfg.DATASETS.TEST and found.has_annotations and not boxes:
+        raise ValueError(
+            f"DATASETS.TEST: expected objects to find in {report.name}, or a file without "
+            f"annotations, got none among {found.annotations:,} annotations"
+        )
     if cfg.MODEL.MASK_ON and found.has_annotations and found.without_mask:
         raise ValueError(
             f"MODEL.MASK_ON: expected a mask for every object, {report.name} has "
