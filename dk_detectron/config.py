@@ -97,7 +97,8 @@ def add_dk_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA_DECAY = 0.0
 
     # Of classifiers only. If not 0, SOLVER.MAX_ITER and SOLVER.WARMUP_ITERS follow from these, the
-    # number of training images and SOLVER.IMS_PER_BATCH.
+    # number of training images and SOLVER.IMS_PER_BATCH, and SOLVER.CHECKPOINT_PERIOD and
+    # TEST.EVAL_PERIOD are an epoch at most.
     cfg.SOLVER.EPOCHS = 0
     cfg.SOLVER.WARMUP_EPOCHS = 0
     # The side of a classifier's images. In training they are random parts of a picture; in

@@ -156,6 +156,7 @@ def test_schedule_is_appendix_d():
         assert (solver.MAX_ITER, solver.WARMUP_ITERS) == (iterations, warmup)
         assert solver.IMS_PER_BATCH == 32 * processes
         assert solver.BASE_LR == pytest.approx(0.1 * processes / 8)
+    assert scaled[8].SOLVER.CHECKPOINT_PERIOD == scaled[8].TEST.EVAL_PERIOD == 5005
     assert scaled[1].SOLVER.BASE_LR == pytest.approx(0.1 / 8)
     assert scaled[1].SOLVER.MAX_ITER == pytest.approx(8 * 450_410, abs=8)
 
@@ -190,6 +191,18 @@ def test_schedule_is_appendix_d():
         assert lr(iteration, "linear.weight") == pytest.approx(expected, rel=1e-4, abs=1e-9)
         generator = next(n for n, _ in model.named_parameters() if "offset_generator" in n)
         assert lr(iteration, generator) == pytest.approx(0.01 * expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize(("batch", "epoch"), [(4, 6), (7, 3), (96, 1)])
+def test_periods_are_an_epoch_at_most(batch, epoch, pictures, tmp_path):
+    """Of the 24 pictures; the configuration's are of ImageNet."""
+    opts = "SOLVER.EPOCHS", 4, "SOLVER.IMS_PER_BATCH", batch
+    cfg = config(pictures, tmp_path, *opts)
+    scaled = ClassificationTrainer.auto_scale_workers(cfg, 1)
+    assert scaled.SOLVER.CHECKPOINT_PERIOD == scaled.TEST.EVAL_PERIOD == epoch
+    cfg = config(pictures, tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 0)
+    scaled = ClassificationTrainer.auto_scale_workers(cfg, 1)
+    assert (scaled.SOLVER.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (1, 0)
 
 
 def test_pixels_are_torchvisions(pictures):

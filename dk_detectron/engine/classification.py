@@ -89,7 +89,7 @@ class ClassificationTrainer(BaseTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """detectron2's, and from epochs to iterations."""
+        """detectron2's, and from epochs to iterations; none of its periods is above an epoch."""
         cfg = BaseTrainer.auto_scale_workers(cfg, num_workers)
         if not cfg.SOLVER.EPOCHS:
             return cfg
@@ -99,6 +99,9 @@ class ClassificationTrainer(BaseTrainer):
         epoch = images / cfg.SOLVER.IMS_PER_BATCH
         cfg.SOLVER.MAX_ITER = max(1, round(cfg.SOLVER.EPOCHS * epoch))
         cfg.SOLVER.WARMUP_ITERS = round(cfg.SOLVER.WARMUP_EPOCHS * epoch)
+        # Those of the configurations are an epoch of ImageNet, longer than a run on few pictures.
+        for section, key in (cfg.SOLVER, "CHECKPOINT_PERIOD"), (cfg.TEST, "EVAL_PERIOD"):
+            section[key] = min(section[key], max(1, round(epoch)))
         cfg.freeze()
         return cfg
 
