@@ -12,6 +12,7 @@ RESNET = "COCO-Detection/faster_rcnn_R_50_FPN_dk_l3_1x.yaml"
 RESNET_DW = "COCO-Detection/faster_rcnn_R_50_DW_FPN_dk_l3_1x.yaml"
 RIGID = "COCO-Detection/faster_rcnn_MNV2_FPN_1x.yaml"
 GLOBAL = "COCO-Detection/faster_rcnn_MNV2_FPN_dk_g3_1x.yaml"
+CLASSIFIER = "ImageNet/MNV2.yaml"
 KERNEL, BACKBONE = "MODEL.DEFORM_KERNEL", "MODEL.BACKBONE"
 DETECTRON2S = [f"{BACKBONE}.NAME", "build_resnet_fpn_backbone"]
 
@@ -38,6 +39,9 @@ def test_no_configuration_of_ours_has_any(config):
         (RIGID, [f"{KERNEL}.SCOPE_SIZE_3X3", 7], "expected 4, since CONV_3X3 'rigid' makes no use"),
         (GLOBAL, [f"{KERNEL}.SCOPE_SIZE_1X1", 3], "set .*CONV_1X1 local or global"),
         (RIGID, ["MODEL.RESNETS.NORM", "BN"], "set MODEL.MOBILENETV2.NORM"),
+        (CLASSIFIER, ["SOLVER.MAX_ITER", 100], "MAX_ITER: expected 40000, .* set SOLVER.EPOCHS"),
+        (CLASSIFIER, ["SOLVER.WARMUP_ITERS", 9], "WARMUP_ITERS: .*SOLVER.WARMUP_EPOCHS, or"),
+        (RIGID, ["SOLVER.AMP.PRECISION", "bfloat16"], "set SOLVER.AMP.ENABLED True"),
     ],
 )  # fmt: skip
 def test_keys_that_the_network_does_not_read(config, opts, message):
@@ -52,6 +56,8 @@ def test_keys_that_the_network_does_not_read(config, opts, message):
         (GLOBAL, [f"{KERNEL}.SCOPE_SIZE_3X3", 5]),
         (RIGID, [f"{KERNEL}.DATA_OFFSET_ON_PER_STAGE", [False, False, False, True],
                  f"{KERNEL}.OFFSET_GROUPS", 2]),
+        (CLASSIFIER, ["SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", 100, "SOLVER.WARMUP_ITERS", 9]),
+        (RIGID, ["SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.AMP.ENABLED", True]),
         # Who makes a network adaptive by deformify may look at its offsets.
         (RIGID, [*DETECTRON2S, f"{KERNEL}.VIS_PERIOD", 100]),
     ],

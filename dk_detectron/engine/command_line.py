@@ -88,11 +88,12 @@ def main(args, trainer_class: type[BaseTrainer]):
         )
         return trainer.train()
     LOGGER.warning(
-        "The run in %s has finished, after %d of %d iterations: raise SOLVER.MAX_ITER (and "
-        "SOLVER.STEPS) to go on, or evaluate it with --eval-only",
+        "The run in %s has finished, after %d of %d iterations: raise SOLVER.%s to go on, or "
+        "evaluate it with --eval-only",
         cfg.OUTPUT_DIR,
         trainer.start_iter,
         trainer.max_iter,
+        "EPOCHS" if cfg.SOLVER.EPOCHS else "MAX_ITER (and SOLVER.STEPS)",
     )
     return None
 

@@ -29,6 +29,9 @@ OF_CLASSIFIERS = {
     "SOLVER.EPOCHS": "set SOLVER.MAX_ITER",
     "SOLVER.WARMUP_EPOCHS": "set SOLVER.WARMUP_ITERS",
 }
+EPOCHS = "set SOLVER.EPOCHS and SOLVER.WARMUP_EPOCHS, or SOLVER.EPOCHS 0 to count in iterations"
+OF_ITERATIONS = {"SOLVER.MAX_ITER": EPOCHS, "SOLVER.WARMUP_ITERS": EPOCHS}
+OF_MIXED_PRECISION = {"SOLVER.AMP.PRECISION": "set SOLVER.AMP.ENABLED True"}
 OF_OTHER_BACKBONES = {
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": "set MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE",
     "MODEL.RESNETS.DEFORM_MODULATED": "set MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE",
@@ -73,6 +76,10 @@ def _ignored(cfg: CfgNode) -> list[tuple[str, dict[str, str]]]:
     name, kernels = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DEFORM_KERNEL
     classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
     ignored = [("a classifier", OF_DETECTORS) if classifier else ("a detector", OF_CLASSIFIERS)]
+    if classifier and cfg.SOLVER.EPOCHS:
+        ignored.append(("a classifier with SOLVER.EPOCHS", OF_ITERATIONS))
+    if not cfg.SOLVER.AMP.ENABLED:
+        ignored.append(("training without SOLVER.AMP.ENABLED", OF_MIXED_PRECISION))
     if re.search("mobilenetv2|resnet_dw", name):
         ignored.append((name, OF_OTHER_BACKBONES))
     if "mobilenetv2" in name:
