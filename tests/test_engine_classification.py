@@ -555,6 +555,8 @@ def spoil(folder: Path, what: str) -> None:
         ("", ["MODEL.META_ARCHITECTURE", "RetinaNet"], ValueError, "expected ImageClassifier"),
         ("", ["SOLVER.EMA_DECAY", 1.0], ValueError, "EMA_DECAY: expected 0 <= decay < 1, got 1"),
         ("", ["MODEL.WEIGHTS", "none.pth"], FileNotFoundError, "MODEL.WEIGHTS: .* 'none.pth'"),
+        ("", ["SOLVER.BASE_LR_END", 0.1], ValueError, "BASE_LR_END: .* at most SOLVER.BASE_LR 0.0"),
+        ("", ["SOLVER.WARMUP_METHOD", "lin"], ValueError, "expected one of linear, constant, got"),
         ("", ["INPUT.FORMAT", "bgr"], ValueError, "INPUT.FORMAT: expected RGB or BGR, got 'bgr'"),
         (
             "",
@@ -579,6 +581,27 @@ def test_the_number_of_classes_comes_from_the_data(own_pictures, tmp_path):
     args = arguments(own_pictures, tmp_path / "out", "SOLVER.REFERENCE_WORLD_SIZE", 0)
     args.config_file = str(CONFIGS / "ImageNet" / "MNV2_dk_l3.yaml")
     assert setup(args, ClassificationTrainer).MODEL.CLASSIFIER.NUM_CLASSES == 6
+
+
+def test_a_shorter_run_leaves_steps_out(pictures, tmp_path, said):
+    """Also one that comes with the last iteration, for which there is no step."""
+    more = "SOLVER.STEPS", (3, 6, 9), "SOLVER.RESCALE_INTERVAL", False
+    cfg = config(pictures, tmp_path, *more)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    ClassificationTrainer.build_lr_scheduler(cfg, optimizer)
+    assert "SOLVER.STEPS" not in said.text  # of which a cosine makes no use
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
+    scheduler = ClassificationTrainer.build_lr_scheduler(cfg, optimizer)
+    scheduler.last_epoch = 5
+    assert scheduler.get_lr() == [pytest.approx(0.1)]
+    assert "SOLVER.STEPS: (3,), without those that 6 iterations end before" in said.text
+    assert cfg.SOLVER.STEPS == (3, 6, 9)
+
+
+def test_a_run_is_not_made_shorter_than_it_is(pictures, tmp_path):
+    state = {"iteration": 6}
+    with pytest.raises(ValueError, match="SOLVER.MAX_ITER: expected at least 7 .*, got 6: raise"):
+        ClassificationTrainer(config(pictures, tmp_path)).load_state_dict(state)
 
 
 def test_warm_up_that_never_ends_is_refused(pictures, tmp_path):

@@ -360,6 +360,28 @@ def test_test_time_augmentation_is_done(run, datasets_root, tmp_path):  # noqa: 
         (["MODEL.RESNETS.DEFORM_MODULATED", True], "set MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_ST"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR: expected a folder"),
         (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"], "expected one of .*WarmupCosineLR, .*, got"),
+        (
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", (3, 2)],
+            r"SOLVER.STEPS: .* increasing order, got \(3, 2\)",
+        ),
+        (
+            [
+                "SOLVER.CLIP_GRADIENTS.ENABLED",
+                True,
+                "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+                "full_model",
+            ],
+            "CLIP_TYPE: expected one of value, norm, got 'full_model'",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "GeneralisedRCNN"],
+            "such as GeneralizedRCNN, .*got 'Generalis",
+        ),
+        (
+            ["MODEL.BACKBONE.NAME", "build_resnet_backbon"],
+            "NAME: .* such as build_resnet_backbone,",
+        ),
+        (["MODEL.ROI_HEADS.NAME", "StandardROIHead"], "NAME: .* such as StandardROIHeads, "),
         (["INPUT.FORMAT", "YUV-BT.601"], "INPUT.FORMAT: expected RGB or BGR, got 'YUV-BT.601'"),
         (
             ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5],

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+)
 from detectron2.utils import comm
 
 from ..data.image_folder import FLIPS
@@ -23,10 +29,28 @@ from .trainer import OPTIMIZERS
 
 # Those that detectron2 has.
 LR_SCHEDULERS = "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
+WARMUP_METHODS = "linear", "constant"
+CLIP_TYPES = "value", "norm"
+PARTS = {
+    "META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "BACKBONE.NAME": BACKBONE_REGISTRY,
+    "ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+}
 # As many as COCO's people have, whose spreads are pycocotools' own.
 KEYPOINTS = 17
 # Between a run and the same resumed: where it is, and weights that then are not read.
 UNCOMPARED = "OUTPUT_DIR", "MODEL.WEIGHTS"
+
+
+def check_parts(cfg: CfgNode) -> None:
+    """Raises ``ValueError`` if a part of the network has a name that is not registered."""
+    for key, registry in PARTS.items():
+        name, known = reduce(getitem, key.split("."), cfg.MODEL), dict(registry)
+        if name not in known:
+            near = ", ".join(get_close_matches(name, known)) or ", ".join(sorted(known))
+            raise ValueError(
+                f"MODEL.{key}: expected a name that is registered, such as {near}, got {name!r}"
+            )
 
 
 def check_solver(cfg: CfgNode) -> None:
@@ -47,10 +71,29 @@ def check_solver(cfg: CfgNode) -> None:
     for key in "MAX_ITER", "CHECKPOINT_PERIOD":
         if solver[key] < 1:
             raise ValueError(f"SOLVER.{key}: expected a number of steps, got {solver[key]}")
-    if solver.LR_SCHEDULER_NAME not in LR_SCHEDULERS:
+    _check_schedule(solver)
+    clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
         raise ValueError(
-            f"SOLVER.LR_SCHEDULER_NAME: expected one of {', '.join(LR_SCHEDULERS)}, got "
-            f"{solver.LR_SCHEDULER_NAME!r}"
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: expected one of {', '.join(CLIP_TYPES)}, got "
+            f"{clip.CLIP_TYPE!r}"
+        )
+
+
+def _check_schedule(solver: CfgNode) -> None:
+    for key, known in ("LR_SCHEDULER_NAME", LR_SCHEDULERS), ("WARMUP_METHOD", WARMUP_METHODS):
+        if solver[key] not in known:
+            raise ValueError(
+                f"SOLVER.{key}: expected one of {', '.join(known)}, got {solver[key]!r}"
+            )
+    steps, end = solver.STEPS, solver.BASE_LR_END
+    is_stepwise = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+    if is_stepwise and list(steps) != sorted({step for step in steps if step > 0}):
+        raise ValueError(f"SOLVER.STEPS: expected iterations in increasing order, got {steps}")
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and not 0 <= end <= solver.BASE_LR:
+        raise ValueError(
+            f"SOLVER.BASE_LR_END: expected a rate of at most SOLVER.BASE_LR {solver.BASE_LR}, got "
+            f"{end}"
         )
 
 

@@ -20,6 +20,7 @@ from .checks import (
     check_evaluation,
     check_input,
     check_norms,
+    check_parts,
     check_solver,
     check_weights,
     keep_seed,
@@ -119,6 +120,7 @@ def setup(args, trainer_class: type[BaseTrainer] | None = None) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR: expected a folder to write to, got nothing")
+    check_parts(cfg)
     check_solver(cfg)
     check_input(cfg)
     check_norms(cfg)

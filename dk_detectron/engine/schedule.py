@@ -29,6 +29,32 @@ def scale(cfg: CfgNode, processes: int) -> CfgNode:
     return scaled
 
 
+def without_late_steps(cfg: CfgNode) -> CfgNode:
+    """Without those of ``SOLVER.STEPS`` that come after the last iteration, if they are used."""
+    steps, length = cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER
+    early = tuple(step for step in steps if step < length)
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupMultiStepLR" or early == tuple(steps):
+        return cfg
+    LOGGER.warning("SOLVER.STEPS: %s, without those that %d iterations end before", early, length)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.STEPS = early
+    return cfg
+
+
+def check_length(state: dict, length: int) -> None:
+    """Raises ``ValueError`` if a run has done more iterations than it is to have.
+
+    Args:
+        state: of a trainer, in a checkpoint.
+    """
+    if (done := state["iteration"] + 1) > length:
+        raise ValueError(
+            f"SOLVER.MAX_ITER: expected at least {done} iterations, which the run to resume has "
+            f"done, got {length}: raise it (SOLVER.EPOCHS of a classifier), or start another run"
+        )
+
+
 def reference(cfg: CfgNode) -> int:
     """The number of processes for which batch, rate and schedule are, as they stand."""
     return cfg.SOLVER.REFERENCE_WORLD_SIZE or comm.get_world_size()

@@ -144,9 +144,11 @@ class BaseTrainer(DefaultTrainer):
         """detectron2's, but learning rates are those of the configuration.
 
         Raises:
-            ValueError: for another number of processes, the schedule would be scaled otherwise.
+            ValueError: for another number of processes, the schedule would be scaled otherwise; or
+                the run is to be shorter than it already is.
         """
         schedule.check_processes(state_dict, self.reference)
+        schedule.check_length(state_dict, self.max_iter)
         base_lrs = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
         self.scheduler.base_lrs = base_lrs
@@ -255,7 +257,7 @@ class BaseTrainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
-        """detectron2's.
+        """detectron2's; ``SOLVER.STEPS`` that a shorter run does not come to are left out.
 
         Raises:
             ValueError: warm-up takes all iterations.
@@ -266,7 +268,7 @@ class BaseTrainer(DefaultTrainer):
                 f"training, got {cfg.SOLVER.WARMUP_ITERS}; set SOLVER.WARMUP_EPOCHS or "
                 "SOLVER.WARMUP_ITERS"
             )
-        return super().build_lr_scheduler(cfg, optimizer)
+        return super().build_lr_scheduler(schedule.without_late_steps(cfg), optimizer)
 
     @classmethod
     def measure(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
