@@ -485,6 +485,12 @@ def torchvision_state(**changes) -> dict:
     return {n: t for n, t in (state | changes).items() if t is not None}
 
 
+def without_generators(config: str) -> dict:
+    return {n: t for n, t in build(config).state_dict().items() if "_generator." not in n}
+
+
+LOCAL_1X1 = ["MODEL.DEFORM_KERNEL.CONV_1X1", "local"]
+SEPARABLE = ["MODEL.DEFORM_KERNEL.OFFSET_GENERATOR", "separable"]
 MISFITS = {
     "another library's ResNet": (
         lambda: torchvision.models.resnet18().state_dict(), MNV2, [],
@@ -523,6 +529,22 @@ MISFITS = {
         lambda: build("ImageNet/MNV2_dk_l3.yaml").state_dict(), "ImageNet/MNV2_dk_l3.yaml",
         ["MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3", 3],
         r"unexpected tensors \(17\).* expected a scope of at most \(3, 3\), got \(4, 4\)",
+    ),
+    "a generator of another kind": (  # whose 1x1 weight fits, and would follow random features
+        lambda: build(MNV2, *LOCAL_1X1).state_dict(), MNV2, [*LOCAL_1X1, *SEPARABLE],
+        r"tensors \(34\).*res2.0.conv3.kernel_offset_generator.depthwise.weight: not in the check",
+    ),
+    "a generator of another kind, back": (
+        lambda: build(MNV2, *LOCAL_1X1, *SEPARABLE).state_dict(), MNV2, LOCAL_1X1,
+        r"tensors \(34\).*kernel_offset_generator.depthwise.weight: not in the model",
+    ),
+    "a scope without offsets": (
+        lambda: without_generators(MNV2_DK), MNV2_DK, [],
+        r"tensors \(102\).*conv1.kernel_offset_generator.weight: not in the checkpoint",
+    ),
+    "experts without gates": (
+        lambda: without_generators("ImageNet/MNV2_scc.yaml"), "ImageNet/MNV2_scc.yaml", [],
+        r"stem.block.conv3.gate_generator.weight: not in the checkpoint",
     ),
     "another norm": (
         torchvision_state, MNV2, ["MODEL.MOBILENETV2.NORM", "GN"],

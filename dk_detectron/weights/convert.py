@@ -24,6 +24,7 @@ from .names import (
     BACKBONE_PREFIXES,
     FIRST_WEIGHT,
     GENERATOR,
+    generator_of,
     may_be_unused,
     model_names,
     part,
@@ -79,7 +80,8 @@ class Report:
     def check_complete(self) -> None:
         """Raises ``CheckpointError`` if a part of the model would have weights that nobody trained.
 
-        Generators are no such part: they start so that a deformable network is the rigid one.
+        Generators are no such part: those that :meth:`check` lets be missing start so that they
+        change nothing.
         """
         missing = [name for name in self.initialised if not GENERATOR.search(name)]
         if missing:
@@ -135,6 +137,22 @@ def _sensitivity(layer: ScopeConv2d, owner: str, converted: dict[str, Tensor]) -
     own = layer.state_dict()
     layer.load_state_dict(own | {key: t for key, t in inside.items() if key in own})
     return layer.sensitivity()
+
+
+def _needed_generators(model: nn.Module, report: Report) -> set[str]:
+    """Names of those without which what the source has would compute something else.
+
+    The rest of a generator that it has a part of; and what says where a scope is read, or how
+    experts are mixed, where these come from training.
+    """
+    needed = set(map(generator_of, report.matched + report.resampled))
+    given = set(report.matched)
+    for owner, layer in model.named_modules():
+        if not isinstance(layer, AdaptiveConv2d) or f"{owner}.weight" not in given:
+            continue
+        if list(layer.weight.shape) != layer.rigid_shape:
+            needed |= {f"{owner}.{kind}_generator" for kind in ("kernel_offset", "gate")}
+    return needed
 
 
 def convert(
@@ -196,10 +214,12 @@ def convert(
     report.unused = [origin for origin, name in names.items() if name not in converted]
     for list_ in report.matched, report.initialised, report.unused:
         list_[:] = [name for name in list_ if not name.endswith(COUNTER)]
+    needed = _needed_generators(model, report)
     report.unexpected += [
         f"{name}: not in the checkpoint"
         for name in report.initialised
-        if name.startswith(prefix) and not GENERATOR.search(name) and name not in misfits
+        if name not in misfits
+        and (generator in needed if (generator := generator_of(name)) else name.startswith(prefix))
     ]
     report.unexpected += [
         f"{origin}: not in the model"

@@ -147,6 +147,12 @@ def may_be_unused(name: str, target: dict[str, Tensor], prefix: str) -> bool:
     return name.startswith(CLASSIFIER)
 
 
+def generator_of(name: str) -> str:
+    """The name of the generator that a tensor belongs to; "" if it belongs to none."""
+    found = GENERATOR.search(name)
+    return name[: found.end()] if found else ""
+
+
 def part(name: str) -> str:
     """The part of a network that a tensor belongs to, for summaries."""
     if generator := GENERATOR.search(name):
