@@ -9,6 +9,7 @@ from torch import nn
 from dk_detectron.engine.optimizer import build_optimizer, parameter_groups
 from dk_detectron.layers import (
     KINDS,
+    OFFSET_GENERATORS,
     DeformConv2d,
     DeformKernelConv2d,
     GlobalDeformKernel2d,
@@ -83,7 +84,7 @@ def test_the_key_reaches_every_local_layer():
     backbone = build_backbone(cfg)
     generators = [m for n, m in backbone.named_modules() if n.endswith("offset_generator")]
     assert len(generators) == 17 + 14
-    assert {type(generator) for generator in generators} == {SeparableConv2d}
+    assert all(isinstance(generator, SeparableConv2d) for generator in generators)
     cfg.MODEL.DEFORM_KERNEL.OFFSET_GENERATOR = "cheap"
     with pytest.raises(ValueError, match="DEFORM_KERNEL.OFFSET_GENERATOR: expected one of full"):
         build_backbone(cfg)
@@ -172,6 +173,29 @@ def test_what_is_made_of_assigned_weights_is_of_their_type(kind, own, loaded, de
     if loaded == torch.float16:
         limit = {"rtol": 0.01, "atol": 0.01}
     torch.testing.assert_close(layer(x), rigid(x), **limit)
+
+
+VARIANTS = [(kind, {}) for kind in KINDS]
+VARIANTS += [("dcn+local", {"offset_generator": o, "modulated": True}) for o in OFFSET_GENERATORS]
+
+
+@pytest.mark.parametrize("kind, options", VARIANTS)
+@pytest.mark.parametrize("last", ["generators", "layer"])
+def test_a_layer_from_meta_is_the_same_once_reset(kind, options, last):
+    """By itself, or module after module, in either order, as FSDP and others do it."""
+    arguments = {"kernel_size": 3, "groups": 2, **options}
+    layer = KINDS[kind](6, 8, device="meta", **arguments).to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    torch.manual_seed(3)
+    for name, tensor in KINDS[kind](6, 8, **arguments).state_dict().items():
+        assert torch.equal(layer.state_dict()[name], tensor), name
+    modules = [*layer.modules()] if last == "generators" else [*layer.modules()][::-1]
+    for module in modules:
+        module.reset_parameters()
+    assert not any(g.weight.any() or g.bias.any() for g in layer.generators)
 
 
 def test_the_depthwise_part_of_a_generator_is_kept_or_drawn():

@@ -24,6 +24,18 @@ GENERATOR = re.compile(r"((kernel|data|mask|shared)_offset|gate)_generator(?=\.)
 Generator = Any  # nn.Conv2d or nn.Linear, which torch declares as though it had no bias
 
 
+class StartsAtZero:
+    """A generator's start, whichever is reset last: the generator or its layer.
+
+    What is drawn before is for the sake of seeds: layers without it would have other weights.
+    """
+
+    def reset_parameters(self: Any) -> None:
+        super().reset_parameters()  # type: ignore[misc]
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class AdaptiveConv2d(nn.Module):
     """What the layers share: the arguments of ``nn.Conv2d``, initialisation, norm and activation.
 
@@ -75,7 +87,7 @@ class AdaptiveConv2d(nn.Module):
         self._make_generators(factory)
         self.norm = norm
         self.activation = activation
-        self.reset_parameters()
+        self._draw_parameters()
 
     def _padding(self, padding: Size | str) -> tuple[int, int]:
         """Pixels on both sides of each axis, of what ``nn.Conv2d`` takes."""
@@ -127,7 +139,17 @@ class AdaptiveConv2d(nn.Module):
         return ((n, m) for n, m in self.named_children() if n.endswith("_generator"))
 
     def reset_parameters(self) -> None:
-        """Initialises weight and bias as ``nn.Conv2d`` does, and the generators to zero."""
+        """Initialises weight and bias as ``nn.Conv2d`` does, and the generators to zero.
+
+        The depthwise part of a separable generator, which zeros follow, is drawn.
+        """
+        for generator in self.generators:
+            for module in generator.modules():
+                module.reset_parameters()
+        self._draw_parameters()
+
+    def _draw_parameters(self) -> None:
+        """:meth:`reset_parameters` where the generators are new."""
         rigid = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, groups=self.groups,
             bias=self.bias is not None,
@@ -275,6 +297,10 @@ def _value(parameter: Tensor) -> Tensor:
     return parameter.to("cpu", copy=True)
 
 
+class LinearGenerator(StartsAtZero, nn.Linear):
+    """What predicts numbers of a whole image."""
+
+
 def pooled(x: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, C], the mean over all places: what a generator for whole images sees.
 
@@ -305,7 +331,7 @@ class CondConv2d(AdaptiveConv2d):
         return [self.num_experts, *self.rigid_shape]
 
     def _make_generators(self, factory):
-        self.gate_generator = nn.Linear(self.in_channels, self.num_experts, **factory)
+        self.gate_generator = LinearGenerator(self.in_channels, self.num_experts, **factory)
 
     def _from_rigid(self, weight):
         # At the start every gate is sigmoid(0) = 1/2. Equal experts would get equal gradients and

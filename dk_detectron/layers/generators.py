@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.arguments import check_groups
-from .adaptive import AdaptiveConv2d
+from .adaptive import AdaptiveConv2d, StartsAtZero
 
 OFFSET_GENERATORS = ("full", "separable", "shared")
 # Channels of what several layers make their offsets of.
@@ -38,6 +38,14 @@ class SeparableConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.depthwise(x))
+
+
+class ConvGenerator(StartsAtZero, nn.Conv2d):
+    """What predicts numbers for every output location."""
+
+
+class SeparableGenerator(StartsAtZero, SeparableConv2d):
+    """The same, separable."""
 
 
 class LocalConv2d(AdaptiveConv2d):
@@ -108,10 +116,10 @@ class LocalConv2d(AdaptiveConv2d):
         """Predicts so many numbers for each tap."""
         channels = self.offset_groups * numbers * self.kernel_size[0] * self.kernel_size[1]
         if self.offset_generator == "shared":
-            return nn.Conv2d(SHARED_FEATURES, channels, 1, **factory)
+            return ConvGenerator(SHARED_FEATURES, channels, 1, **factory)
         arguments = {**self._conv_arguments, **factory}
         del arguments["groups"]  # never depthwise
-        kind = nn.Conv2d if self.offset_generator == "full" else SeparableConv2d
+        kind = ConvGenerator if self.offset_generator == "full" else SeparableGenerator
         return kind(self.in_channels, channels, self.kernel_size, **arguments)
 
     def _with_factors(self, offset: Tensor, seen: Tensor) -> Tensor:

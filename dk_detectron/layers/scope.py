@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import deform_kernel_conv2d, per_image_conv2d, sample_kernel
 from ..ops.arguments import pair
-from .adaptive import PERTURBATION, AdaptiveConv2d, Generator, pooled
+from .adaptive import PERTURBATION, AdaptiveConv2d, Generator, LinearGenerator, pooled
 from .generators import LocalConv2d
 from .start import centre_gain, embed_scope, lift_to_scope, spread_offset
 
@@ -145,7 +145,7 @@ class GlobalDeformKernel2d(ScopeConv2d):
 
     def _make_generators(self, factory):
         taps = self.kernel_size[0] * self.kernel_size[1]
-        self.kernel_offset_generator = nn.Linear(self.in_channels, 2 * taps, **factory)
+        self.kernel_offset_generator = LinearGenerator(self.in_channels, 2 * taps, **factory)
 
     def _convolve(self, x, seen):
         kernel_offset = self.kernel_offset_generator(pooled(seen))
