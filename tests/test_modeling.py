@@ -1,6 +1,7 @@
 """The networks are the paper's: every row of its tables builds, with exactly its parameters."""
 
 import csv
+import sys
 from copy import deepcopy
 from functools import partialmethod
 from pathlib import Path
@@ -17,6 +18,7 @@ from detectron2.utils.events import EventStorage
 
 from dk_detectron import add_dk_config
 from dk_detectron.analysis import count_multiply_adds, count_parameters
+from dk_detectron.commands import analyze_model
 from dk_detectron.engine import Trainer
 from dk_detectron.layers import (
     AdaptiveConv2d,
@@ -453,3 +455,16 @@ def test_channels_last_goes_through(config):
     assert found.is_contiguous(memory_format=torch.channels_last)
     # The same sums in another order.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["none.yaml"], "--config-file: expected a YAML file, .* got 'none.yaml'"),
+        (["ImageNet/MNV2.yaml", "MODEL.FNP", "8"], "options KEY VALUE .*MODEL.FNP"),
+    ],
+)
+def test_what_cannot_be_analyzed_is_said_in_a_line(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--config-file", *arguments])
+    with pytest.raises(SystemExit, match=f"analyze_model.py: {message}"):
+        analyze_model.main()

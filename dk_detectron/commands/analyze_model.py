@@ -5,6 +5,7 @@
 """
 
 import argparse
+import sys
 from typing import Any
 
 import torch
@@ -132,8 +133,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.paper_tables:
         print_paper_tables()
-    else:
+        return
+    try:
         analyze(load_config(args.config_file, args.opts), args.size and tuple(args.size))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from detectron2.modeling import build_model
 
 from ..model_zoo import load_config
-from ..weights import CheckpointError, convert_file
+from ..weights import convert_file
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     try:
         model = build_model(load_config(args.config_file, args.opts))
         print(convert_file(args.source, args.target, model, args.allow_partial))
-    except (CheckpointError, OSError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     print(f"\nWritten: {args.target}")
 
