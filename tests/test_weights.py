@@ -5,6 +5,7 @@ import errno
 import gzip
 import logging
 import os
+import re
 import runpy
 import sys
 import zipfile
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
@@ -170,6 +172,45 @@ def test_public_networks_keep_features_and_logits(naming, variant, torchvision_n
         assert relative_error(model.backbone(x)["res5"], net.features(x)) < 1e-12
         assert relative_error(model(x), net(x)) < 1e-12
     net.float()
+
+
+def detectron2_names(state: dict) -> dict:
+    """As of its tools/convert-torchvision-to-d2.py."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = name if "layer" in name else f"stem.{name}"
+        name = re.sub(r"layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+        name = re.sub(r"bn(\d)", r"conv\1.norm", name)
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("naming", [dict, detectron2_names], ids=["torchvision", "detectron2"])
+def test_torchvisions_resnet_keeps_its_logits_and_where_its_stride_is(naming):
+    net = randomise(torchvision.models.resnet50(width_per_group=16))
+    narrow = "ImageNet/R_50.yaml", "MODEL.RESNETS.WIDTH_PER_GROUP", 16
+    model = build(*narrow)
+    converted, report = convert(naming(net.state_dict()), model)
+    report.check()
+    assert report.kind == "torchvision's ResNet" and not report.unused
+    model.load_state_dict({**model.state_dict(), **converted})
+    with torch.no_grad():
+        assert relative_error(model(images()), net(images())) < 1e-5
+    other = build(*narrow, "MODEL.RESNETS.STRIDE_IN_1X1", True)
+    with pytest.raises(CheckpointError, match="in the 3x3: MODEL.RESNETS.STRIDE_IN_1X1 False"):
+        convert(naming(net.state_dict()), other)[1].check()
+
+
+def test_a_resnet_of_caffe2():
+    """Its names are not made up for; as detectron2 has them, its classifier arrives too."""
+    state = {"conv1_w": torch.ones(64, 3, 7, 7), "fc1000_w": torch.ones(1000, 2048)}
+    model = build("ImageNet/R_50.yaml", "MODEL.RESNETS.WIDTH_PER_GROUP", 16)
+    with pytest.raises(CheckpointError, match="got Caffe2's .* by .*convert_basic_c2_names first"):
+        convert(state, model)
+    names = convert_basic_c2_names([*state])
+    _, report = convert(dict(zip(names, state.values(), strict=True)), model)
+    assert report.matched == ["backbone.stem.conv1.weight", "linear.weight"]
 
 
 def _rigid(model: nn.Module, name: str) -> torch.Size:
@@ -614,7 +655,7 @@ def test_a_damaged_file_is_named(suffix, how, tmp_path):
     ("source", "target", "error", "message"),
     [
         ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "t.pth", CheckpointError, "can run any"),
-        ("model.pkl", "target.pth", CheckpointError, "model.pkl: .* torch.save"),
+        ("model.pkl", "target.pth", CheckpointError, "model.pkl: .* torch.save.*basic_c2_names"),
         ("none.pth", "target.pth", FileNotFoundError, "none.pth"),
         ("same.pth", "same.pth", CheckpointError, "expected another file to write to"),
         ("same.pth", "target.pkl", CheckpointError, "expected a name that ends in .pth"),
@@ -766,6 +807,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         assert target.read_bytes() == written
     with pytest.raises(SystemExit, match="--config-file: expected a YAML file, .* got 'none.yaml'"):
         run_tool(monkeypatch, source, target, "--config-file", "none.yaml")
+    with pytest.raises(SystemExit, match="convert_weights.py: options KEY VALUE .*MODEL.FNP"):
+        run_tool(monkeypatch, *command, "MODEL.FNP.OUT_CHANNELS", 8)
 
 
 def test_weights_without_heads_are_not_complete():

@@ -24,6 +24,7 @@ from .names import (
     BACKBONE_PREFIXES,
     FIRST_WEIGHT,
     GENERATOR,
+    TORCHVISION_RESNET,
     generator_of,
     may_be_unused,
     model_names,
@@ -226,8 +227,23 @@ def convert(
         for origin in report.unused
         if names[origin] not in misfits and not may_be_unused(names[origin], target, prefix)
     ]
+    if kind == TORCHVISION_RESNET and _strides_in_1x1(model, prefix):
+        report.unexpected.append(
+            "torchvision's ResNets have their stride in the 3x3: MODEL.RESNETS.STRIDE_IN_1X1 False"
+        )
     report.unused += outside
     return converted, report
+
+
+def _strides_in_1x1(model: nn.Module, prefix: str) -> bool:
+    """Whether a bottleneck of the backbone has its stride there, which no weight shows."""
+    return any(
+        name.startswith(f"{prefix}res")
+        and name.endswith(".conv1")
+        and tuple(conv.kernel_size) == (1, 1)
+        and tuple(conv.stride) != (1, 1)
+        for name, conv in model.named_modules()
+    )
 
 
 def _check_types(found: dict[str, Tensor], source: str) -> None:

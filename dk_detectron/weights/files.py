@@ -43,6 +43,8 @@ MISTAKEN = {
     b"\x1f\x8b": "a gzip archive: unpack it",
     b"\x89HDF": "an HDF5 file, of Keras or TensorFlow",
 }
+# What makes PyTorch's names of Caffe2's, which some of these have.
+RENAMER = "detectron2.checkpoint.c2_model_loading.convert_basic_c2_names"
 
 
 def refuse_pickle(path: str) -> None:
@@ -51,7 +53,8 @@ def refuse_pickle(path: str) -> None:
         raise CheckpointError(
             f"{path}: expected .pth, .pt or .safetensors, got a pickle file, which can run any "
             "code when it is read. If you trust it, unpickle it yourself and save its tensors: "
-            "torch.save({'model': {name: torch.as_tensor(array), ...}}, 'weights.pth')"
+            "torch.save({'model': {name: torch.as_tensor(array), ...}}, 'weights.pth'), names of "
+            f"Caffe2's (conv1_w, ...) renamed by {RENAMER}"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layers import GENERATOR
 from ..modeling.mobilenetv2 import GROUPS, STEM_GROUP
 from ..modeling.resnetdw import BLOCKS_PER_STAGE
-from .files import CheckpointError
+from .files import RENAMER, CheckpointError
 
 # A backbone under a feature pyramid, one of its own, and one that was saved bare.
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.", "")
@@ -79,13 +79,16 @@ def _timm_convs() -> Iterator[tuple[str, str, str]]:
     yield "conv_head", "bn2", FINAL_CONV
 
 
+TORCHVISION_RESNET = "torchvision's ResNet"
 # Other libraries' networks: first weight, convolutions and classifier. Their norms have an epsilon
 # of 1e-5, as have BN and FrozenBN here, so that statistics are taken as they are.
 FOREIGN = {
     "torchvision's MobileNet-V2": ("features.0.0.weight", _torchvision_convs, "classifier.1"),
-    "torchvision's ResNet": ("layer1.0.conv1.weight", _torchvision_resnet_convs, "fc"),
+    TORCHVISION_RESNET: ("layer1.0.conv1.weight", _torchvision_resnet_convs, "fc"),
     "timm's MobileNet-V2": ("conv_stem.weight", _timm_convs, "classifier"),
 }
+# Those that detectron2 has given its own names, which are ours too; but for their classifiers.
+RENAMED = {"stem.fc.": TORCHVISION_RESNET, "fc1000.": "Caffe2's ResNet"}
 
 
 def unwrap(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -125,11 +128,24 @@ def model_names(state: dict[str, Tensor], prefix: str, source: str) -> tuple[str
                 module, _, tensor = name.rpartition(".")
                 names[name] = f"{modules[module]}.{tensor}" if module in modules else name
             return kind, names
+    for classifier, kind in RENAMED.items():
+        if {FIRST_WEIGHT, f"{classifier}weight"} <= state.keys():
+            return kind, {
+                name: CLASSIFIER + name.removeprefix(classifier)
+                if name.startswith(classifier)
+                else prefix + name
+                for name in state
+            }
     for old in BACKBONE_PREFIXES:
         if old + FIRST_WEIGHT in state:
             return "this project's own", {
                 name: prefix + name[len(old) :] if name.startswith(old) else name for name in state
             }
+    if "conv1_w" in state:
+        raise CheckpointError(
+            f"{source}: expected names of PyTorch's, got Caffe2's (conv1_w, ...): rename its "
+            f"tensors by {RENAMER} first"
+        )
     raise CheckpointError(
         f"{source}: expected a MobileNet-V2 of torchvision (features.0.0.weight, ...) or timm "
         "(conv_stem.weight, ...), a ResNet of torchvision (layer1.0.conv1.weight, ...), or a "
