@@ -29,6 +29,8 @@ FORMATS = {"onnx": ".onnx", "export": ".pt2", "aoti": ".pt2"}
 OPSET = 18
 # The largest difference of a sound file's outputs, over the largest output; float32.
 TOLERANCE = 1e-3
+# That largest output, at least: zeros have no scale of their own.
+SMALLEST = 1e-6
 # Of an instance, in the order of a detector's outputs.
 FIELDS = ("pred_boxes", "scores", "pred_classes", "pred_masks")
 
@@ -81,26 +83,19 @@ def export(model: nn.Module, image: Tensor, path: str | Path, format: str = "onn
     Raises:
         ValueError: an argument does not work.
         ModuleNotFoundError: a package for ONNX is missing.
-        ExportError: the network cannot be exported, or the file computes something else. Nothing
-            has been written.
+        ExportError: the network cannot be exported, or the file computes something else, or there
+            is nothing to compare, as no object is found. Nothing has been written.
     """
     path = Path(path)
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if path.suffix != FORMATS[format]:
-        raise ValueError(f"path: expected a name that ends in {FORMATS[format]}, got {path}")
     detector = image.dim() == 3
-    if detector and format != "onnx":
-        raise ValueError(
-            f"format: expected 'onnx' for a whole detector, got {format!r}, which cannot follow "
-            "how many objects an image has: export its backbone"
-        )
+    _check_arguments(model, image, path, format)
     images = [image, _resized(image)]
     network = partial(_detect, model) if detector else partial(_named, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     evaluating = evaluation_mode(model)
     with evaluating, torch.no_grad(), TemporaryDirectory(dir=path.parent) as folder:
         expected = [network(x) for x in images]
+        _check_comparable(images, expected)
         written = Path(folder, path.name)
         found = _written(format, model, images, written, list(expected[0]))
         pairs = list(zip(expected, found, strict=True))
@@ -108,6 +103,28 @@ def export(model: nn.Module, image: Tensor, path: str | Path, format: str = "onn
         os.replace(written, path)
     sizes = [(x.shape[-2], x.shape[-1]) for x in images]
     return Exported(path, list(expected[0]), sizes, differences)
+
+
+def _check_arguments(model: nn.Module, image: Tensor, path: Path, format: str) -> None:
+    """Raises ``ValueError`` on one that does not work."""
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if path.suffix != FORMATS[format]:
+        raise ValueError(f"path: expected a name that ends in {FORMATS[format]}, got {path}")
+    if image.dim() == 3:
+        if format != "onnx":
+            raise ValueError(
+                f"format: expected 'onnx' for a whole detector, got {format!r}, which cannot "
+                "follow how many objects an image has: export its backbone"
+            )
+        return  # a detector pads its images itself
+    multiple = getattr(model, "size_divisibility", 0) or 1
+    height, width = image.shape[-2:]
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"image: expected height and width that are multiples of {multiple}, got "
+            f"{height}x{width}"
+        )
 
 
 def _resized(image: Tensor) -> Tensor:
@@ -248,6 +265,18 @@ def operators() -> Path:
 # ---- the comparison -----------------------------------------------------------------------------
 
 
+def _check_comparable(images: Sequence[Tensor], expected: Sequence[Outputs]) -> None:
+    """Raises ``ExportError`` where the network finds nothing, which any file would give as well."""
+    for image, outputs in zip(images, expected, strict=True):
+        if not any(output.numel() for output in outputs.values()):
+            height, width = image.shape[-2:]
+            raise ExportError(
+                "image: expected one with objects that the network finds, to compare them with the "
+                f"file's, got none at {height}x{width}: give a picture of some (--image PICTURE), "
+                "or lower SCORE_THRESH_TEST, which the file then has too; nothing has been written"
+            )
+
+
 def _differences(pairs: Sequence[tuple[Outputs, Outputs]]) -> dict[str, float]:
     """The largest absolute one of each output.
 
@@ -266,7 +295,7 @@ def _differences(pairs: Sequence[tuple[Outputs, Outputs]]) -> dict[str, float]:
                 continue
             reference = _signed(tensor)
             difference = float((found[name].to(reference) - reference).abs().max())
-            largest = max(1.0, float(reference.abs().max()))
+            largest = max(SMALLEST, float(reference.abs().max()))
             if not difference <= TOLERANCE * largest:
                 raise ExportError(
                     f"{name}: expected the file to give what the network gives, to {TOLERANCE:g} "

@@ -209,6 +209,23 @@ def test_a_whole_detector_on_a_photograph(config, outputs, onnx, tmp_path):
     assert found.differences["pred_classes"] == 0
 
 
+def test_where_no_object_is_found_nothing_is_called_verified(tmp_path, monkeypatch):
+    """Any file gives as much, also one that computes something else."""
+    model = detector("COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml")
+    monkeypatch.setattr(model.roi_heads.box_predictor, "test_score_thresh", 1.0)
+    message = r"image: expected one with objects .*, got none at 64x96: .* \(--image PICTURE\)"
+    with pytest.raises(ExportError, match=message):
+        export(model, photograph(64, 96), tmp_path / "model.onnx")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_size_that_the_backbone_cannot_have(tmp_path):
+    backbone = detector("COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml").backbone
+    message = "image: expected height and width that are multiples of 32, got 64x150"
+    with pytest.raises(ValueError, match=message):
+        export(backbone, torch.randn(1, 3, 64, 150), tmp_path / "model.pt2", "export")
+
+
 def test_bad_arguments(tmp_path):
     model, image = layers("local", 4), torch.randn(1, 4, 12, 16)
     for arguments, message in (
@@ -266,9 +283,10 @@ def test_a_network_that_cannot_be_exported_leaves_what_was_there(onnx, tmp_path)
     assert path.read_text() == "precious"
     path = path.with_suffix(".onnx")
     path.write_text("precious")
-    with pytest.raises(ExportError, match="output: expected the file to give what the network"):
-        export(Fixed(), torch.rand(1, 1, 4, 6) + 5, path)
-    assert path.read_text() == "precious"
+    for scale in 1, 1e-4:  # what differs is told by the outputs' own scale
+        with pytest.raises(ExportError, match="output: expected the file to give what the network"):
+            export(Fixed(), scale * (torch.rand(1, 1, 4, 6) + 5), path)
+        assert path.read_text() == "precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.pt2"]
 
 

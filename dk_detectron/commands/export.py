@@ -59,7 +59,10 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
     parser.add_argument("--weights", help="checkpoint (default: the last in RUN_DIR)")
     parser.add_argument("--output", help="file to write (default: RUN_DIR/model.onnx or .pt2)")
-    parser.add_argument("--image", help="a picture to verify with (default: noise)")
+    parser.add_argument(
+        "--image",
+        help="a picture to verify with, where a detector finds something (default: noise)",
+    )
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), default=DEFAULT_SIZE,
         help="of the example, multiples of 32 (default: %(default)s)",
