@@ -87,6 +87,14 @@ def test_an_empty_batch_gives_gradients_of_zeros(layer, shape):
         assert tensor.grad is not None and not tensor.grad.any()
 
 
+@pytest.mark.parametrize("options", [{}, {"groups": 6, "padding": 1, "dilation": 2}])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_image_smaller_than_the_kernel_is_named(layer, options):
+    layer = layer(6, 6, 3, **options)
+    with pytest.raises(ValueError, match=r"input: \[2, 6, 2, 9\] .* smaller than the kernel"):
+        layer(torch.zeros(2, 6, 2, 9))
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_generators_start_at_zero_and_are_configured_as_the_target(layer):
     layer = layer(6, 6, (3, 5), (2, 1), (1, 3), (1, 2), 6)

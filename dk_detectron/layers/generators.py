@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.arguments import check_groups
+from ..ops.arguments import check_groups, check_images, checked_output_size
 from .adaptive import AdaptiveConv2d, StartsAtZero
 
 OFFSET_GENERATORS = ("full", "separable", "shared")
@@ -101,8 +101,11 @@ class LocalConv2d(AdaptiveConv2d):
             features: [N, SHARED_FEATURES, H_out, W_out], what a "shared" generator sees.
 
         Raises:
-            ValueError: ``features`` are missing, or given to a generator that sees ``x``.
+            ValueError: ``features`` are missing, or given to a generator that sees ``x``; or this
+                is no batch, or smaller than the kernel.
         """
+        check_images(x)
+        checked_output_size(x, self.kernel_size, self.stride, self.padding, self.dilation)
         if (features is None) == (self.offset_generator == "shared"):
             wanted = "those that layers share" if features is None else "None"
             got = "None" if features is None else f"a tensor of {list(features.shape)}"

@@ -32,6 +32,17 @@ def output_size(input, kernel_size, stride, padding, dilation) -> list[int]:
     ]
 
 
+def checked_output_size(input, kernel_size, stride, padding, dilation) -> list[int]:
+    """:func:`output_size`; raises where there is no output."""
+    size = output_size(input, kernel_size, stride, padding, dilation)
+    if any(pixels < 1 for pixels in size):  # not min, on which torch.compile guards
+        raise ValueError(
+            f"input: {shape(input)} with padding {padding} is smaller than the kernel "
+            f"{tuple(kernel_size)} with dilation {dilation}"
+        )
+    return size
+
+
 def output_format(input: Tensor) -> torch.memory_format:
     """channels_last in, channels_last out; ``csrc/deform_kernel.h`` has the same rule."""
     channels_last = input.shape[1] > 1 and input.stride(1) == 1
@@ -94,12 +105,7 @@ def check(
         )
     if bias is not None and shape(bias) != [weight.shape[0]]:
         raise ValueError(f"bias: expected [{weight.shape[0]}], got {shape(bias)}")
-    out_size = output_size(input, kernel_size, stride, padding, dilation)
-    if any(size < 1 for size in out_size):  # not min, on which torch.compile guards
-        raise ValueError(
-            f"input: {shape(input)} with padding {padding} is smaller than the kernel "
-            f"{kernel_size} with dilation {dilation}"
-        )
+    out_size = checked_output_size(input, kernel_size, stride, padding, dilation)
     taps = kernel_size[0] * kernel_size[1]
     plain, modulated = ([input.shape[0], channels * taps, *out_size] for channels in (2, 3))
     for name, offset in ("kernel_offset", kernel_offset), ("data_offset", data_offset):

@@ -26,6 +26,7 @@ from .arguments import (
     check_floating,
     check_groups,
     check_images,
+    checked_output_size,
     output_format,
     pair,
     shape,
@@ -242,6 +243,7 @@ def per_image_conv2d(
             f"kernels: expected [{expected[0]}, C_out, {expected[1]}, K_h, K_w], one kernel an "
             f"image, got {shape(kernels)}"
         )
+    checked_output_size(input, kernels.shape[3:], stride, padding, dilation)
     kernels = kernels.to(input.dtype)
     memory_format = output_format(input)
     if list(kernels.shape[3:]) == [1, 1] and groups == 1 and padding == (0, 0):
