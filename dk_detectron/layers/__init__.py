@@ -8,7 +8,7 @@ given one (:meth:`AdaptiveConv2d.set_rigid_weight`). ``docs/start.md`` has the e
 
 from collections.abc import Callable
 
-from .adaptive import GENERATOR, AdaptiveConv2d, CondConv2d, msra_fill
+from .adaptive import AdaptiveConv2d, CondConv2d, msra_fill
 from .generators import OFFSET_GENERATORS, SHARED_FEATURES, LocalConv2d, SeparableConv2d
 from .scope import (
     DeformConv2d,
@@ -18,6 +18,7 @@ from .scope import (
     ScopeConv2d,
 )
 from .start import embed_scope, lift_to_scope, spread_offset
+from .zero_generators import GENERATOR
 
 # What configurations and `deformify` call them.
 KINDS: dict[str, Callable[..., AdaptiveConv2d]] = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from fvcore.nn import weight_init
@@ -12,28 +10,13 @@ from torch import Tensor, nn
 
 from ..ops import per_image_conv2d
 from ..ops.arguments import Size, check_groups, check_images, pair
+from .zero_generators import GENERATOR, Generator, LinearGenerator
 
 # Where symmetry would keep weights equal for ever, they start this much apart, in standard
 # deviations.
 PERTURBATION = 0.5
 # Of these perturbations where weights are loaded: a file always becomes the same network.
 SEED = 42
-
-# Names of generators' tensors, in a layer and in a network.
-GENERATOR = re.compile(r"((kernel|data|mask|shared)_offset|gate)_generator(?=\.)")
-Generator = Any  # nn.Conv2d or nn.Linear, which torch declares as though it had no bias
-
-
-class StartsAtZero:
-    """A generator's start, whichever is reset last: the generator or its layer.
-
-    What is drawn before is for the sake of seeds: layers without it would have other weights.
-    """
-
-    def reset_parameters(self: Any) -> None:
-        super().reset_parameters()  # type: ignore[misc]
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
 
 
 class AdaptiveConv2d(nn.Module):
@@ -295,10 +278,6 @@ def _value(parameter: Tensor) -> Tensor:
     if parameter.is_meta:
         return nn.init.kaiming_uniform_(torch.empty(parameter.shape, device="cpu"), a=5**0.5)
     return parameter.to("cpu", copy=True)
-
-
-class LinearGenerator(StartsAtZero, nn.Linear):
-    """What predicts numbers of a whole image."""
 
 
 def pooled(x: Tensor) -> Tensor:

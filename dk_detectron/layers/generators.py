@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.arguments import check_groups, check_images, checked_output_size
-from .adaptive import AdaptiveConv2d, StartsAtZero
+from .adaptive import AdaptiveConv2d
+from .zero_generators import ConvGenerator, StartsAtZero
 
 OFFSET_GENERATORS = ("full", "separable", "shared")
 # Channels of what several layers make their offsets of.
@@ -40,12 +41,8 @@ class SeparableConv2d(nn.Conv2d):
         return super().forward(self.depthwise(x))
 
 
-class ConvGenerator(StartsAtZero, nn.Conv2d):
-    """What predicts numbers for every output location."""
-
-
 class SeparableGenerator(StartsAtZero, SeparableConv2d):
-    """The same, separable."""
+    """A :class:`ConvGenerator` of fewer multiply-adds."""
 
 
 class LocalConv2d(AdaptiveConv2d):

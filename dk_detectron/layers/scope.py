@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from ..ops import deform_kernel_conv2d, per_image_conv2d, sample_kernel
 from ..ops.arguments import pair
-from .adaptive import PERTURBATION, AdaptiveConv2d, Generator, LinearGenerator, pooled
+from .adaptive import PERTURBATION, AdaptiveConv2d, pooled
 from .generators import LocalConv2d
 from .start import centre_gain, embed_scope, lift_to_scope, spread_offset
+from .zero_generators import Generator, LinearGenerator
 
 
 class ScopeConv2d(AdaptiveConv2d):
