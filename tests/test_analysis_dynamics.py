@@ -254,3 +254,13 @@ def test_the_figure_has_a_colour_for_every_class_and_decile():
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     assert np.ptp(np.asarray(canvas.buffer_rgba())) == 255
+
+
+def test_rows_are_of_their_classes_and_a_limit_spreads_evenly(dataset, tmp_path):
+    model, cfg = network("local")
+    few = gather(model, cfg, dataset, tmp_path / "few.csv", limit=8)
+    assert sorted(set(few.images)) == [1, 2, 3, 4, 6, 7, 8, 9]
+    path = tmp_path / "x.csv"
+    collect(model, cfg, dataset, path, LAYER, "kernel_offset", ["a", "b"])
+    with pytest.raises(FileExistsError, match=r"got others \(classes\)"):  # of seven pictures, too
+        collect(model, cfg, dataset, path, LAYER, "kernel_offset", ["b", "c"])

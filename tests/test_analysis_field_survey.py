@@ -20,7 +20,14 @@ from dk_detectron.analysis.field_survey import (
     means_by_size,
     survey_fields,
 )
-from dk_detectron.analysis.objects import CocoPictures, Object, Picture, read_picture
+from dk_detectron.analysis.measures import overlap
+from dk_detectron.analysis.objects import (
+    DEFORMATIONS,
+    CocoPictures,
+    Object,
+    Picture,
+    read_picture,
+)
 from dk_detectron.analysis.records import Records
 from dk_detectron.data.image_folder import register_image_folder
 
@@ -274,3 +281,24 @@ def test_buckets_are_cocos():
     sizes = [32**2 - 1, 32**2, 96**2 - 1, 96**2]
     things = [replace(Object(1, "a", 0, (0, 0, 1, 1)), area=size) for size in sizes]
     assert [thing.bucket for thing in things] == ["small", "medium", "medium", "large"]
+
+
+@pytest.mark.parametrize("name", DEFORMATIONS)
+def test_fields_of_deformed_pictures_are_turned_back(name):
+    deform, undo = DEFORMATIONS[name]
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[4:8, 10:25] = 255
+    field = deform(Picture("x", pixels, 1.0, False)).pixels[:, :, 0].astype(float)
+    assert overlap(undo(field, (20, 30)), pixels[:, :, 0]) > 0.9
+
+
+def test_a_limit_takes_pictures_that_are_evenly_spread(dataset, cfg, tmp_path):
+    _, json_file, root = dataset.split(":")
+    content = json.loads(Path(json_file).read_text())
+    content["images"] = [{**content["images"][0], "id": i} for i in range(1, 6)]
+    content["annotations"] = [annotation(i, i, (10, 20, 8, 8)) for i in range(1, 6)]
+    path = tmp_path / "five.json"
+    path.write_text(json.dumps(content))
+    pictures = CocoPictures(f"coco:{path}:{root}")
+    rows = survey_fields(network(), cfg, pictures, tmp_path / "x.csv", "2", limit=2)
+    assert [row["image_id"] for row in rows] == [1, 3]

@@ -291,3 +291,21 @@ def test_histograms_have_a_row_for_each_layer():
     assert np.ptp(pixels_of(figure)) == 255
     data = draw_histograms("title", "data_offset", {"still": still})
     assert len(data.axes) == 2  # and the colours
+
+
+@torch.no_grad()
+def test_of_a_layer_that_runs_on_several_maps_the_first_counts():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = LocalDeformKernel2d(4, 4, 3, padding=1, groups=4).double()
+            nn.init.normal_(self.layer.kernel_offset_generator.weight, std=0.4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x)[:, :, ::2, ::2])
+
+    net = Twice()
+    seen = observe(net, IMAGE)["layer"]
+    assert seen.input_size == seen.output_size == (9, 12)
+    expected = net.layer.kernel_offset_generator(IMAGE[None])[0]
+    torch.testing.assert_close(seen.values["kernel_offset"], expected, rtol=1e-12, atol=1e-13)

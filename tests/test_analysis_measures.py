@@ -109,3 +109,10 @@ def test_overlap_is_the_mass_in_common():
     assert overlap(one, 9 * one) == 1
     assert overlap(one, other) == pytest.approx(0.25 + 0.25)
     assert math.isnan(overlap(one, 0 * one))
+
+
+def test_squares_of_a_wide_picture_are_around_their_point():
+    field = np.zeros((10, 20))
+    field[3, 15] = 1
+    found = measure(field, (15.5, 3.5))
+    assert found["area_20"] == found["area_99"] == 1 / 200

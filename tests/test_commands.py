@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -309,3 +310,13 @@ def test_what_cannot_be_looked_at(runs, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run(visualize_erf, monkeypatch, *arguments)
         assert message in capsys.readouterr().err
+
+
+def test_tables_are_of_the_weights_that_are_there(runs, tmp_path, monkeypatch):
+    """A run that was trained anew, into the same folder, has none of the rows of before."""
+    arguments = runs["dk"], "--table", "--limit", 1, "--output-dir", tmp_path
+    run(visualize_erf, monkeypatch, *arguments)
+    weights = runs["dk"] / "model_final.pth"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    with pytest.raises(SystemExit, match=r"same network and settings .* got others \(state\)"):
+        run(visualize_erf, monkeypatch, *arguments)

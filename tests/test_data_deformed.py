@@ -132,3 +132,26 @@ def test_shapes_are_repeatable_and_as_large_as_they_should_be(name):
     for image, size in zip(sample.images[:, 0], sample.sizes, strict=True):
         height, width = ((image > 0).any(axis).sum() for axis in (1, 0))
         assert float(height * width) ** 0.5 <= 28 * float(size) + 2
+
+
+def test_training_and_validation_digits_are_others(mnist, monkeypatch):
+    monkeypatch.setattr(deformed, "TRAIN_DIGITS", 20)
+    monkeypatch.setattr(deformed, "VALIDATION_DIGITS", 10)
+    monkeypatch.setattr(deformed, "TEST_DIGITS", {MATCHING: 20, "smaller": 10, "larger": 10})
+    monkeypatch.setattr(deformed, "deform_digits", lambda digits, *_: digits)
+    task = deformed.draw_digit_task(0, mnist)
+    samples = task.train, task.validation, task.tests[MATCHING]
+    images = torch.cat([sample.images for sample in samples]).flatten(1)
+    assert len(images.unique(dim=0)) == len(images) == 50
+
+
+def test_no_picture_of_the_shape_task_is_in_two_samples(monkeypatch):
+    monkeypatch.setattr(deformed, "TRAIN_SHAPES", 12)
+    monkeypatch.setattr(deformed, "VALIDATION_SHAPES", 12)
+    counts = dict.fromkeys(deformed.SHAPE_RANGES, 12)
+    monkeypatch.setattr(deformed, "TEST_SHAPES", counts)
+    task = deformed.draw_shape_task(3)
+    assert {name: len(s.labels) for name, s in task.tests.items()} == counts
+    samples = task.train, task.validation, *task.tests.values()
+    images = torch.cat([sample.images for sample in samples]).flatten(1)
+    assert len(images.unique(dim=0)) == len(images) == 6 * 12

@@ -166,3 +166,11 @@ def test_a_stopped_video_ends(tmp_path):
     for _ in video:
         video.stop()
     assert video.count == 1
+
+
+@pytest.mark.parametrize(("count", "whole"), [(94, False), (95, True), (100, True)])
+def test_of_the_announced_frames_nearly_all_are_to_come(count, whole, tmp_path):
+    write_video(tmp_path / "x.avi", GREYS)
+    video = Video(str(tmp_path / "x.avi"))
+    video.announced, video.count = 100, count
+    assert (video.fault is None) == whole

@@ -468,3 +468,11 @@ def test_the_new_configurations_have_their_files(path: Path):
     cfg = load_config(path)
     assert cfg.MODEL.MASK_ON == path.stem.startswith("mask_rcnn")
     assert cfg.MODEL.DEFORM_KERNEL.CONV_3X3 == "local"
+
+
+def test_what_is_frozen_is_frozen_when_it_is_rigid_again():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    model[0].weight.requires_grad_(False)
+    deformify(model)
+    undeformify(model)
+    assert [conv.weight.requires_grad for conv in model] == [False, True]

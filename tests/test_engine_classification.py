@@ -18,12 +18,14 @@ from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from PIL import Image
 from running import run_tool
+from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms._presets import ImageClassification
 
 from dk_detectron.data import image_folder, shapes
 from dk_detectron.data.stream import SampleStream, seeded
 from dk_detectron.engine import AccuracyEvaluator, ClassificationTrainer, Trainer, main, setup
+from dk_detectron.engine.average import WeightAverage
 from dk_detectron.engine.trainer import write_evaluation
 from dk_detectron.model_zoo import CONFIGS, load_config, paper_rows
 
@@ -806,3 +808,26 @@ def test_torchvisions_own_checkpoint_is_evaluated(pictures, tmp_path):
             hits[k] += label in order[:k]
     assert accuracy == {"top1": 100 * hits[1] / 12, "top5": 100 * hits[5] / 12, "images": 12}
     assert 0 < hits[1] < 12
+
+
+def test_a_run_that_was_stopped_leaves_no_final_average(tmp_path):
+    hook = WeightAverage(nn.Linear(2, 2), 0.9, str(tmp_path))
+    for iteration in 3, 6:
+        hook.trainer = Namespace(iter=iteration, max_iter=6, checkpointer=Namespace(classes=[]))
+        hook.after_train()
+        assert (tmp_path / "model_final_ema.pth").exists() == (iteration == 6)
+
+
+@pytest.mark.parametrize("build", ["build_train_loader", "build_test_loader"])
+def test_the_order_of_channels_is_the_configured_one(build, tmp_path):
+    (tmp_path / "red").mkdir()
+    Image.new("RGB", (64, 64), (250, 100, 5)).save(tmp_path / "red" / "1.png")
+    seen = {}
+    for order in "RGB", "BGR":
+        opts = ["INPUT.FORMAT", order, "DATASETS.TRAIN", f"('{tmp_path}',)", "INPUT.CROP_SIZE", 48]
+        opts += ["DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 1, "MODEL.DEVICE", "cpu"]
+        cfg = load_config(CONFIGS / "ImageNet" / "MNV2.yaml", [*opts, "INPUT.COLOR_JITTER", 0.0])
+        name = [] if build == "build_train_loader" else [str(tmp_path)]
+        loader = getattr(ClassificationTrainer, build)(cfg, *name)
+        seen[order] = loader.dataset[(0, 0) if not name else 0]["image"].float().mean((1, 2))
+    assert seen["RGB"].tolist() == [250, 100, 5] and seen["BGR"].tolist() == [5, 100, 250]

@@ -586,3 +586,12 @@ def test_another_process_leaves_time_for_the_main_one(pictures, tmp_path, monkey
     with pytest.raises(DivergedError, match=f"iteration 0: {message}"):
         trainer.train()
     assert waited == [divergence.PATIENCE]
+
+
+@pytest.mark.parametrize(("iteration", "good"), [(98, True), (99, False)])
+def test_the_weights_that_diverge_at_once_are_not_good(iteration, good):
+    guard = DivergenceGuard(None, None)
+    guard._bad = 100  # with the weights that iteration 99 has left
+    assert guard._is_good({"iteration": iteration, "model": {}}) == good
+    guard._bad, guard.since = 500, 100
+    assert guard._is_good({"iteration": iteration, "model": {}}) == good

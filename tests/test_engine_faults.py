@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from test_engine import (  # noqa: F401
 from dk_detectron.engine import setup
 from dk_detectron.engine.resources import DiskError, OutOfMemoryError, WorkerError, explained
 from dk_detectron.engine.run_directory import check_unused, claim, set_aside
-from dk_detectron.engine.signals import StopRequest
+from dk_detectron.engine.signals import StopRequest, leave_off
 from dk_detectron.model_zoo import load_config
 from dk_detectron.weights import replacing, write_checkpoint
 
@@ -400,3 +401,16 @@ def test_keys_without_effect_are_refused(opts, message, datasets_root, tmp_path,
     finally:
         replace_registered(datasets, datasets.datasets_root())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("iteration", [8, 9, 10, 11])
+def test_a_stopped_run_saves_unless_the_step_has_its_checkpoint(iteration):
+    saved = []
+    trainer = Namespace(
+        iter=iteration, max_iter=100, stop_request=Namespace(signum=signal.SIGTERM),
+        cfg=Namespace(SOLVER=Namespace(CHECKPOINT_PERIOD=5)),
+        checkpointer=Namespace(save=lambda name, iteration: saved.append((name, iteration))),
+    )  # fmt: skip
+    leave_off(trainer)
+    # detectron2's own hook saves after 5 and 10 steps, which are iterations 4 and 9.
+    assert saved == ([] if iteration == 9 else [(f"model_{iteration:07d}", iteration)])

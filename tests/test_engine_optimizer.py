@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
+from dk_detectron.engine import Trainer
 from dk_detectron.engine.optimizer import build_optimizer, parameter_groups
 from dk_detectron.layers import LocalDeformKernel2d
+from dk_detectron.model_zoo import CONFIGS, load_config
 from dk_detectron.weights import CheckpointError
 
 
@@ -141,3 +144,18 @@ def test_the_state_of_another_network_is_refused():
     )
     with pytest.raises(CheckpointError, match=message):
         optimizer.load_state_dict(other.state_dict())
+
+
+def test_every_setting_of_the_optimizer_is_its_own():
+    cfg = load_config(CONFIGS / "COCO-Detection" / "faster_rcnn_MNV2_FPN_dk_l3_1x.yaml")
+    cfg.MODEL.MOBILENETV2.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0
+    cfg.SOLVER.MOMENTUM, cfg.SOLVER.NESTEROV = 0.8, True
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_NORM = 1e-4, 3e-5
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 2e-5
+    model = build_model(cfg)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    assert {(g["momentum"], g["nesterov"]) for g in optimizer.param_groups} == {(0.8, True)}
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    stem = model.backbone.bottom_up.stem.conv1
+    head = model.roi_heads.box_predictor.cls_score
+    assert [decay[id(p)] for p in (stem.weight, stem.norm.weight, head.bias)] == [1e-4, 3e-5, 2e-5]

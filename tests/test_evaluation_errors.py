@@ -185,3 +185,25 @@ def test_scores_of_no_objects_and_of_no_detections():
     assert not Scores(make_truth(), []).precision(threshold=0.5).any()
     assert Scores(make_truth(OBJECT), []).ap() == 0
     assert math.isnan(Scores(make_truth(OBJECT), []).ap(category=DOG))
+
+
+def test_of_equal_overlaps_the_last_object_is_taken_as_by_coco():
+    truth = make_truth((1, CAT, (0, 0, 40, 40)), (1, CAT, (20, 0, 40, 40)))
+    results = found((1, CAT, (10, 0, 40, 40), 0.9), (1, CAT, (0, 0, 40, 40), 0.8))
+    errors = find_errors(scenes(truth, results))
+    assert errors.ap50() == Scores(truth, results).ap(threshold=0.5) == 1
+
+
+@pytest.mark.parametrize(("before", "ap"), [(99, 0.01), (100, 0)])
+def test_the_hundred_highest_scores_of_a_class_count(before, ap):
+    wrong = [(1, CAT, FAR, 0.9 - i / 1000) for i in range(before)]
+    results = found(*wrong, (1, CAT, BOX, 0.5))
+    errors = find_errors(scenes(make_truth(OBJECT), results))
+    assert errors.ap50() == pytest.approx(ap)
+    assert errors.ap50() == pytest.approx(Scores(make_truth(OBJECT), results).ap(threshold=0.5))
+
+
+@pytest.mark.parametrize(("category", "kind"), [(CAT, "localization"), (DOG, "background")])
+def test_an_overlap_of_a_tenth_is_of_the_right_class_alone_an_error_of_place(category, kind):
+    truth, results = make_truth((1, CAT, (0, 0, 10, 10))), found((1, category, (0, 0, 10, 1), 0.9))
+    assert find_errors(scenes(truth, results)).counts()[kind] == 1

@@ -313,3 +313,17 @@ def test_names_are_those_of_the_classifiers():
     assert [row_name(row) for row in paper_rows(3)][:3] == [
         "R_50_DW", "R_50_DW_dk_g3", "R_50_DW_dk_g1_g3",
     ]  # fmt: skip
+
+
+def test_the_time_of_an_image_is_that_of_the_last_evaluation(tmp_path):
+    line = "Total inference pure compute time: 0:00:01 ({} s / iter per device, on 1 devices)\n"
+    log = tmp_path / "log.txt"
+    log.write_text(line.format(0.9) + line.format(0.25))
+    assert reproduction._inference_seconds(log) == 0.25
+
+
+def test_gains_are_over_the_rigid_network_of_the_same_family(tmp_path):
+    for name, ap in {"MNV2": 30, "R_50_DW": 36, "R_50_DW_dk_g3": 37}.items():
+        write_result(tmp_path, name, 0, ap)
+    (line,) = collect(select_rows([3], ["R_50_DW_dk_g3"]), tmp_path)
+    assert line["AP_gain"] == 1

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from sklearn.datasets import load_sample_image
 from torch import nn
 
+from dk_detectron.commands import export as command
 from dk_detectron.export import ExportError, export, operators
 from dk_detectron.layers import KINDS, LocalDeformKernel2d
 from dk_detectron.model_zoo import CONFIGS, load_config
@@ -317,3 +318,19 @@ def test_the_command_line(onnx, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match="config.yaml"):
         monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "nothing")])
         runpy.run_path(str(ROOT / "tools" / "export.py"), run_name="__main__")
+
+
+def test_weights_that_nobody_trained_are_not_exported(monkeypatch, tmp_path):
+    config = CONFIGS / "ImageNet" / "MNV2_dk_l3.yaml"
+    cfg = load_config(config, ["MODEL.CLASSIFIER.NUM_CLASSES", 4])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    state = build_model(cfg).state_dict()
+    backbone = {name: tensor for name, tensor in state.items() if "linear" not in name}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    arguments = "--weights", tmp_path / "backbone.pth", "--size", 64, 96
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), *map(str, arguments)])
+    with pytest.raises(
+        SystemExit, match="expected trained weights of the whole network, .* linear"
+    ):
+        command.main()
+    assert not (tmp_path / "model.onnx").exists()

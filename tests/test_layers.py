@@ -374,3 +374,22 @@ def test_integers_are_not_rounded_in_silence():
         sample_kernel(torch.zeros(1, 1, 4, 4), offset.int(), 3)
     with pytest.raises(TypeError, match="input: expected a floating point type, got torch.int64"):
         per_image_conv2d(torch.ones(1, 1, 3, 3).long(), torch.ones(1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [LocalDeformKernel2d, GlobalDeformKernel2d, DeformKernelConv2d])
+def test_perturbations_of_single_taps_are_in_proportion_to_the_weight(kind):
+    layer = kind(64, 64, 1, scope_size=2)
+    for scale in 1.0, 1e-3:
+        weight = scale * torch.randn(64, 64, 1, 1)
+        layer.set_rigid_weight(weight)
+        # Of four cells, all but their mean, which the tap reads.
+        noise = (layer.weight - weight).std() / weight.std()
+        assert noise.item() == pytest.approx(0.5 * 0.75**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", [LocalDeformKernel2d, GlobalDeformKernel2d])
+def test_msra_fill_zeroes_the_bias(kind):
+    layer = kind(4, 4, 3, groups=4)
+    assert layer.bias.any()
+    msra_fill(layer)
+    assert not layer.bias.any()

@@ -15,6 +15,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from dk_detectron import add_dk_config
 from dk_detectron.analysis import count_multiply_adds, count_parameters
@@ -468,3 +469,10 @@ def test_what_cannot_be_analyzed_is_said_in_a_line(arguments, message, monkeypat
     monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--config-file", *arguments])
     with pytest.raises(SystemExit, match=f"analyze_model.py: {message}"):
         analyze_model.main()
+
+
+def test_a_transposed_convolution_multiplies_what_goes_in():
+    layer = nn.ConvTranspose2d(4, 6, 2, stride=2)
+    assert count_multiply_adds(layer, torch.zeros(1, 4, 5, 7)) == {
+        "ConvTranspose2d": 5 * 7 * 4 * 6 * 2 * 2
+    }

@@ -185,3 +185,12 @@ def instantiate_schedule(cfg, optimizer):
     return LRMultiplier(
         optimizer, multiplier=instantiate(cfg.lr_multiplier), max_iter=cfg.train.max_iter
     )
+
+
+def test_group_norm_has_32_groups_or_as_many_as_divide_the_channels():
+    norms = {
+        m.num_channels: m.num_groups
+        for m in mobilenet_v2(norm="GN").modules()
+        if isinstance(m, nn.GroupNorm)
+    }
+    assert norms[16] == 16 and norms[24] == 8 and norms[144] == 16 and norms[1280] == 32

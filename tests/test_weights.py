@@ -29,7 +29,9 @@ from dk_detectron.weights import (
     UnreadableCheckpointError,
     convert,
     convert_file,
+    files,
     read_checkpoint,
+    write_checkpoint,
 )
 from dk_detectron.weights.names import part
 
@@ -819,3 +821,17 @@ def test_weights_without_heads_are_not_complete():
         report.check_complete()
     rigid = build(DETECTOR, "MODEL.DEFORM_KERNEL.CONV_3X3", "rigid")
     convert(rigid.state_dict(), model)[1].check_complete()
+
+
+def test_a_disk_that_refuses_at_the_end_leaves_what_was_there(tmp_path, monkeypatch):
+    """As quotas and network file systems do, whose writes all seemed to succeed."""
+    path = tmp_path / "model.pth"
+    path.write_text("precious")
+
+    def refuse(descriptor):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    with pytest.raises(OSError, match="could not be written: Disk quota exceeded"):
+        write_checkpoint({"model": {}}, path)
+    assert path.read_text() == "precious" and [*tmp_path.iterdir()] == [path]
