@@ -39,10 +39,10 @@ def dataset(tmp_path_factory):
     for i in range(1, 11):
         cv2.imwrite(str(root / f"{i}.png"), rng.integers(0, 256, (64, 96, 3), dtype=np.uint8))
         images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
-        for _ in range(2 if i == 1 else 1):
+        for j in range(2 if i == 1 else 1):
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": i, "category_id": 1 + i % 3, "iscrowd": 0,
-                 "bbox": [5 * i, 2 * i, 10 + i, 20], "area": 20 * (10 + i)}
+                 "bbox": [5 * i, 2 * i, 10 + i, 20], "area": 20 * (10 + i) - j}
             )  # fmt: skip
     categories = [{"id": i, "name": name} for i, name in enumerate("abcd", start=1)]
     content = {"images": images, "categories": categories, "annotations": annotations}
