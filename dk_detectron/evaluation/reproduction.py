@@ -130,7 +130,7 @@ def plan(
     *,
     test_dev: bool = False,
 ) -> list[Run]:
-    """The runs, all seeds of a row after another; nothing is written."""
+    """The runs, all rows of a seed after another; nothing is written."""
     return [
         _plan_run(name, row, settings, output / name / f"seed_{seed}", seed, test_dev)
         for seed in seeds
