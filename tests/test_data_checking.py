@@ -20,17 +20,8 @@ from running import run_tool
 
 from dk_detectron.commands import check_dataset as command
 from dk_detectron.data import checking, coco, entries, pictures
-from dk_detectron.data.checking import (
-    Release,
-    Report,
-    check_dataset,
-    class_conflict,
-    gate,
-    shared_images,
-)
-from dk_detectron.data.coco import Survey
+from dk_detectron.data.checking import Release, check_dataset, class_conflict, gate, shared_images
 from dk_detectron.data.datasets import adopt, repaired
-from dk_detectron.data.pictures import look_at_pictures
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT = 40, 30
@@ -589,21 +580,21 @@ def test_the_page_stands_alone(dataset, tmp_path):
 
 def test_the_same_classes_in_another_order_are_a_conflict():
     one, other = (
-        Report(name, survey=Survey("", classes=classes))
+        checking.Report(name, survey=coco.Survey("", classes=classes))
         for name, classes in {"one": ["cat", "dog"], "other": ["dog", "cat"]}.items()
     )
     assert "class 0 is 'cat' and 'dog'" in class_conflict([one, other])
 
 
-def test_what_is_remembered_of_pictures_is_of_these_files_and_sizes(tmp_path, monkeypatch):
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+def test_what_is_remembered_of_pictures_is_of_these_files_and_sizes(tmp_path):
     path = tmp_path / "1.png"
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(path)
-    assert look_at_pictures([("1.png", 40, 30)], str(tmp_path)).lines == []
-    (line,) = look_at_pictures([("1.png", 41, 30)], str(tmp_path)).lines  # a JSON corrected since
+    assert pictures.look_at_pictures([("1.png", 40, 30)], str(tmp_path)).lines == []
+    corrected = [("1.png", 41, 30)]  # in a JSON of other sizes
+    (line,) = pictures.look_at_pictures(corrected, str(tmp_path)).lines
     assert line.startswith("image of another size")
     content, changed = path.read_bytes(), path.stat().st_mtime_ns + 10**9
     path.write_bytes(content[:40] + bytes(len(content) - 40))  # of the same size
     os.utime(path, ns=(changed, changed))
-    (line,) = look_at_pictures([("1.png", 40, 30)], str(tmp_path)).lines
+    (line,) = pictures.look_at_pictures([("1.png", 40, 30)], str(tmp_path)).lines
     assert line.startswith("unreadable image")

@@ -320,7 +320,7 @@ def test_the_command_line(onnx, monkeypatch, capsys, tmp_path):
         runpy.run_path(str(ROOT / "tools" / "export.py"), run_name="__main__")
 
 
-def test_weights_that_nobody_trained_are_not_exported(monkeypatch, tmp_path):
+def test_weights_that_nobody_trained_are_not_exported(onnx, monkeypatch, tmp_path):
     config = CONFIGS / "ImageNet" / "MNV2_dk_l3.yaml"
     cfg = load_config(config, ["MODEL.CLASSIFIER.NUM_CLASSES", 4])
     (tmp_path / "config.yaml").write_text(cfg.dump())
