@@ -536,6 +536,17 @@ struct BackwardDataOffsetTap {
   }
 };
 
+// `count` pixels of a tile, from the tap's on, `step` elements apart. (Not inlined: beside the
+// scratch memory below, which an error would have to free, what this loop holds is not kept in
+// registers, and it takes a third longer.)
+template <typename scalar_t, bool kKernel>
+__attribute__((noinline)) void sum_tile(BackwardDataOffsetTap<scalar_t, kKernel> tap, int count,
+                                        int64_t step, int64_t width,
+                                        DotTile<opmath_t<scalar_t>>* const (&dots)[2]) {
+  for (; tap.i < count; ++tap.i, tap.grad_output += step)
+    sum_channels<opmath_t<scalar_t>, 2>(width, tap, dots, tap.i);
+}
+
 template <bool kKernel, typename scalar_t>
 DK_INLINE void backward_data_offset_rows(const DepthwiseBackward<scalar_t>& a,
                                          opmath_t<scalar_t>* grad_weight, int64_t begin,
@@ -567,18 +578,16 @@ DK_INLINE void backward_data_offset_rows(const DepthwiseBackward<scalar_t>& a,
         if constexpr (kKernel) clear(kernel_dots.tiles, taps);
         // A tap for the whole tile before the next, as above.
         for (int t = 0; t < taps; ++t) {
-          for (int i = 0; i < count; ++i) {
-            const BackwardDataOffsetTap<scalar_t, kKernel> tap{
-                {scope.tiles[kKernel ? t : 0], t},
-                image.tiles[t],
-                i,
-                gradient.weight,
-                input,
-                a.grad_output + (line * p.out_w + x + i) * p.channels + c,
-                gradient.grad_weight};
-            sum_channels<T, 2>(width, tap,
-                               {&data_dots.tiles[t], kKernel ? &kernel_dots.tiles[t] : nullptr}, i);
-          }
+          sum_tile<scalar_t, kKernel>(
+              {{scope.tiles[kKernel ? t : 0], t},
+               image.tiles[t],
+               /*i=*/0,
+               gradient.weight,
+               input,
+               a.grad_output + (line * p.out_w + x) * p.channels + c,
+               gradient.grad_weight},
+              count, p.channels, width,
+              {&data_dots.tiles[t], kKernel ? &kernel_dots.tiles[t] : nullptr});
         }
         for (int t = 0; t < taps; ++t) {
           add_data_offset_gradient(a, n, t, row, column, image.tiles[t], data_dots.tiles[t]);
