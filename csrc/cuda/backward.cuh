@@ -177,8 +177,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArg
             for (int k = 0; k < 4; ++k) grad_coef[pair + k] = T(0);
             const TapIndex at = shared.index[j];
             if (c < channels && at.pixel >= 0) {
-              if (at.cell != cell.at) cell.add_to(sums, cell_steps, sum);
-              cell.hold(at.cell, weight, cell_steps);
+              if (at.cell != cell.at) {
+                cell.add_to(sums, cell_steps, sum);
+                cell.hold(at.cell, weight, cell_steps);
+              }
               const auto g = load<V>(grad_output[at.pixel]);
               const auto gx = product(g, x[i]);
               Vector<T, V> w{};

@@ -332,8 +332,9 @@ DK_INLINE int fed_output(int in, int64_t pad, int tap, int64_t dilation, int64_t
                          int64_t size) {
   const int position = in + static_cast<int>(pad) - tap * static_cast<int>(dilation);
   const int step = static_cast<int>(stride);
-  if (position < 0 || position % step) return -1;
-  return position / step < size ? position / step : -1;
+  if (position < 0) return -1;
+  const int out = step == 1 ? position : position / step;  // a division is twenty instructions
+  return out * step == position && out < size ? out : -1;
 }
 
 // Output pixel and tap number `pair` = p * taps + t.

@@ -40,8 +40,8 @@ def run(
     blocks = only or range(grid)
     together = max(1, _MOST_THREADS // block)
     with np.errstate(all="ignore"):
-        for first in range(blocks.start, blocks.stop, together):
-            some = range(first, min(first + together, blocks.stop))
+        for first in range(0, len(blocks), together):
+            some = blocks[first : first + together]
             _Machine(entry, some, grid, block, shared_bytes, params, memory, counts).run()
 
 
@@ -52,7 +52,8 @@ class _Machine:
         self.entry, self.counts = entry, counts
         self.blocks, self.block_size = len(blocks), block_size
         n = self.n = len(blocks) * block_size
-        number = blocks.start * block_size + np.arange(n, dtype=np.int32)
+        thread = np.arange(block_size, dtype=np.int32)
+        number = np.add.outer(np.array(blocks, np.int32) * block_size, thread).ravel()
         self.threads = Threads(block_size, number, *np.zeros((2, n), np.int32))
         parameters, symbols = _lay_out(entry, params)
         symbols[entry.shared] = 0
