@@ -47,17 +47,18 @@ def lines_of_fault(name: str, source: Path = SOURCE) -> list[str]:
     return [f"{source.name}:{i + 1}" for i in range(begin, end) if lines[i].endswith("// fault")]
 
 
-def launch(entry, grid=1, block=FLOATS):
-    """Runs a kernel on x = 0, 1, 2...; returns x and y, of two blocks."""
+def launch(entry, grid=1, block=FLOATS, only=None):
+    """Runs a kernel on x = 0, 1, 2...; returns x and y, of all blocks, but at least two."""
     data, state = np.zeros(END, np.uint8), np.zeros(END, np.uint8)
-    state[X : X + 4 * FLOATS], state[Y : Y + 8 * FLOATS] = WRITTEN, UNWRITTEN
+    written = FLOATS * max(2, grid)
+    state[X : X + 4 * FLOATS], state[Y : Y + 4 * written] = WRITTEN, UNWRITTEN
     x = data.view(np.float32)[X // 4 : X // 4 + FLOATS]
     x[:] = np.arange(FLOATS)
     memory = Memory("global", data, state, base=1 << 40)
     memory.shadow = Shadow(END, 4)
     params = [np.uint64(memory.base + at).tobytes() for at in (X, Y)] + [np.int32(1).tobytes()]
-    machine.run(entry, grid, block, 4 * FLOATS, params, memory)
-    return x, data.view(np.float32)[Y // 4 : Y // 4 + 2 * FLOATS]
+    machine.run(entry, grid, block, 4 * FLOATS, params, memory, only=only)
+    return x, data.view(np.float32)[Y // 4 : Y // 4 + written]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,14 @@ def test_no_fault_where_there_is_none(kernels):
     assert y[0] == np.arange(32, 64).sum()  # of what the other warp read
     assert y[32] == np.arange(32).sum()
     assert x[0] == FLOATS  # once a thread
+
+
+@pytest.mark.parametrize("together", [FLOATS, 2 * FLOATS])
+def test_some_blocks_alone(together, kernels, monkeypatch):
+    monkeypatch.setattr(machine, "_MOST_THREADS", together)
+    _, y = launch(kernels["numbered"], grid=6, only=range(1, 6, 2))
+    assert y.reshape(6, FLOATS).min(1).tolist() == [0, 2, 0, 4, 0, 6]
+    assert y.reshape(6, FLOATS).max(1).tolist() == [0, 2, 0, 4, 0, 6]
 
 
 @pytest.mark.parametrize(

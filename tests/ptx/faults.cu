@@ -17,6 +17,8 @@ KERNEL sound(float* x, float* y, int) {
   atomicAdd(x, 1.0f);
 }
 
+KERNEL numbered(float*, float* y, int) { y[blockIdx.x * 64 + threadIdx.x] = blockIdx.x + 1; }
+
 KERNEL beyond_global(float* x, float*, int) {
   x[threadIdx.x + 1] = 0;  // fault
 }
