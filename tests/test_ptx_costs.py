@@ -87,9 +87,10 @@ def test_accesses_of_a_pixel_in_backward(device):
     staged = wide(costs, "ld.global.v4") - 9 - pixels
     assert 0 < staged < 2 * STAGED
     # Cells and their sums are read and written about once for four pixels.
-    assert wide(costs, "ld.shared.v2") == pytest.approx(9 * 10 * 32 / PIXELS)
-    assert wide(costs, "ld.shared.v4") < 34  # each tap's coefficients 9, 36 / 4 of each, ends
-    assert wide(costs, "st.shared.v4") < 14
+    # Where a tap of four pixels reads: two vectors.
+    assert wide(costs, "ld.shared.v4.u32") == pytest.approx(9 * 10 * 32 / PIXELS / 4 * 2)
+    assert wide(costs, "ld.shared.v4.f32") < 32  # each tap's coefficients 9, 36 / 4 of each, ends
+    assert wide(costs, "st.shared.v4") < 13
     for (opcode, line), cost in costs.items():
         if ".shared.v4" in opcode and cost.merged > cost.requests and cost.threads > 9 * 32 * 32:
             assert cost.pieces == cost.fewest, line
@@ -108,9 +109,12 @@ def use_of(kernel: str) -> dict[str, int]:
     return use
 
 
-@pytest.mark.parametrize("name, registers, spilled", [("forward", 64, 0), ("backward", 128, 0)])
+@pytest.mark.parametrize("name, registers, spilled", [("forward", 64, 0), ("backward", 128, 72)])
 def test_registers(name, registers, spilled):
-    """So many that half, and a quarter, of the threads that a multiprocessor takes are at work."""
+    """So many that half, and a quarter, of the threads that a multiprocessor takes are at work.
+
+    What backward spills is of a tile or a block; nothing is read back in the loop over taps.
+    """
     use = use_of(PASSES[name])
     assert use["registers"] <= registers and use["spilled"] <= spilled
 

@@ -21,13 +21,14 @@ struct Share {
   int split, group, first_channels, last_channels;
   int64_t first, last;
 
-  DK_INLINE Share(int block, int splits, int groups, int channel_tiles, int64_t tiles) {
-    split = block / groups;
-    group = block % groups;
-    first_channels = static_cast<int>(int64_t(group) * channel_tiles / groups);
-    last_channels = static_cast<int>(int64_t(group + 1) * channel_tiles / groups);
-    first = split * tiles / splits;
-    last = (split + 1) * tiles / splits;
+  template <typename scalar_t>
+  DK_INLINE Share(unsigned block, const BackwardArgs<scalar_t>& a) {
+    split = static_cast<int>(block / a.groups);
+    group = static_cast<int>(block % a.groups);
+    first_channels = static_cast<int>(a.channels_of_group.first(group));
+    last_channels = static_cast<int>(a.channels_of_group.first(group + 1));
+    first = a.tiles_of_split.first(split);
+    last = a.tiles_of_split.first(split + 1);
   }
 };
 
@@ -56,13 +57,15 @@ __device__ __forceinline__ void store_weight_partial(const BackwardArgs<scalar_t
                                                      opmath_t<scalar_t>* weight_sum, int cells,
                                                      int begin) {
   using T = opmath_t<scalar_t>;
-  const int threads = static_cast<int>(blockDim.x), lanes = a.channels.lanes;
-  const int lane = static_cast<int>(threadIdx.x) % lanes, c = begin + lane * V;
+  const PixelThread thread(a.channels);
+  const int c = begin + thread.lane * V;
   if (c >= a.params.channels) return;
-  for (int cell = threadIdx.x / lanes; cell < cells; cell += threads / lanes) {
+  for (int cell = thread.pixel; cell < cells; cell += thread.pixels) {
     Vector<T, V> sum{};
-    for (int thread = lane; thread < threads; thread += lanes) {
-      add_scaled(sum, T(1), load<V>(sums_of<V>(thread, weight_sum, cells) + cell * kRow<V>));
+    for (int lane = thread.lane; lane < kWarpSize; lane += a.channels.lanes) {
+      const T* from = weight_sum + cell * kRow<V> + lane * V;
+      for (int warp = 0; warp < a.warps; ++warp, from += cells * kRow<V>)
+        add_scaled(sum, T(1), load<V>(from));
     }
     store<V>(a.weight_partial + (int64_t(split) * cells + cell) * a.params.channels + c, sum);
   }
@@ -78,22 +81,20 @@ __device__ __forceinline__ void add_offset_gradient(const Offset<T>& offset, int
   if (offset.modulated) *factor_of(offset, taps, n, t, h, w) += sample.grad_factor(grad_coef);
 }
 
-template <typename scalar_t>
-__device__ __forceinline__ Offset<opmath_t<scalar_t>> of_group(const BackwardArgs<scalar_t>& a,
-                                                               Offset<opmath_t<scalar_t>> offset,
-                                                               int group) {
-  const ConvParams& p = a.params;
-  const int64_t channels = (offset.modulated ? 3 : 2) * p.kernel_h * p.kernel_w;
-  offset.data += group * channels * p.batch * p.out_h * p.out_w;
+template <typename T>
+__device__ __forceinline__ Offset<T> of_group(const OffsetGradients<T>& all, int group) {
+  Offset<T> offset = all.first;
+  offset.data += group * all.size;
   return offset;
 }
 
 // ---- rigid data grid ----------------------------------------------------------------------------
 //
 // By input pixels: pixel q and tap t meet in the one output p = (q + pad - k_t * dilation) /
-// stride, if that is on the stride grid. Every pair (p, t) is visited once, by one block: its
-// coefficients are computed, and its offset's gradient is written, there and nowhere else. Pairs in
-// the padding are not visited, so their gradient must be zero beforehand.
+// stride, if that is on the stride grid. Every pair (p, t) is visited once, by one block: where it
+// reads the scope is found, and its offset's gradient is written, there and nowhere else. Pairs
+// that read padding, or nothing of the scope, are not visited, so their gradient must be zero
+// beforehand.
 
 // The output pixel that input pixel q feeds through tap t; h < 0: none.
 template <typename Sizes>
@@ -103,123 +104,350 @@ DK_INLINE Pixel fed_pixel(const ConvParams& p, const Sizes& size, const Pixel& q
   return {q.n, w < 0 ? -1 : h, w};
 }
 
-// The sums over a pixel's threads take the place of its coefficients, which all of them have read:
-// of two neighbouring pixels, four each.
+// The 2x2 cells of the scope around a tap, of which the first lies in row h and column w, or one
+// outside; how far towards the others the tap lies.
 template <typename T>
-__device__ __forceinline__ void store_grad_coef(Vector<T, 4>* coef, T (&grad)[8], int lanes) {
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const T sum = fold_sum<8>(grad, lanes);
+struct ScopeBlock {
+  int h, w;
+  T part_h, part_w;
+
+  DK_INLINE bool meets(int scope_h, int scope_w) const {
+    return h >= -1 && h < scope_h && w >= -1 && w < scope_w;
+  }
+  // Of a block that meets the scope: at how many bytes the first cell lies in a scope [cells, row]
+  // of T, counted from kFirst on; negative if not all cells do; never 0.
+  DK_INLINE int code(int scope_h, int scope_w, int row) const {
+    const bool all = h >= 0 && h + 1 < scope_h && w >= 0 && w + 1 < scope_w;
+    return all ? kFirst + (h * scope_w + w) * row * static_cast<int>(sizeof(T))
+               : -1 - ((h + 1) << 16 | (w + 1));
+  }
+  // Not 0, or nvcc stores the first cell's sums one by one.
+  static constexpr int kFirst = 16;
+};
+
+template <typename T, typename Sizes>
+DK_INLINE ScopeBlock<T> block_around(const ConvParams& p, const Sizes& size,
+                                     const Location<T>& at) {
+  const auto h = find_in_scope(at.h, size.scope_h, p.clip);
+  const auto w = find_in_scope(at.w, size.scope_w, p.clip);
+  return {h.lower, w.lower, h.x - T(h.lower), w.x - T(w.lower)};
+}
+
+// Where a tap lies in its block, `h` of [0, 1] from the upper row to the lower and `w` from the
+// left column to the right: the coefficients of the last cell, `both`, and the first, `neither`.
+template <typename T>
+struct BlockPart {
+  T h, w, both, neither;
+
+  DK_INLINE BlockPart(T h, T w) : BlockPart(h, w, h * w, 1 - h - (w - h * w)) {}
+  DK_INLINE BlockPart(T h, T w, T both, T neither) : h(h), w(w), both(both), neither(neither) {}
+};
+
+// What a thread's channels read of the cells [cells, row] of a scope, and the sums of the cells'
+// gradients, likewise: in registers until others are wanted. All threads of a pixel agree on that.
+// Cells outside the scope are zero.
+template <typename scalar_t, int V, typename Sizes>
+class HeldBlock {
+  using T = opmath_t<scalar_t>;
+  static constexpr int kFirst = ScopeBlock<T>::kFirst;
+
+ public:
+  DK_INLINE HeldBlock(const Sizes& size, const scalar_t* weight, T* sums)
+      : size(size), weight(weight), sums(sums) {}
+
+  DK_INLINE void hold(int code) {
+    if (code == at) return;
+    put_back();
+    at = code;
+    Vector<T, V> cell[4];
+    for_cells(
+        [&](int k, int first, int step) {
+          cell[k] = load<V>(from(weight, first) + step);
+          sum[k] = load<V>(from(sums, first) + step);
+        },
+        [&](int k) { cell[k] = sum[k] = {}; });
+    corner = cell[0];
+    across = difference(cell[1], cell[0]);
+    down = difference(cell[2], cell[0]);
+    both = difference(difference(cell[3], cell[2]), across);
+  }
+  DK_INLINE void put_back() const {
+    for_cells([&](int k, int first, int step) { store<V>(from(sums, first) + step, sum[k]); },
+              [](int) {});
+  }
+
+  DK_INLINE Vector<T, V> value(const BlockPart<T>& part) const {
+    Vector<T, V> x = corner;
+    add_scaled(x, part.w, across);
+    add_scaled(x, part.h, grad_h(part));
+    return x;
+  }
+  // Derivatives of the value.
+  DK_INLINE Vector<T, V> grad_h(const BlockPart<T>& part) const {
+    Vector<T, V> x = down;
+    add_scaled(x, part.w, both);
+    return x;
+  }
+  DK_INLINE Vector<T, V> grad_w(const BlockPart<T>& part) const {
+    Vector<T, V> x = across;
+    add_scaled(x, part.h, both);
+    return x;
+  }
+  // Adds the gradients of the cells, given that of the value.
+  DK_INLINE void add(const BlockPart<T>& part, const Vector<T, V>& grad) {
+    add_scaled(sum[0], part.neither, grad);
+    add_scaled(sum[1], part.w - part.both, grad);
+    add_scaled(sum[2], part.h - part.both, grad);
+    add_scaled(sum[3], part.both, grad);
+  }
+
+ private:
+  const Sizes size;
+  const scalar_t* weight;
+  T* sums;
+  int at = 0;  // a block's code
+  Vector<T, V> corner{}, across{}, down{}, both{}, sum[4] = {};
+
+  // `first` bytes of T, counted from kFirst on, after the beginning.
+  template <typename U>
+  static DK_INLINE U* from(U* begin, unsigned first) {
+    using Byte = std::conditional_t<std::is_const_v<U>, const char, char>;
+    constexpr unsigned part = sizeof(T) / sizeof(U);
+    return reinterpret_cast<U*>(reinterpret_cast<Byte*>(begin) + first / part) - kFirst / sizeof(T);
+  }
+
+  // Calls inside(k, first, step) for the cells of the block that the scope has, `step` elements
+  // after `first`; outside(k) for others.
+  template <typename Inside, typename Outside>
+  DK_INLINE void for_cells(const Inside& inside, const Outside& outside) const {
+    const int row = size.scope_w * kRow<V>;
+    if (at > 0) {
+      DK_UNROLL
+      for (int k = 0; k < 4; ++k) inside(k, at, k / 2 * row + k % 2 * kRow<V>);
+    } else if (at < 0) {
+      const int h = ((-1 - at) >> 16) - 1, w = ((-1 - at) & 0xffff) - 1;
+      DK_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const int y = h + k / 2, x = w + k % 2;
+        if (y >= 0 && y < size.scope_h && x >= 0 && x < size.scope_w)
+          inside(k, kFirst, y * row + x * kRow<V>);
+        else
+          outside(k);
+      }
+    }
+  }
+};
+
+// The same of a single cell, for want of kernel offsets.
+template <typename scalar_t, int V, typename Sizes>
+struct HeldCell {
+  using T = opmath_t<scalar_t>;
+  const scalar_t* weight;
+  T* sums;
+  int at = -1;  // its position
+  Vector<T, V> value{}, sum{};
+
+  DK_INLINE HeldCell(const Sizes&, const scalar_t* weight, T* sums) : weight(weight), sums(sums) {}
+  DK_INLINE void hold(int position) {
+    if (position == at) return;
+    put_back();
+    at = position;
+    value = load<V>(weight + at);
+    sum = load<V>(sums + at);
+  }
+  DK_INLINE void put_back() const {
+    if (at >= 0) store<V>(sums + at, sum);
+  }
+};
+
+// Where the pixels that a thread holds read through a tap.
+struct alignas(16) HeldTaps {
+  TapIndex taps[kHeldPixels];
+
+  DK_INLINE const TapIndex& operator[](int i) const { return taps[i]; }
+  // Whether all do, and the same cells, as mostly: then no pixel's loads wait for a condition.
+  DK_INLINE bool alike() const {
+    int pixels = taps[0].pixel;
+    bool same = true;
+    DK_UNROLL
+    for (int i = 1; i < kHeldPixels; ++i) {
+      pixels |= taps[i].pixel;
+      same &= taps[i].cell == taps[0].cell;
+    }
+    return same && pixels >= 0;
+  }
+};
+
+// Sums over a pixel's threads, N for each of the pixels that they hold, take the place of what all
+// of them have read there: from coefficient `first` of each.
+template <int N, typename T>
+__device__ __forceinline__ void store_sums(Vector<T, 4>* to, int first, T (&x)[N * kHeldPixels],
+                                           int lanes, int lane) {
+  const T sum = fold_sum(x, lanes);
   __syncwarp();
-  if (lane < 8) coef[lane / 4].v[lane % 4] = sum;
+  if (lane < N * kHeldPixels) to[lane / N].v[first + lane % N] = sum;
+}
+
+// Where the taps of a thread's input pixel q read, and how: of kernel_coef, the parts of a block
+// or, in place of the last, the factor of a tap that has one.
+template <typename scalar_t, int V, int K, int S, bool kKernel>
+__device__ __forceinline__ void fill_fed_taps(const BackwardArgs<scalar_t>& a,
+                                              const Sizes<K, S>& size,
+                                              const Shared<scalar_t, V, kKernel, false>& shared,
+                                              const PixelTile& tile, const Pixel& q, bool inside,
+                                              bool modulated) {
+  using T = opmath_t<scalar_t>;
+  const ConvParams& p = a.params;
+  const int64_t n = tile.first_image + q.n;
+  for (int j = threadIdx.x; j < size.taps() * kPixels; j += blockDim.x) {
+    const int t = j / kPixels;
+    TapIndex at{t * kRow<V>, -1};
+    const Pixel out = inside ? fed_pixel(p, size, q, t) : Pixel{0, -1, -1};
+    if (out.h >= 0) {
+      at.pixel = (q.n * static_cast<int>(p.out_h) + out.h) * static_cast<int>(p.out_w) + out.w;
+      if constexpr (kKernel) {
+        const auto block =
+            block_around(p, size, locate_in_scope(size, a.kernel_offset, n, t, out.h, out.w));
+        at.cell = block.code(size.scope_h, size.scope_w, kRow<V>);
+        if (!block.meets(size.scope_h, size.scope_w)) at.pixel = -1;
+        const BlockPart<T> part(block.part_h, block.part_w);
+        const T last =
+            modulated ? *factor_of(a.kernel_offset, size.taps(), n, t, out.h, out.w) : part.neither;
+        shared.kernel_coef[j] = {{part.h, part.w, part.both, last}};
+      }
+    }
+    shared.index[j] = at;
+  }
+}
+
+// Adds the gradients of a thread's input pixel q, summed over the channels of a tile in the place
+// of `h`, `w` and, of a factor, `both`.
+template <typename scalar_t, int V, int K, int S>
+__device__ __forceinline__ void add_fed_gradients(const ConvParams& p, const Sizes<K, S>& size,
+                                                  const Shared<scalar_t, V, true, false>& shared,
+                                                  const PixelTile& tile, const Pixel& q,
+                                                  const Offset<opmath_t<scalar_t>>& grad,
+                                                  bool modulated) {
+  using T = opmath_t<scalar_t>;
+  const int64_t n = tile.first_image + q.n;
+  for (int j = threadIdx.x; j < size.taps() * kPixels; j += blockDim.x) {
+    if (shared.index[j].pixel < 0) continue;
+    const int t = j / kPixels;
+    const Pixel out = fed_pixel(p, size, q, t);
+    const Vector<T, 4> sum = shared.kernel_coef[j];
+    const T factor = modulated ? sum.v[3] : T(1);
+    T* to = offset_of(grad, n, t, out.h, out.w);
+    // A clipped scope of one cell is constant along its axis.
+    if (!p.clip || size.scope_h > 1) to[0] += factor * sum.v[0];
+    if (!p.clip || size.scope_w > 1) to[grad.strides.c] += factor * sum.v[1];
+    if (modulated) *factor_of(grad, size.taps(), n, t, out.h, out.w) += sum.v[2];
+  }
 }
 
 template <typename scalar_t, int V, int K, int S, bool kKernel>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const BackwardArgs<scalar_t> a) {
   using T = opmath_t<scalar_t>;
+  using Held = std::conditional_t<kKernel, HeldBlock<scalar_t, V, Sizes<K, S>>,
+                                  HeldCell<scalar_t, V, Sizes<K, S>>>;
   DK_SHARED_MEMORY(memory);
   const ConvParams& p = a.params;
   const Sizes<K, S> size(p);
   const int taps = size.taps(), cells = size.cells(), channels = static_cast<int>(p.channels);
-  const int lanes = a.channels.lanes, lane = static_cast<int>(threadIdx.x) % lanes;
+  const int lanes = a.channels.lanes;
+  const PixelThread thread(a.channels);
   const Shared<scalar_t, V, kKernel, false> shared(memory, taps, cells, a.warps);
   T* sums = sums_of<V>(threadIdx.x, shared.weight_sum, cells);
-  const scalar_t* weight = shared.weight + lane * V;
-  const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>);
-  const int out_w = static_cast<int>(p.out_w), out_h = static_cast<int>(p.out_h);
-  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles,
-                    pixel_tiles(p.batch * p.in_h * p.in_w));
-  const Offset<T> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
+  const scalar_t* weight = shared.weight + thread.lane * V;
+  const int64_t image_size = p.out_h * p.out_w * channels;  // of grad_output
+  const Share share(blockIdx.x, a);
+  const Offset<T> grad_kernel_offset = of_group(a.grad_kernel_offset, share.group);
+  const bool modulated = K == 0 && a.kernel_offset.modulated;  // launch_backward
 
   for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
        ++channel_tile) {
-    const int begin = channel_tile * lanes * V, c = begin + lane * V;
+    const int begin = channel_tile * lanes * V, c = begin + thread.lane * V;
     shared.stage_weight(size, a.weight, begin, lanes * V, channels);
     clear_sums<V>(sums, cells);
-    for (int64_t tile_index = share.first; tile_index < share.last; ++tile_index) {
-      const int64_t first = tile_index * kPixels;
-      const PixelTile tile(first, p.batch, p.in_h, p.in_w);
-      for (int j = threadIdx.x; j < taps * kPixels; j += blockDim.x) {
-        const int t = j / kPixels, i = j % kPixels;
-        TapIndex at{t * kRow<V>, -1};
-        const Pixel out = i < tile.count ? fed_pixel(p, size, tile[i], t) : Pixel{0, -1, -1};
-        if (out.h >= 0) {
-          at.pixel = (out.n * out_h + out.h) * out_w + out.w;
-          if constexpr (kKernel) {
-            const auto sample =
-                sample_weight(p, size, a.kernel_offset, tile.first_image + out.n, t, out.h, out.w);
-            at.cell = (sample.h.cell * size.scope_w + sample.w.cell) * kRow<V>;
-            shared.kernel_coef[j] = sample.coef();
-          }
-        }
-        shared.index[j] = at;
-      }
+    PixelTile tile(share.first * kPixels, p.batch, p.in_h, p.in_w);
+    for (int64_t first = share.first * kPixels; first < share.last * kPixels;
+         first += kPixels, tile.advance()) {
+      // A warp's threads keep their pixels: kPixels is its size.
+      const int own = static_cast<int>(threadIdx.x) % kPixels;
+      const Pixel q = tile[own];
+      fill_fed_taps(a, size, shared, tile, q, own < tile.count, modulated);
       __syncthreads();
 
       const auto is_own = [&](int i) { return i < tile.count && c < channels; };
-      const Pixels<scalar_t> grad_output(
-          a.grad_output + tile.first_image * out_h * out_w * channels + c, channels);
-      const int groups = static_cast<int>(blockDim.x) / lanes;
-      for (int i0 = threadIdx.x / lanes * kHeldPixels; i0 < kPixels; i0 += groups * kHeldPixels) {
+      const Pixels<const scalar_t> grad_output(a.grad_output + tile.first_image * image_size + c,
+                                               channels);
+      const Pixels<const scalar_t> input(a.input + first * channels + c, channels);
+      const Pixels<scalar_t> grad_input(a.grad_input + first * channels + c, channels);
+      for (int i0 = thread.pixel * kHeldPixels; i0 < kPixels; i0 += thread.pixels * kHeldPixels) {
         Vector<T, V> x[kHeldPixels] = {}, grad_x[kHeldPixels] = {};
         DK_UNROLL
         for (int i = 0; i < kHeldPixels; ++i) {
-          if (is_own(i0 + i)) x[i] = load<V>(a.input + (first + i0 + i) * channels + c);
+          if (is_own(i0 + i)) x[i] = load<V>(input[i0 + i]);
         }
-        HeldCells<T, V, kKernel> cell;
-        Vector<T, V> sum[cell.count] = {};  // of those cells
-        for (int t = 0; t < taps; ++t) {
-          // Σ over channels of grad_output * x * the cell's weight, of two pixels
-          T grad_coef[8];
-          DK_UNROLL
-          for (int i = 0; i < kHeldPixels; ++i) {
-            const int j = t * kPixels + i0 + i, pair = i % 2 * 4;
-            DK_UNROLL
-            for (int k = 0; k < 4; ++k) grad_coef[pair + k] = T(0);
-            const TapIndex at = shared.index[j];
-            if (c < channels && at.pixel >= 0) {
-              if (at.cell != cell.at) {
-                cell.add_to(sums, cell_steps, sum);
-                cell.hold(at.cell, weight, cell_steps);
+        Held held(size, weight, sums);
+        const TapIndex* index = shared.index + i0;
+        Vector<T, 4>* tap = shared.kernel_coef + i0;
+        for (const TapIndex* end = index + taps * kPixels; index != end;
+             index += kPixels, tap += kPixels) {
+          T grad[2 * kHeldPixels] = {}, grad_factor[kHeldPixels] = {};
+          // A pair whose cells are held.
+          const auto visit = [&](int i, int pixel) {
+            const auto g = load<V>(grad_output[pixel]);
+            auto gx = product(g, x[i]);
+            Vector<T, V> w;
+            if constexpr (kKernel) {
+              const Vector<T, 4> coef = tap[i];
+              const auto part = modulated
+                                    ? BlockPart<T>(coef.v[0], coef.v[1])
+                                    : BlockPart<T>(coef.v[0], coef.v[1], coef.v[2], coef.v[3]);
+              w = held.value(part);
+              grad[2 * i] = dot(gx, held.grad_h(part));
+              grad[2 * i + 1] = dot(gx, held.grad_w(part));
+              if (modulated) {
+                grad_factor[i] = dot(gx, w);
+                w = scaled(coef.v[3], w);
+                gx = scaled(coef.v[3], gx);
               }
-              const auto g = load<V>(grad_output[at.pixel]);
-              const auto gx = product(g, x[i]);
-              Vector<T, V> w{};
-              if constexpr (kKernel) {
-                const Vector<T, 4> coef = shared.kernel_coef[j];
-                DK_UNROLL
-                for (int k = 0; k < 4; ++k) {
-                  add_scaled(w, coef.v[k], cell.v[k]);
-                  grad_coef[pair + k] = dot(gx, cell.v[k]);
-                  add_scaled(sum[k], coef.v[k], gx);
-                }
-              } else {
-                w = cell.v[0];
-                add_scaled(sum[0], T(1), gx);
-              }
-              DK_UNROLL
-              for (int v = 0; v < V; ++v) grad_x[i].v[v] += g.v[v] * w.v[v];
+              held.add(part, gx);
+            } else {
+              w = held.value;
+              add_scaled(held.sum, T(1), gx);
             }
-            if (kKernel && i % 2) store_grad_coef(shared.kernel_coef + j - 1, grad_coef, lanes);
+            DK_UNROLL
+            for (int v = 0; v < V; ++v) grad_x[i].v[v] += g.v[v] * w.v[v];
+          };
+          const auto at = *reinterpret_cast<const HeldTaps*>(index);
+          if (c < channels && at.alike()) {
+            held.hold(at[0].cell);
+            DK_UNROLL
+            for (int i = 0; i < kHeldPixels; ++i) visit(i, at[i].pixel);
+          } else if (c < channels) {
+            DK_UNROLL
+            for (int i = 0; i < kHeldPixels; ++i) {
+              if (at[i].pixel < 0) continue;
+              held.hold(at[i].cell);
+              visit(i, at[i].pixel);
+            }
+          }
+          if constexpr (kKernel) {
+            store_sums<2>(tap, 0, grad, lanes, thread.lane);
+            if (modulated) store_sums<1>(tap, 2, grad_factor, lanes, thread.lane);
           }
         }
-        cell.add_to(sums, cell_steps, sum);
+        held.put_back();
         DK_UNROLL
         for (int i = 0; i < kHeldPixels; ++i) {
-          if (is_own(i0 + i)) store<V>(a.grad_input + (first + i0 + i) * channels + c, grad_x[i]);
+          if (is_own(i0 + i)) store<V>(grad_input[i0 + i], grad_x[i]);
         }
       }
       __syncthreads();
 
       if constexpr (kKernel) {
-        for (int j = threadIdx.x; j < taps * kPixels; j += blockDim.x) {
-          if (shared.index[j].pixel < 0) continue;
-          const int t = j / kPixels;
-          const Pixel out = fed_pixel(p, size, tile[j % kPixels], t);
-          const int64_t n = tile.first_image + out.n;
-          const auto sample = sample_weight(p, size, a.kernel_offset, n, t, out.h, out.w);
-          add_offset_gradient(grad_kernel_offset, taps, n, t, out.h, out.w, sample,
-                              shared.kernel_coef[j]);
-        }
+        add_fed_gradients(p, size, shared, tile, q, grad_kernel_offset, modulated);
         // The same thread fills the same pairs of the next tile: no barrier.
       }
     }
@@ -240,30 +468,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   const ConvParams& p = a.params;
   const Sizes<K, S> size(p);
   const int taps = size.taps(), cells = size.cells(), channels = static_cast<int>(p.channels);
-  const int lanes = a.channels.lanes, lane = static_cast<int>(threadIdx.x) % lanes;
+  const int lanes = a.channels.lanes;
+  const PixelThread thread(a.channels);
   const Shared<scalar_t, V, kKernel, true> shared(memory, taps, cells, a.warps);
   T* sums = sums_of<V>(threadIdx.x, shared.weight_sum, cells);
-  const scalar_t* weight = shared.weight + lane * V;
+  const scalar_t* weight = shared.weight + thread.lane * V;
   const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>),
       pixel_steps(p.in_h, p.in_w, channels);
-  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles,
-                    pixel_tiles(p.batch * p.out_h * p.out_w));
-  const Offset<T> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
-  const Offset<T> grad_data_offset = of_group(a, a.grad_data_offset, share.group);
+  const Share share(blockIdx.x, a);
+  const Offset<T> grad_kernel_offset = of_group(a.grad_kernel_offset, share.group);
+  const Offset<T> grad_data_offset = of_group(a.grad_data_offset, share.group);
 
   for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
        ++channel_tile) {
-    const int begin = channel_tile * lanes * V, c = begin + lane * V;
+    const int begin = channel_tile * lanes * V, c = begin + thread.lane * V;
     shared.stage_weight(size, a.weight, begin, lanes * V, channels);
     clear_sums<V>(sums, cells);
-    for (int64_t tile_index = share.first; tile_index < share.last; ++tile_index) {
-      const int64_t first = tile_index * kPixels;
-      const PixelTile tile(first, p.batch, p.out_h, p.out_w);
+    PixelTile tile(share.first * kPixels, p.batch, p.out_h, p.out_w);
+    for (int64_t first = share.first * kPixels; first < share.last * kPixels;
+         first += kPixels, tile.advance()) {
       shared.fill_output_taps(p, size, tile, a.kernel_offset, a.data_offset);
       __syncthreads();
 
       const int64_t image = tile.first_image * p.in_h * p.in_w * channels + c;
-      for (int i = threadIdx.x / lanes; i < kPixels; i += blockDim.x / lanes) {
+      for (int i = thread.pixel; i < kPixels; i += thread.pixels) {
         const bool active = i < tile.count && c < channels;
         Vector<T, V> g{};
         if (active) g = load<V>(a.grad_output + (first + i) * channels + c);
@@ -307,8 +535,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           // All threads of the pixel have read its coefficients: their gradient takes the place.
           const T sum = fold_sum<kKernel ? 8 : 4>(grad_coef, lanes);
           __syncwarp();
-          if (lane < 4) shared.data_coef[j].v[lane] = sum;
-          if (kKernel && lane >= 4 && lane < 8) shared.kernel_coef[j].v[lane - 4] = sum;
+          if (thread.lane < 4) shared.data_coef[j].v[thread.lane] = sum;
+          if (kKernel && thread.lane >= 4 && thread.lane < 8)
+            shared.kernel_coef[j].v[thread.lane - 4] = sum;
         }
       }
       __syncthreads();
@@ -464,8 +693,10 @@ void launch_backward(const BackwardArgs<scalar_t>& a, cudaStream_t stream) {
              stream, a);
     };
     if (a.channels.vector == 1) return run(Int<1>(), Int<0>(), Int<0>());
-    dispatch_sizes<kKernel>(
-        p, [&](auto k, auto s) { run(Int<16 / sizeof(opmath_t<scalar_t>)>(), k, s); });
+    const Int<16 / sizeof(opmath_t<scalar_t>)> wide;
+    // Only kernels of any size spend registers on factors.
+    if (kKernel && !kData && a.kernel_offset.modulated) return run(wide, Int<0>(), Int<0>());
+    dispatch_sizes<kKernel>(p, [&](auto k, auto s) { run(wide, k, s); });
   });
 }
 

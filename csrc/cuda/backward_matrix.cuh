@@ -85,7 +85,7 @@ constexpr int kNotFed = -16;
 // has those of row q of the scope.
 DK_INLINE void store_cell_sums(Vector<float, 4>* to, int cell, int q, const float (&upper)[2],
                                const float (&lower)[2]) {
-  const int row = q - cell / 4, column = cell % 4;
+  const int row = q - (cell >> 2), column = cell & 3;
   if (row != 0 && row != 1) return;
   const float first = column == 0 ? upper[0] : column == 1 ? upper[1] : lower[0];
   const float second = column == 0 ? upper[1] : column == 1 ? lower[0] : lower[1];
@@ -118,9 +118,8 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, q = lane % 4;
   const int own = warp % warps, row = warp / warps * 2, i0 = row * kMatrixColumns;
   const int place = taps.position(g, q);
-  const Share share(blockIdx.x, a.splits, a.groups, a.channels.tiles,
-                    matrix_tiles(p.batch, p.in_h, p.in_w));
-  const Offset<float> grad_kernel_offset = of_group(a, a.grad_kernel_offset, share.group);
+  const Share share(blockIdx.x, a);
+  const Offset<float> grad_kernel_offset = of_group(a.grad_kernel_offset, share.group);
 
   for (int channel_tile = share.first_channels; channel_tile < share.last_channels;
        ++channel_tile) {
@@ -134,16 +133,17 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
     for (int64_t index = share.first; index < share.last; ++index) {
       const ImageTile tile(index, p.in_h, p.in_w);
       // The output pixel that a pair of the tile feeds; h < 0: none. The stride is 1.
+      // A thread's pairs are of one pixel.
+      const int i = static_cast<int>(threadIdx.x) % Taps::pixels;
+      const int in_y = tile.h + i / kMatrixColumns, in_x = tile.w + i % kMatrixColumns;
+      const int taps_of_pixel = in_y < in_h && in_x < in_w ? kMatrixTaps : 0;
       const auto fed_by = [&](int j) {
-        const int t = j / Taps::pixels, i = j % Taps::pixels;
-        const int in_y = tile.h + i / kMatrixColumns, in_x = tile.w + i % kMatrixColumns;
-        const int h = in_y + pad_h - t / 3, w = in_x + pad_w - t % 3;
-        const bool fed = (in_y < in_h) & (in_x < in_w) & (h >= 0) & (h < out_h) & (w >= 0) &
-                         (w < out_w) & (j < Taps::pairs);
+        const int t = j / Taps::pixels, h = in_y + pad_h - t / 3, w = in_x + pad_w - t % 3;
+        const bool fed = (t < taps_of_pixel) & (h >= 0) & (h < out_h) & (w >= 0) & (w < out_w);
         return Pixel{0, fed ? h : -1, w};
       };
       // Input pixel h feeds output pixels h + pad - tap.
-      stage.start(a.grad_output + tile.n * out_h * out_w * channels, tile.h + pad_h - 2,
+      stage.start(a.grad_output + tile.n * (p.out_h * p.out_w * channels), tile.h + pad_h - 2,
                   tile.w + pad_w - 2, out_h, out_w, first_channel, channels, lanes);
       const auto locate = [&](int j, Location<float>* at) {
         const Pixel out = fed_by(j);
@@ -164,12 +164,12 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
         cell[j] = 4 * samples[j].h.cell + samples[j].w.cell;
         taps.store(j, samples[j]);
       }
+      const int64_t image = tile.n * (p.in_h * p.in_w * channels);
       const int upper = (tile.h + row) * in_w + tile.w + g;
       const bool inside = tile.w + g < in_w;
-      const PixelVectors<scalar_t> x({a.input + tile.n * in_h * in_w * channels, channels},
-                                     inside && tile.h + row < in_h ? upper : -1,
-                                     inside && tile.h + row + 1 < in_h ? upper + in_w : -1, c,
-                                     own_vector);
+      const PixelVectors<scalar_t> x(
+          {a.input + image, channels}, inside && tile.h + row < in_h ? upper : -1,
+          inside && tile.h + row + 1 < in_h ? upper + in_w : -1, c, own_vector);
       wait_for_copies();
       __syncthreads();
 
@@ -238,11 +238,11 @@ __global__ void __launch_bounds__(kMatrixThreads, kBackwardBlocks<scalar_t>)
           multiply<half_t, P - 1>(scope_sum[j], cell_rows, pixel_rows);
         }
       }
+      const Pixels<scalar_t> grad_input(a.grad_input + image, channels);
       DK_UNROLL
       for (int i = 0; i < 2; ++i) {
         if (tile.h + row + i >= in_h || tile.w + g >= in_w) continue;
-        scalar_t* to =
-            a.grad_input + ((tile.n * in_h + tile.h + row + i) * in_w + tile.w + g) * channels;
+        scalar_t* to = grad_input[upper + i * in_w];
         DK_UNROLL
         for (int k = 0; k < 2; ++k) {
           if (own_vector[k]) store<V>(to + c[k], result_vector<scalar_t>(grad_x, i, k));

@@ -207,6 +207,8 @@ void plan_backward_split(BackwardArgs<scalar_t>& a, int64_t tiles, int blocks_pe
   if (!a.kernel_offset.data && !a.data_offset.data) groups = channel_tiles;
   a.groups = static_cast<int>(std::clamp<int64_t>(groups, 1, std::min(channel_tiles, blocks)));
   a.splits = static_cast<int>(std::clamp<int64_t>(blocks / a.groups, 1, tiles));
+  a.tiles_of_split = {tiles, a.splits};
+  a.channels_of_group = {channel_tiles, a.groups};
 }
 
 // The gradient of an offset, summed per group of channels: one zeroed row per group.
@@ -220,9 +222,10 @@ struct OffsetGradient {
     // Taps that lie in the padding are never visited: their gradient stays 0.
     rows = stable::new_zeros(*like, {groups, like->numel()});
   }
-  Offset<T> view(const ConvParams& p) const {
+  cuda::OffsetGradients<T> view(const ConvParams& p) const {
     if (!like) return {};
-    return {rows->mutable_data_ptr<T>(), offset_strides(*like), is_modulated(p, *like)};
+    return {{rows->mutable_data_ptr<T>(), offset_strides(*like), is_modulated(p, *like)},
+            like->numel()};
   }
   Tensor total() const {
     const Tensor sum = rows->size(0) == 1 ? *rows : stable::sum(*rows, IntArrayRef({0}));

@@ -81,10 +81,10 @@ template <typename scalar_t, bool kUnit>
 struct DenseStage {
   unsigned char* memory;
   DenseLayout layout;
-  Pixels<scalar_t> image;
-  Pixels<scalar_t> weight_rows;  // of outputs, from the block's first on
-  int* source;                   // the warp's
-  int outputs;                   // of the block, or more
+  Pixels<const scalar_t> image;
+  Pixels<const scalar_t> weight_rows;  // of outputs, from the block's first on
+  int* source;                         // the warp's
+  int outputs;                         // of the block, or more
   int pixels, warp, lane;
 
   __device__ __forceinline__ DenseStage(unsigned char* memory, const DenseArgs<scalar_t>& a,

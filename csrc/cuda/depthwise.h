@@ -90,6 +90,24 @@ struct ForwardArgs {
   ChannelTiles channels;
 };
 
+// How things are dealt out: `size` to everyone, to the first `longer` one more.
+struct Parts {
+  int64_t size, longer;
+
+  Parts() = default;
+  Parts(int64_t things, int64_t parts) : size(things / parts), longer(things % parts) {}
+  DK_INLINE int64_t first(int64_t part) const {
+    return part * size + (part < longer ? part : longer);
+  }
+};
+
+// Of an offset, one group's after another, `size` elements each; zero at the start.
+template <typename T>
+struct OffsetGradients {
+  Offset<T> first;
+  int64_t size = 0;
+};
+
 template <typename scalar_t>
 struct BackwardArgs {
   using T = opmath_t<scalar_t>;
@@ -102,9 +120,9 @@ struct BackwardArgs {
   // Block (split, group) takes the pixels of a split and the channel tiles of a group. Sums over
   // pixels come out per split, sums over channels per group.
   int splits, groups, warps;
+  Parts tiles_of_split, channels_of_group;
   T* weight_partial;  // [splits, S_h*S_w, C]
-  // One group's after another; zero at the start.
-  Offset<T> grad_kernel_offset, grad_data_offset;
+  OffsetGradients<T> grad_kernel_offset, grad_data_offset;
   scalar_t* grad_input;  // without data_offset
   T* grad_input_sum;     // with data_offset: zero at the start; may be null
 };

@@ -26,14 +26,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgs<sca
   shared.fill_output_taps(p, size, tile, a.kernel_offset, a.data_offset);
   __syncthreads();
 
-  const int lane = static_cast<int>(threadIdx.x) % a.channels.lanes, c = begin + lane * V;
+  const PixelThread thread(a.channels);
+  const int c = begin + thread.lane * V;
   if (c >= channels) return;
-  const Pixels<scalar_t> input(a.input + tile.first_image * p.in_h * p.in_w * channels + c,
-                               channels);
-  const scalar_t* weight = shared.weight + lane * V;
+  const Pixels<const scalar_t> input(a.input + tile.first_image * p.in_h * p.in_w * channels + c,
+                                     channels);
+  const scalar_t* weight = shared.weight + thread.lane * V;
   const Steps cell_steps(size.scope_h, size.scope_w, kRow<V>),
       pixel_steps(p.in_h, p.in_w, channels);
-  const int i0 = static_cast<int>(threadIdx.x) / a.channels.lanes * kHeldPixels;
+  const int i0 = thread.pixel * kHeldPixels;
   Vector<T, V> bias{};
   if (a.bias) {
     DK_UNROLL

@@ -87,8 +87,8 @@ struct PixelVectors {
   Stored<scalar_t> vector[2][2];
 
   // Pixels of `rows` whose numbers are not negative, channels `c` that are `own`.
-  DK_INLINE PixelVectors(const Pixels<scalar_t>& rows, int upper, int lower, const int (&c)[2],
-                         const bool (&own)[2])
+  DK_INLINE PixelVectors(const Pixels<const scalar_t>& rows, int upper, int lower,
+                         const int (&c)[2], const bool (&own)[2])
       : vector{{read(rows, upper, c[0], own[0]), read(rows, upper, c[1], own[1])},
                {read(rows, lower, c[0], own[0]), read(rows, lower, c[1], own[1])}} {}
 
@@ -111,7 +111,8 @@ struct PixelVectors {
   static DK_INLINE Stored<scalar_t> at_address(const unsigned char* address) {
     return Stored<scalar_t>(true, reinterpret_cast<const scalar_t*>(address));
   }
-  static DK_INLINE Stored<scalar_t> read(const Pixels<scalar_t>& rows, int pixel, int c, bool own) {
+  static DK_INLINE Stored<scalar_t> read(const Pixels<const scalar_t>& rows, int pixel, int c,
+                                         bool own) {
     return Stored<scalar_t>((pixel >= 0) & own, rows[pixel] + c);
   }
 };
@@ -163,7 +164,7 @@ struct StagedTile {
     constexpr int V = 16 / sizeof(scalar_t), kCopies = 4;  // of a thread and a pixel
     const unsigned threads = static_cast<unsigned>(lanes) / kCopies;
     const int vector = static_cast<int>(threadIdx.x % threads);
-    const Pixels<scalar_t> pixels(image + begin + vector * V, channels);
+    const Pixels<const scalar_t> pixels(image + begin + vector * V, channels);
     for (unsigned j = threadIdx.x / threads; j < kPixelCount; j += blockDim.x / threads) {
       const int y = h + static_cast<int>(j / kColumns), x = w + static_cast<int>(j % kColumns);
       const bool inside = (y >= 0) & (y < height) & (x >= 0) & (x < width);

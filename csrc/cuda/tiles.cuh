@@ -73,6 +73,14 @@ DK_INLINE Vector<T, V> product(const Vector<T, V>& a, const Vector<T, V>& b) {
 }
 
 template <typename T, int V>
+DK_INLINE Vector<T, V> difference(const Vector<T, V>& a, const Vector<T, V>& b) {
+  Vector<T, V> x;
+  DK_UNROLL
+  for (int v = 0; v < V; ++v) x.v[v] = a.v[v] - b.v[v];
+  return x;
+}
+
+template <typename T, int V>
 DK_INLINE T dot(const Vector<T, V>& a, const Vector<T, V>& b) {
   T sum = a.v[0] * b.v[0];
   DK_UNROLL
@@ -118,17 +126,24 @@ template <int V>
 constexpr int kRow = (kWarpSize + 1) * V;
 
 // channels_last pixels, from the given one on. Their size in bytes has 32 bits (check_sizes), so
-// that an address is one instruction.
+// that an address is one instruction, which nvcc has to be told.
 template <typename scalar_t>
 struct Pixels {
-  const scalar_t* first;
+  scalar_t* first;
   int bytes;
 
-  DK_INLINE Pixels(const scalar_t* first, int channels)
+  DK_INLINE Pixels(scalar_t* first, int channels)
       : first(first), bytes(channels * static_cast<int>(sizeof(scalar_t))) {}
-  DK_INLINE const scalar_t* operator[](int i) const {
-    return reinterpret_cast<const scalar_t*>(reinterpret_cast<const char*>(first) +
-                                             static_cast<int64_t>(i) * bytes);
+  DK_INLINE scalar_t* operator[](int i) const {
+#ifdef __CUDA_ARCH__
+    size_t address;
+    asm("mad.wide.s32 %0, %1, %2, %3;"
+        : "=l"(address)
+        : "r"(i), "r"(bytes), "l"(__cvta_generic_to_global(first)));
+    return static_cast<scalar_t*>(__cvta_global_to_generic(address));
+#else
+    return reinterpret_cast<scalar_t*>(reinterpret_cast<int64_t>(first) + int64_t(i) * bytes);
+#endif
   }
 };
 
@@ -156,42 +171,57 @@ struct HeldCells {
     DK_UNROLL
     for (int k = 0; k < count; ++k) v[k] = load<V>(cells + at + steps[k]);
   }
-  // Moves `sum` of the held cells into those of `sums`.
-  DK_INLINE void add_to(T* sums, const Steps& steps, Vector<T, V> (&sum)[count]) const {
-    if (at < 0) return;
-    DK_UNROLL
-    for (int k = 0; k < count; ++k) {
-      T* to = sums + at + steps[k];
-      add_scaled(sum[k], T(1), load<V>(to));
-      store<V>(to, sum[k]);
-      sum[k] = {};
-    }
-  }
 };
 
 // ---- pixels -------------------------------------------------------------------------------------
+
+// A thread's number among those of a pixel, the pixel's among those that its block takes at once,
+// and how many these are. Lanes are 8, 16 or 32: a division is twenty instructions.
+struct PixelThread {
+  int lane, pixel, pixels;
+
+  __device__ __forceinline__ explicit PixelThread(const ChannelTiles& channels) {
+    const int bits = channels.lanes == 32 ? 5 : channels.lanes == 16 ? 4 : 3;
+    lane = static_cast<int>(threadIdx.x) & (channels.lanes - 1);
+    pixel = static_cast<int>(threadIdx.x) >> bits;
+    pixels = static_cast<int>(blockDim.x) >> bits;
+  }
+};
 
 struct Pixel {
   int n, h, w;  // n counts from the first image of the tile
 };
 
-// `count` pixels from `first` on, of all N * height * width.
+// At most kPixels pixels from `first` on, of all N * height * width.
 struct PixelTile {
   int64_t first_image;
   int offset, count;  // offset of the first pixel in the first image
+  int64_t left;       // pixels from the first on
   int height, width;
 
   DK_INLINE PixelTile(int64_t first, int64_t batch, int64_t height, int64_t width)
-      : height(static_cast<int>(height)), width(static_cast<int>(width)) {
-    const int64_t total = batch * height * width;
-    first_image = first / (height * width);
-    offset = static_cast<int>(first - first_image * height * width);
-    count = static_cast<int>(total - first < kPixels ? total - first : kPixels);
+      : first_image(first / (height * width)),
+        offset(static_cast<int>(first - first_image * height * width)),
+        left(batch * height * width - first),
+        height(static_cast<int>(height)),
+        width(static_cast<int>(width)) {
+    set_count();
+  }
+  DK_INLINE void advance() {
+    left -= kPixels;
+    set_count();
+    for (offset += kPixels; offset >= height * width; offset -= height * width) ++first_image;
   }
   DK_INLINE Pixel operator[](int i) const {
-    const int position = offset + i, row = position / width;
-    return {row / height, row % height, position % width};
+    const int position = offset + i;
+    Pixel pixel{0, position / width, 0};
+    pixel.w = position - pixel.h * width;
+    for (; pixel.h >= height; pixel.h -= height) ++pixel.n;  // seldom; a division is longer
+    return pixel;
   }
+
+ private:
+  DK_INLINE void set_count() { count = static_cast<int>(left < kPixels ? left : kPixels); }
 };
 
 // ---- taps ---------------------------------------------------------------------------------------
@@ -429,7 +459,7 @@ struct Shared {
   }
 };
 
-// ---- sums over the threads of a pixel -----------------------------------------------------------
+// ---- threads of a pixel -----------------------------------------------------------
 
 // Sums each v[i] over a group of `lanes` threads (a power of two, >= N). Returns, in the group's
 // thread l, the sum of v[l % N]: at each of the first steps a thread hands half of its values to a

@@ -101,6 +101,10 @@ def issued(instruction: Instruction) -> int:
         return "{" in instruction.operands[1] and len(halves) > 1  # one half twice: as it is
     if parts[0] == "cvt" and parts[-1][0] == "u":
         return 0
+    if parts[0] in ("or", "and") and parts[-1] == "pred":  # mostly part of a comparison
+        return 0
+    if parts[:2] == ["mad", "wide"]:  # a product, and two additions
+        return 3
     if parts[0] in ("mul", "mad") and "wide" not in parts:
         return 4 if wide else 1
     return 2 if wide and parts[0] not in ("ld", "st", "mul", "mad", "cvt") else 1
