@@ -1,14 +1,40 @@
 // The columns of convolutions that are not depthwise, and what becomes of their gradients: dense.h
 // has the formula, dense_kernels.h the matrix products. Included once per instruction set: tiles.h.
 //
-// Columns have the layout of the weight, [C, cells], which needs no rearranging then. Forward, a
-// pixel's taps make a dense table of coefficients, [taps, cells], and each channel is a sum of its
-// rows: all cells of a channel lie in registers. Backward reads four cells a tap and is vectorised
-// over channels, which a transposition of each block puts next to each other.
+// Columns have the order [chunks of C][cells][channels of a chunk], which a vector holds: a tap is
+// added to four vectors, and its gradient read from four. It is not that of the weight, [C, cells],
+// which is rearranged as it is packed for the products, and its gradient once it is summed up.
 #include "tiles.h"
 
 namespace dk {
 namespace DK_ISA {
+
+DK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+DK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The type that holds the channels of a chunk.
+template <typename V>
+struct Chunk {
+  using type = V;
+};
+
+// Calls f(Chunk): of the longest vector whose channels divide a group's, or of a single channel.
+template <typename T, typename V = Vector<T>, typename F>
+DK_INLINE void dispatch_chunks(const ConvParams& p, const F& f) {
+  constexpr int L = lanes<V, T>;
+  if (p.channels / p.groups % L == 0) return f(Chunk<V>());
+  if constexpr (L > 4)
+    dispatch_chunks<T, typename VectorOf<T, sizeof(V) / 2>::type>(p, f);
+  else
+    f(Chunk<T>());
+}
+
+template <typename T>
+DK_INLINE int64_t chunk_channels(const ConvParams& p) {
+  int64_t channels = 0;
+  dispatch_chunks<T>(p, [&](auto chunk) { channels = lanes<typename decltype(chunk)::type, T>; });
+  return channels;
+}
 
 // ---- pixels of a tile --------------------------------------------------------------------------
 
@@ -24,8 +50,9 @@ struct Taps {
 
   explicit Taps(int taps) : scope(kKernel ? taps : 1), image(kData ? taps : 1), pixels(taps) {}
 
-  // Those from pixel `first` on, up to `end`, the row's end, or a whole tile of taps.
-  DK_INLINE void fill(const Columns<scalar_t>& a, int64_t first, int64_t end) {
+  // Those from pixel `first` on, up to `end`, the row's end, or a whole tile of taps. Cells of the
+  // scope lie `step` apart.
+  DK_INLINE void fill(const Columns<scalar_t>& a, int64_t first, int64_t end, int step) {
     const ConvParams& p = a.params;
     const int64_t line = first / p.out_w, x = first % p.out_w;
     const int64_t left = p.out_w - x < end - first ? p.out_w - x : end - first;
@@ -34,7 +61,8 @@ struct Taps {
     count = static_cast<int>(left < kTile ? left : kTile);
     output_columns(x, count, column);
     for (int t = 0; t < p.taps(); ++t) {
-      if constexpr (kKernel) fill_scope_tile(p, a.kernel_offset, n, t, row, column, scope.tiles[t]);
+      if constexpr (kKernel)
+        fill_scope_tile(p, a.kernel_offset, n, t, row, column, step, scope.tiles[t]);
       if constexpr (kData)
         fill_image_tile(p, a.data_offset, n, t, row, column, image.tiles[t]);
       else
@@ -53,186 +81,42 @@ struct Taps {
 
 // ---- forward -----------------------------------------------------------------------------------
 
-// A tap of a block of channels, in the arithmetic type.
-template <typename scalar_t, typename Sampler, typename ScalarSampler>
-struct SampleRow {
-  using T = opmath_t<scalar_t>;
-  const Sampler& vector;
-  const ScalarSampler& single;
-  const scalar_t* input;
-  T* to;
-
-  template <typename V, int U>
-  DK_INLINE void run(int64_t c) const {
-    if constexpr (sizeof(V) == sizeof(T))
-      store(to + c, single(input + c));
-    else
-      store(to + c, vector(input + c));
-  }
-};
-
-// What each tap of a pixel reads, [taps][kChannelBlock].
-template <typename T>
-struct TapRows {
-  Scratch<const T*> rows;
-  Scratch<T[kChannelBlock]> values;
-  alignas(64) T padding[kChannelBlock] = {};
-
-  explicit TapRows(int taps) : rows(taps), values(taps) {}
-
-  template <typename scalar_t, bool kKernel, bool kData>
-  DK_INLINE void fill(const Taps<scalar_t, kKernel, kData>& taps, int count, int i,
-                      const scalar_t* input, int64_t width) {
-    for (int t = 0; t < count; ++t) {
-      if (taps.in_padding(t, i)) {
-        rows.tiles[t] = padding;
-      } else if constexpr (!kData && std::is_same_v<scalar_t, T>) {
-        rows.tiles[t] = input + taps.pixels.tiles[t].offset[i];
-      } else {
-        const auto vector = taps.template value_sampler<Vector<T>>(t, i);
-        const auto single = taps.template value_sampler<T>(t, i);
-        const SampleRow<scalar_t, decltype(vector), decltype(single)> row{vector, single, input,
-                                                                          values.tiles[t]};
-        for_channels<T, 1>(0, width, row);
-        rows.tiles[t] = values.tiles[t];
-      }
-    }
-  }
-};
-
-// Cells that are summed up at once: one or two vectors of them.
-template <typename T>
-DK_INLINE int cell_step(int cells) {
-  constexpr int L = lanes<Vector<T>, T>;
-  return cells <= 4 ? 4 : cells <= L ? L : 2 * L;
+template <typename V, typename T>
+DK_INLINE void add_to_cells(const Cells<V, T, int>& scope, const V& x, T* cells) {
+  for (int j = 0; j < 4; ++j) add_to<V>(cells + scope.cell[j], scope.coef[j] * x);
 }
 
-template <typename T>
-DK_INLINE int padded_cells(int cells) {
-  const int step = cell_step<T>(cells);
-  return (cells + step - 1) / step * step;
+template <typename V, typename T>
+DK_INLINE void add_to_cells(const Cell<V>& scope, const V& x, T* cells) {
+  add_to<V>(cells + scope.cell, x);
 }
-
-// The coefficients of the taps of a pixel on the cells, [taps][stride], zero beyond the cells.
-template <typename T>
-struct CoefficientTable {
-  int taps;
-  int64_t stride;
-  Scratch<T> values;
-
-  CoefficientTable(int taps, int cells)
-      : taps(taps),
-        // Whole vectors, and whole steps: two doubles are a vector, but four cells a step.
-        stride(padded_cells<T>(cells) > lanes<Vector<T>, T> ? padded_cells<T>(cells)
-                                                            : lanes<Vector<T>, T>),
-        values(taps * stride) {
-    std::memset(values.tiles, 0, sizeof(T) * taps * stride);
-    // For want of kernel offsets, each tap has a cell of its own.
-    for (int t = 0; t < taps && t < cells; ++t) values.tiles[t * stride + t] = 1;
-  }
-  // By comparing every cell: a vector read of single numbers just written would have to wait for
-  // them.
-  DK_INLINE void fill(const ScopeTile<T>* scope, int i) {
-    typedef Vector<T> V;
-    using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-    typedef Like<Integer, T> I;
-    I lane;
-    for (int l = 0; l < lanes<V, T>; ++l) lane[l] = l * kChannelBlock;
-    for (int t = 0; t < taps; ++t) {
-      for (int64_t cell = 0; cell < stride; cell += lanes<V, T>) {
-        V sum{};
-        for (int j = 0; j < 4; ++j) {
-          const Integer at = scope[t].cell[j][i] - static_cast<Integer>(cell * kChannelBlock);
-          sum += lane == at ? broadcast<V>(scope[t].coef[j][i]) : V{};
-        }
-        store(values.tiles + t * stride + cell, sum);
-      }
-    }
-  }
-};
-
-// Channels of one pixel: to[c][cell] = sum over taps of rows[t][c] * table[t][cell].
-template <typename T>
-struct Expand {
-  const T* const* rows;
-  const CoefficientTable<T>& table;
-  int cells;
-
-  // U channels, NV vectors of their cells from `cell` on, which the first has at `to`.
-  template <typename V, int U, int NV>
-  DK_INLINE void block(int64_t c, int cell, T* to) const {
-    constexpr int L = lanes<V, T>;
-    V acc[U][NV] = {};
-    for (int t = 0; t < table.taps; ++t) {
-      V coef[NV];
-      for (int v = 0; v < NV; ++v)
-        coef[v] = load<V>(table.values.tiles + t * table.stride + cell + v * L);
-      const T* row = rows[t] + c;
-      asm("" : "+r"(row));  // or GCC keeps a register for the distance to each channel
-      for (int u = 0; u < U; ++u) {
-        const V x = broadcast<V>(row[u]);
-        for (int v = 0; v < NV; ++v) acc[u][v] += x * coef[v];
-      }
-    }
-    for (int u = 0; u < U; ++u) {
-      for (int v = 0; v < NV; ++v) store(to + u * cells + v * L, acc[u][v]);
-    }
-  }
-
-  // All cells of a channel are written by whole vectors: what they write too much belongs to the
-  // next channels, which are written later. The last ones, which have no such neighbours, take a
-  // detour.
-  template <typename V, int NV>
-  DK_INLINE void channels(int64_t width, T* to) const {
-    constexpr int step = NV * lanes<V, T>, U = kGroup * 2 / NV;
-    const int padded = padded_cells<T>(cells);
-    const int64_t safe = width - (padded - 1) / cells;
-    int64_t c = 0;
-    if (padded == step) {
-      for (; c + U <= safe; c += U, to += U * cells) block<V, U, NV>(c, 0, to);
-    }
-    for (; c < safe; ++c, to += cells) {
-      for (int cell = 0; cell < padded; cell += step) block<V, 1, NV>(c, cell, to + cell);
-    }
-    T detour[step];
-    for (; c < width; ++c, to += cells) {
-      for (int cell = 0; cell < cells; cell += step) {
-        block<V, 1, NV>(c, cell, detour);
-        const int count = cells - cell < step ? cells - cell : step;
-        std::memcpy(to + cell, detour, sizeof(T) * count);
-      }
-    }
-  }
-
-  DK_INLINE void run(int64_t width, T* to) const {
-    typedef Vector<T> V;
-    typedef typename VectorOf<T, 4 * sizeof(T)>::type Quad;
-    if (cells <= 4)
-      channels<Quad, 1>(width, to);
-    else if (cells <= lanes<V, T>)
-      channels<V, 1>(width, to);
-    else
-      channels<V, 2>(width, to);
-  }
-};
 
 // Of channels [c, c + width) and pixels [first, end): to[pixel][width * cells], rows `row` apart.
-template <typename scalar_t, bool kKernel, bool kData>
-DK_INLINE void columns_of(const Columns<scalar_t>& a, int64_t c, int64_t width, int64_t first,
-                          int64_t end, opmath_t<scalar_t>* to, int64_t row) {
+// (A function of its own, like its counterpart below: inlined, its sums would not be registers.)
+template <typename V, typename scalar_t, bool kKernel, bool kData>
+__attribute__((noinline)) void columns_of(const Columns<scalar_t>& a, int64_t c, int64_t width,
+                                          int64_t first, int64_t end, opmath_t<scalar_t>* to,
+                                          int64_t row) {
   using T = opmath_t<scalar_t>;
+  constexpr int L = lanes<V, T>;
   const ConvParams& p = a.params;
+  const int64_t cells = p.cells();
   Taps<scalar_t, kKernel, kData> taps(p.taps());
-  TapRows<T> rows(p.taps());
-  CoefficientTable<T> table(p.taps(), p.cells());
-  const Expand<T> expand{rows.rows.tiles, table, p.cells()};
   for (; first < end; first += taps.count) {
-    taps.fill(a, first, end);
+    taps.fill(a, first, end, L);
     const scalar_t* input = a.input + taps.n * p.in_h * p.in_w * p.channels + c;
     for (int i = 0; i < taps.count; ++i, to += row) {
-      if constexpr (kKernel) table.fill(taps.scope.tiles, i);
-      rows.fill(taps, p.taps(), i, input, width);
-      expand.run(width, to);
+      std::memset(to, 0, sizeof(T) * width * cells);
+      for (int t = 0; t < p.taps(); ++t) {
+        const bool padding = taps.in_padding(t, i);  // zeros, which a NaN coefficient makes NaN
+        const auto data = taps.template value_sampler<V>(t, i);
+        const auto scope = scope_sampler<V, kKernel>(taps.scope.tiles, t, i, L);
+        for (int64_t k = 0; k < width; k += L) {
+          V x{};
+          if (!padding) x = data(input + k);
+          add_to_cells(scope, x, to + k * cells);
+        }
+      }
     }
   }
 }
@@ -240,81 +124,78 @@ DK_INLINE void columns_of(const Columns<scalar_t>& a, int64_t c, int64_t width, 
 template <typename scalar_t>
 DK_INLINE void fill_columns(const Columns<scalar_t>& a, int64_t c, int64_t width, int64_t first,
                             int64_t end, opmath_t<scalar_t>* to, int64_t row) {
-  dispatch_offsets(a, [&](auto kernel, auto data) {
-    columns_of<scalar_t, decltype(kernel)::value, decltype(data)::value>(a, c, width, first, end,
-                                                                         to, row);
+  dispatch_chunks<opmath_t<scalar_t>>(a.params, [&](auto chunk) {
+    dispatch_offsets(a, [&](auto kernel, auto data) {
+      columns_of<typename decltype(chunk)::type, scalar_t, decltype(kernel)::value,
+                 decltype(data)::value>(a, c, width, first, end, to, row);
+    });
   });
 }
 
 // ---- backward ----------------------------------------------------------------------------------
 
-// One tap of one output pixel: the gradient of what it reads, and of its offsets. dots[0]: of the
-// data, [1]: of the kernel.
-template <typename scalar_t, bool kKernel, bool kData>
-struct ColumnsBackwardTap {
-  using T = opmath_t<scalar_t>;
-  const Taps<scalar_t, kKernel, kData>& taps;
-  int t, i;
-  const T* grad_columns;  // [cells][kChannelBlock]
-  const scalar_t* input;  // of the image
-  T* grad_tap;
+template <typename V, typename T>
+DK_INLINE void add_dots(const V (&dots)[4], DotTile<T>& tile, int i) {
+  T sums[4];
+  sum_each<T>(dots, sums);
+  for (int j = 0; j < 4; ++j) tile.dot[i][j] += sums[j];
+}
 
-  template <typename V>
-  DK_INLINE auto cells() const {
-    return std::make_pair(taps.template value_sampler<V>(t, i),
-                          scope_sampler<V, kKernel>(taps.scope.tiles, t, i));
+// One tap of one output pixel: the gradient of what it reads, and of its offsets.
+template <typename V, bool kKernel, bool kData, typename Data, typename Scope, typename scalar_t,
+          typename T>
+DK_INLINE V tap_gradient(const Data& data, const Scope& scope, const scalar_t* input,
+                         const T* grad_cells, V (&data_dots)[4], V (&kernel_dots)[4]) {
+  V x{}, pixels[4], grads[4], grad;
+  if constexpr (kData)
+    x = data.sample(input, pixels);
+  else if constexpr (kKernel)
+    x = data(input);
+  if constexpr (kKernel) {
+    grad = scope.sample(grad_cells, grads);
+    for (int j = 0; j < 4; ++j) kernel_dots[j] += x * grads[j];
+  } else {
+    grad = scope(grad_cells);
   }
-
-  template <typename V, typename Pair>
-  DK_INLINE void run(int64_t c, const Pair& cells, V (&dots)[2][4]) const {
-    const auto& data = cells.first;
-    const auto& scope = cells.second;
-    V x{}, pixels[4], grads[4];
-    if constexpr (kData)
-      x = data.sample(input + c, pixels);
-    else if constexpr (kKernel)
-      x = data(input + c);
-    V grad;
-    if constexpr (kKernel) {
-      grad = scope.sample(grad_columns + c, grads);
-      for (int j = 0; j < 4; ++j) dots[1][j] += x * grads[j];
-    } else {
-      grad = scope(grad_columns + c);
-    }
-    store(grad_tap + c, grad);
-    if constexpr (kData) {
-      for (int j = 0; j < 4; ++j) dots[0][j] += grad * pixels[j];
-    }
+  if constexpr (kData) {
+    for (int j = 0; j < 4; ++j) data_dots[j] += grad * pixels[j];
   }
-};
+  return grad;
+}
 
 // Of channels [c, c + width) and pixels [first, end), whose gradient of columns is grad_columns
-// [pixel][width, cells], rows `row` apart.
-template <typename scalar_t, bool kKernel, bool kData>
-DK_INLINE void columns_backward_of(const DenseBackward<scalar_t>& a, int64_t c, int64_t width,
-                                   int64_t first, int64_t end,
-                                   const opmath_t<scalar_t>* grad_columns, int64_t row) {
+// [pixel][width * cells], rows `row` apart.
+template <typename V, typename scalar_t, bool kKernel, bool kData>
+__attribute__((noinline)) void columns_backward_of(const DenseBackward<scalar_t>& a, int64_t c,
+                                                   int64_t width, int64_t first, int64_t end,
+                                                   const opmath_t<scalar_t>* grad_columns,
+                                                   int64_t row) {
   using T = opmath_t<scalar_t>;
+  constexpr int L = lanes<V, T>;
   const ConvParams& p = a.params;
+  const int64_t cells = p.cells();
   const int count = p.taps();
   Taps<scalar_t, kKernel, kData> taps(count);
-  Scratch<T[kChannelBlock]> grad_cells(p.cells());
   Scratch<DotTile<T>> kernel_dots(kKernel ? count : 1), data_dots(kData ? count : 1);
   for (; first < end; first += taps.count) {
-    taps.fill(a, first, end);
+    taps.fill(a, first, end, L);
     if constexpr (kKernel) clear(kernel_dots.tiles, count);
     if constexpr (kData) clear(data_dots.tiles, count);
     const scalar_t* input = a.input + taps.n * p.in_h * p.in_w * p.channels + c;
     for (int i = 0; i < taps.count; ++i, grad_columns += row) {
-      transpose(grad_columns, p.cells(), width, p.cells(), grad_cells.tiles[0], kChannelBlock);
       T* grad_taps = a.grad_taps + (first + i - a.first) * count * p.channels + c;
-      for (int t = 0; t < count; ++t) {
+      for (int t = 0; t < count; ++t, grad_taps += p.channels) {
         if (taps.in_padding(t, i)) continue;
-        const ColumnsBackwardTap<scalar_t, kKernel, kData> tap{
-            taps, t, i, grad_cells.tiles[0], input, grad_taps + t * p.channels};
-        sum_channels<T, 2>(
-            width, tap,
-            {kData ? &data_dots.tiles[t] : nullptr, kKernel ? &kernel_dots.tiles[t] : nullptr}, i);
+        const auto data = taps.template value_sampler<V>(t, i);
+        const auto scope = scope_sampler<V, kKernel>(taps.scope.tiles, t, i, L);
+        V data_sums[4] = {}, kernel_sums[4] = {};
+        for (int64_t k = 0; k < width; k += L) {
+          store(grad_taps + k,
+                tap_gradient<V, kKernel, kData>(data, scope, input + k, grad_columns + k * cells,
+                                                data_sums, kernel_sums));
+        }
+        if constexpr (kData) add_dots(data_sums, data_dots.tiles[t], i);
+        if constexpr (kKernel) add_dots(kernel_sums, kernel_dots.tiles[t], i);
       }
     }
     for (int t = 0; t < count; ++t) {
@@ -332,9 +213,11 @@ template <typename scalar_t>
 DK_INLINE void columns_backward(const DenseBackward<scalar_t>& a, int64_t c, int64_t width,
                                 int64_t first, int64_t end, const opmath_t<scalar_t>* grad_columns,
                                 int64_t row) {
-  dispatch_offsets(a, [&](auto kernel, auto data) {
-    columns_backward_of<scalar_t, decltype(kernel)::value, decltype(data)::value>(
-        a, c, width, first, end, grad_columns, row);
+  dispatch_chunks<opmath_t<scalar_t>>(a.params, [&](auto chunk) {
+    dispatch_offsets(a, [&](auto kernel, auto data) {
+      columns_backward_of<typename decltype(chunk)::type, scalar_t, decltype(kernel)::value,
+                          decltype(data)::value>(a, c, width, first, end, grad_columns, row);
+    });
   });
 }
 
@@ -374,10 +257,11 @@ void add_taps(const DenseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input, 
       rows.tiles[i] = fed_output(y, p.pad_h, i, p.dilation_h, p.stride_h, p.out_h);
     for (int64_t x = 0; x < p.in_w; ++x) {
       int count = 0;
-      for (int i = 0; i < p.kernel_h; ++i) {
+      // In the order of the output pixels: what tile they are in does not change the sum.
+      for (int i = p.kernel_h - 1; i >= 0; --i) {
         if (rows.tiles[i] < 0) continue;
         const int64_t first = (n * p.out_h + rows.tiles[i]) * p.out_w - a.first;
-        for (int j = 0; j < p.kernel_w; ++j) {
+        for (int j = p.kernel_w - 1; j >= 0; --j) {
           const int64_t column = columns.tiles[j * p.in_w + x], pixel = first + column;
           if (column < 0 || pixel < 0 || pixel >= a.count) continue;
           const int64_t tap = pixel * p.taps() + i * p.kernel_w + j;
@@ -417,7 +301,7 @@ void scatter_taps(const DenseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_inp
   const ConvParams& p = a.params;
   Taps<scalar_t, false, true> taps(p.taps());
   for (int64_t pixel = 0; pixel < a.count; pixel += taps.count) {
-    taps.fill(a, a.first + pixel, a.first + a.count);
+    taps.fill(a, a.first + pixel, a.first + a.count, /*step=*/0);
     for (int i = 0; i < taps.count; ++i) {
       for (int t = 0; t < p.taps(); ++t) {
         const ScatterTap<T> tap{taps.image.tiles[t], i,

@@ -98,8 +98,12 @@ Columns<scalar_t> dense_columns(const ConvParams& p, const Tensor& input,
                                 const std::optional<Tensor>& kernel_offset,
                                 const std::optional<Tensor>& data_offset) {
   using T = opmath_t<scalar_t>;
-  return {p, input.const_data_ptr<scalar_t>(), offset_view<T>(p, kernel_offset),
-          offset_view<T>(p, data_offset), /*weight=*/nullptr};
+  return {p,
+          input.const_data_ptr<scalar_t>(),
+          offset_view<T>(p, kernel_offset),
+          offset_view<T>(p, data_offset),
+          /*weight=*/nullptr,
+          /*panels=*/nullptr};
 }
 
 // Tiles of the pixels and parts of the panels, together a multiple of the threads where that goes.
@@ -170,17 +174,13 @@ Tensor dense_weight_gradient(DenseBackward<scalar_t> a, const Tensor& weight) {
   const int64_t most = std::min(kItems / dense_blocks(p), kValues / size);
   a.parts = std::clamp<int64_t>(most, 1, (pixels + most_pixels(p) - 1) / most_pixels(p));
   Tensor sums = stable::new_empty(weight, {a.parts, size}, scalar_type_of<T>);
-  T* to = sums.mutable_data_ptr<T>();
-  a.grad_weight = to;
+  a.grad_weight = sums.mutable_data_ptr<T>();
   stable::parallel_for(0, a.parts * dense_blocks(p), 1,
                        [&](int64_t begin, int64_t end) { DK_CALL(weight_gradient, a, begin, end) });
+  stable::parallel_for(0, p.out_channels, kGrain / group_columns(p) + 1,
+                       [&](int64_t begin, int64_t end) { DK_CALL(sum_parts, a, begin, end) });
   const Tensor sum = stable::view(stable::select(sums, 0, 0), weight.sizes());
   if (a.parts == 1) return to_type(sum, weight.scalar_type());
-  stable::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t part = 1; part < a.parts; ++part) {
-      for (int64_t i = begin; i < end; ++i) to[i] += to[part * size + i];
-    }
-  });
   // A copy, which does not keep all parts.
   return to_type(stable::clone(sum), weight.scalar_type());
 }
@@ -190,20 +190,31 @@ template <typename scalar_t>
 void dense_taps_gradient(DenseBackward<scalar_t> a, const Tensor& weight,
                          opmath_t<scalar_t>* grad_input) {
   using T = opmath_t<scalar_t>;
-  // 4 MiB of floats, which stay in the caches; up to 16 MiB for a thousand pixels, as each tile
-  // reads the whole weight.
-  constexpr int64_t kCached = int64_t(1) << 20, kMost = 4 * kCached, kPixels = 1024;
+  // For each thread half a MiB of floats, which stay in its second-level cache, but, as each tile
+  // reads the whole weight, as many as 256 pixels have; 16 MiB for all.
+  constexpr int64_t kCached = int64_t(1) << 17, kPixels = 256, kMost = int64_t(1) << 22;
   // Pixels of an item, whole rows of blocks of a matrix product: which rows such a block has, and
   // so how a compiler may round them, does not depend on the threads.
   constexpr int64_t kItem = 24;
+  constexpr int64_t kPacked = 16;  // outputs that a thread packs at least
   const ConvParams& p = a.params;
   const int64_t pixels = p.batch * p.out_h * p.out_w;
   const int64_t values = p.taps() * p.channels;
-  const int64_t most = std::min(std::max(kCached / values, kPixels), kMost / values);
-  const int64_t step = dense::tile_size(pixels, most);
+  const int64_t most = stable::get_num_threads() * std::max(kCached / values, kPixels);
+  const int64_t tile = dense::tile_size(pixels, std::min(most, kMost / values));
+  const int64_t step = (tile + kItem - 1) / kItem * kItem;
   const Tensor scope = stable::contiguous(to_type(weight, scalar_type_of<T>));
   const Tensor taps = stable::new_empty(scope, {step, p.taps(), p.channels});
   a.weight = scope.const_data_ptr<T>();
+  std::optional<Tensor> kept;
+  if (step < pixels) {  // each tile comes back to the panels, of which products read whole vectors
+    kept = stable::new_empty(scope, {weight.numel() + kPanel});
+    T* to = kept->mutable_data_ptr<T>();
+    stable::parallel_for(0, p.out_channels / p.groups, kPacked, [&](int64_t begin, int64_t end) {
+      DK_CALL(pack_grad_panels, p, a.weight, to, begin, end)
+    });
+    a.panels = to;
+  }
   a.grad_taps = taps.mutable_data_ptr<T>();
   for (a.first = 0; a.first < pixels; a.first += step) {
     a.count = std::min(step, pixels - a.first);

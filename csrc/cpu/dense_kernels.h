@@ -9,9 +9,6 @@
 namespace dk {
 namespace DK_ISA {
 
-DK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-DK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // ---- matrix products ---------------------------------------------------------------------------
 
 // Rows, and vectors of columns, whose sums fit the registers.
@@ -107,17 +104,39 @@ DK_INLINE void for_groups(const ConvParams& p, int64_t c, int64_t width, const B
   }
 }
 
+// Calls body(at, from, channels, cells) for columns [first, first + count) of a group, whole
+// vectors of them, chunk by chunk: these cells of these channels, the first of which is column
+// first + `at`, and `from` in the order of the weight.
+template <typename T, typename Body>
+DK_INLINE void for_cells(const ConvParams& p, int64_t first, int64_t count, const Body& body) {
+  const int64_t channels = chunk_channels<T>(p), chunk = channels * p.cells();
+  for (int64_t at = 0; at < count;) {
+    const int64_t column = first + at, cell = column % chunk / channels;
+    const int64_t cells = least(p.cells() - cell, (count - at) / channels);
+    body(at, column / chunk * chunk + cell, channels, cells);
+    at += cells * channels;
+  }
+}
+
 // ---- forward -----------------------------------------------------------------------------------
 
-// The weight's columns [first, first + count) for a panel of output channels: to[column,
-// panel_width].
+// The weight's columns [first, first + count), whole vectors of them, for a panel of output
+// channels: to[column, panel_width].
 template <typename T>
 DK_INLINE void pack_panel(const ConvParams& p, const T* weight, int64_t panel, int64_t first,
                           int64_t count, T* to) {
   const int64_t outputs = p.out_channels / p.groups, row = group_columns(p);
   const int64_t group = panel / output_panels(p), o = panel % output_panels(p) * kPanel;
   const int64_t width = least(outputs - o, kPanel), step = panel_width(p);
-  transpose(weight + (group * outputs + o) * row + first, row, width, count, to, step);
+  constexpr int64_t kRows = lanes<Vector<T>, T>;  // as transpose does: few streams from memory
+  for (int64_t i = 0; i < width; i += kRows) {
+    const T* rows = weight + (group * outputs + o + i) * row;
+    for_cells<T>(p, first, count, [&](int64_t at, int64_t from, int64_t channels, int64_t cells) {
+      for (int64_t c = 0; c < channels; ++c)
+        transpose(rows + from + c * p.cells(), row, least(width - i, kRows), cells,
+                  to + (at + c) * step + i, channels * step);
+    });
+  }
   for (int64_t i = 0; width < step && i < count; ++i)
     std::memset(to + i * step + width, 0, sizeof(T) * (step - width));
 }
@@ -237,31 +256,69 @@ void dense_forward(const DenseForward<scalar_t>& a, int64_t begin, int64_t end) 
 
 // ---- backward ----------------------------------------------------------------------------------
 
+// The weight's columns [first, first + count) of a group, for its outputs [begin, end): to[output,
+// count].
+template <typename T>
+DK_INLINE void pack_grad_panel(const ConvParams& p, const T* weight, int64_t group, int64_t first,
+                               int64_t count, int64_t begin, int64_t end, T* to) {
+  const int64_t outputs = p.out_channels / p.groups, row = group_columns(p);
+  for_cells<T>(p, first, count, [&](int64_t at, int64_t from, int64_t channels, int64_t cells) {
+    for (int64_t o = begin; o < end; ++o)
+      transpose(weight + (group * outputs + o) * row + from, p.cells(), channels, cells,
+                to + (o - begin) * count + at, channels);
+  });
+}
+
+// Where that begins, of all outputs, of which `first` is the first column.
+template <typename T>
+DK_INLINE T* grad_panel(const ConvParams& p, T* panels, int64_t group, int64_t first) {
+  return panels + p.out_channels / p.groups * (group * group_columns(p) + first);
+}
+
+// Calls body(group, first, at, count) for the panels of the channels [c, c + width): `count`
+// columns, `first` of their group's and `at` of these channels'.
+template <typename Body>
+DK_INLINE void for_grad_panels(const ConvParams& p, int64_t c, int64_t width, const Body& body) {
+  for_groups(p, c, width, [&](int64_t group, int64_t row, int64_t at, int64_t values) {
+    for (int64_t n = 0; n < values; n += kPanel)
+      body(group, row + n, at + n, least(values - n, kPanel));
+  });
+}
+
+template <typename T>
+void pack_grad_panels(const ConvParams& p, const T* weight, T* panels, int64_t begin, int64_t end) {
+  for (int64_t c = 0; c < p.channels; c += kDenseChannels) {
+    for_grad_panels(p, c, dense_width(p, c),
+                    [&](int64_t group, int64_t first, int64_t, int64_t count) {
+                      pack_grad_panel(p, weight, group, first, count, begin, end,
+                                      grad_panel(p, panels, group, first) + begin * count);
+                    });
+  }
+}
+
 // The gradient of the columns of channels [c, c + width) and pixels [first, first + count):
-// to[pixel][width, cells], rows block_row apart.
+// to[pixel][width * cells], rows block_row apart.
 template <typename scalar_t>
 DK_INLINE void fill_grad_columns(const DenseBackward<scalar_t>& a, int64_t c, int64_t width,
                                  int64_t first, int64_t count, opmath_t<scalar_t>* to,
                                  opmath_t<scalar_t>* right) {
   using T = opmath_t<scalar_t>;
   const ConvParams& p = a.params;
-  const int64_t outputs = p.out_channels / p.groups, step = group_columns(p);
-  for_groups(p, c, width, [&](int64_t group, int64_t row, int64_t at, int64_t values) {
-    const T* weight = a.weight + group * outputs * step + row;
-    for (int64_t n = 0; n < values; n += kPanel) {
-      const int64_t columns = least(values - n, kPanel);
-      for (int64_t o = 0; o < outputs; o += kDepth) {
-        const int64_t depth = least(outputs - o, kDepth);
-        for (int64_t i = 0; i < depth; ++i)
-          std::memcpy(right + i * kPanel, weight + (o + i) * step + n, sizeof(T) * columns);
-        const Product<T> product{
-            depth,          a.grad_output + first * p.out_channels + group * outputs + o,
-            p.out_channels, 1,
-            right,          kPanel,
-            to + at + n,    block_row(p),
-            /*adds=*/o > 0};
-        product.run(count, columns);
-      }
+  const int64_t outputs = p.out_channels / p.groups;
+  for_grad_panels(p, c, width, [&](int64_t group, int64_t row, int64_t at, int64_t columns) {
+    for (int64_t o = 0; o < outputs; o += kDepth) {
+      const int64_t depth = least(outputs - o, kDepth);
+      if (!a.panels) pack_grad_panel(p, a.weight, group, row, columns, o, o + depth, right);
+      const Product<T> product{depth,
+                               a.grad_output + first * p.out_channels + group * outputs + o,
+                               p.out_channels,
+                               1,
+                               a.panels ? grad_panel(p, a.panels, group, row) + o * columns : right,
+                               columns,
+                               to + at,
+                               block_row(p),
+                               /*adds=*/o > 0};
+      product.run(count, columns);
     }
   });
 }
@@ -272,8 +329,8 @@ void taps_gradient(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end)
   const ConvParams& p = a.params;
   const int64_t tile = dense::tile_size(end - begin, most_pixels(p));
   const int64_t step = (tile + kSumRows - 1) / kSumRows * kSumRows;
-  Scratch<T> grad_columns(step * block_row(p)), right(kDepth * kPanel);
-  std::memset(right.tiles, 0, sizeof(T) * kDepth * kPanel);  // also beyond a group's last columns
+  // Whole vectors of the right factor are read.
+  Scratch<T> grad_columns(step * block_row(p)), right(a.panels ? 1 : (kDepth + 1) * kPanel);
   for (; begin < end; begin += step) {
     const int64_t count = least(step, end - begin), first = a.first + begin;
     for (int64_t c = 0; c < p.channels; c += kDenseChannels) {
@@ -284,7 +341,7 @@ void taps_gradient(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end)
   }
 }
 
-// sums[C_out, C / groups, cells] (+)= what pixels [first, first + count) and channels [c, c +
+// sums[C_out, group_columns] (+)= what pixels [first, first + count) and channels [c, c +
 // width) give, whose columns these are.
 template <typename scalar_t>
 DK_INLINE void add_weight_gradient(const DenseBackward<scalar_t>& a, int64_t c, int64_t width,
@@ -333,8 +390,27 @@ void weight_gradient(const DenseBackward<scalar_t>& a, int64_t begin, int64_t en
   }
 }
 
-#define DK_INSTANTIATE(T) \
-  template void pack_panels(const ConvParams&, const T*, T*, int64_t, int64_t);
+template <typename scalar_t>
+void sum_parts(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end) {
+  using T = opmath_t<scalar_t>;
+  const ConvParams& p = a.params;
+  const int64_t row = group_columns(p), size = p.out_channels * row;
+  const int64_t channels = chunk_channels<T>(p), chunk = channels * p.cells();
+  Scratch<T> values(chunk);
+  for (int64_t at = begin * row; at < end * row; at += chunk) {
+    T* to = a.grad_weight + at;
+    for (int64_t part = 1; part < a.parts; ++part) {
+      for (int64_t i = 0; i < chunk; ++i) to[i] += to[part * size + i];
+    }
+    // From the order of the columns to the weight's.
+    transpose(to, channels, p.cells(), channels, values.tiles, p.cells());
+    std::memcpy(to, values.tiles, sizeof(T) * chunk);
+  }
+}
+
+#define DK_INSTANTIATE(T)                                                       \
+  template void pack_panels(const ConvParams&, const T*, T*, int64_t, int64_t); \
+  template void pack_grad_panels(const ConvParams&, const T*, T*, int64_t, int64_t);
 DK_INSTANTIATE(float)
 DK_INSTANTIATE(double)
 #undef DK_INSTANTIATE
@@ -342,6 +418,7 @@ DK_INSTANTIATE(double)
 #define DK_INSTANTIATE(scalar_t)                                                                 \
   template void dense_forward(const DenseForward<scalar_t>&, int64_t, int64_t);                  \
   template void weight_gradient(const DenseBackward<scalar_t>&, int64_t, int64_t);               \
+  template void sum_parts(const DenseBackward<scalar_t>&, int64_t, int64_t);                     \
   template void taps_gradient(const DenseBackward<scalar_t>&, int64_t, int64_t);                 \
   template void add_taps(const DenseBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t); \
   template void scatter_taps(const DenseBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t);

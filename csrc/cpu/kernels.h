@@ -59,7 +59,7 @@ inline int64_t dense_width(const ConvParams& p, int64_t c) {
 // would evict each other from the caches.
 inline int64_t padded_row(int64_t values) { return (values / 16 + 2) * 16; }
 
-// Of one pixel and group, [C / groups, cells].
+// Of one pixel and group, C / groups * cells in the order of columns_kernels.h.
 inline int64_t group_columns(const ConvParams& p) { return p.channels / p.groups * p.cells(); }
 
 // The right factors of the matrix products are panels, so many numbers wide.
@@ -90,13 +90,14 @@ struct Columns {
   const scalar_t* input;
   Offset<const T> kernel_offset, data_offset;
   const T* weight;  // [C_out, C / groups, cells]
+  // Right factors of the products, in the order of the columns; null: made when needed.
+  const T* panels;
 };
 
 template <typename scalar_t>
 struct DenseForward : Columns<scalar_t> {
   using T = opmath_t<scalar_t>;
-  const T* panels;  // of all groups, [group_columns, panel_width] each; null: made when needed
-  const T* bias;    // null: none
+  const T* bias;  // null: none
   scalar_t* output;
   int64_t tiles, parts;  // of all N * H_out * W_out pixels, of all groups' panels
 };
@@ -104,9 +105,9 @@ struct DenseForward : Columns<scalar_t> {
 template <typename scalar_t>
 struct DenseBackward : Columns<scalar_t> {
   using T = opmath_t<scalar_t>;
-  const T* grad_output;  // [N * H_out * W_out, C_out]
-  T* grad_weight;        // [parts][C_out, C / groups, cells], to be written
-  int64_t parts;         // of all pixels
+  const T* grad_output;                            // [N * H_out * W_out, C_out]
+  T* grad_weight;                                  // [parts][C_out, group_columns], to be written
+  int64_t parts;                                   // of all pixels
   Offset<T> grad_kernel_offset, grad_data_offset;  // zero at the start
   T* grad_taps;                                    // [count, taps, C], to be written
   int64_t first, count;                            // a tile of all pixels
@@ -131,15 +132,23 @@ struct DenseBackward : Columns<scalar_t> {
   template <typename scalar_t>                                                                     \
   void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,         \
                      int64_t n, int64_t block);                                                    \
-  /* Items [begin, end) of panels: what DenseForward has of each. */                               \
+  /* Items [begin, end) of forward's panels: of all groups, [group_columns, panel_width] each. */  \
   template <typename T>                                                                            \
   void pack_panels(const ConvParams& p, const T* weight, T* panels, int64_t begin, int64_t end);   \
+  /* Outputs [begin, end) of each group, of all panels of backward: of all groups and              \
+     dense_blocks, [C_out / groups, kPanel or, at their end, fewer] each. */                       \
+  template <typename T>                                                                            \
+  void pack_grad_panels(const ConvParams& p, const T* weight, T* panels, int64_t begin,            \
+                        int64_t end);                                                              \
   /* Items [begin, end) of parts and their tiles. */                                               \
   template <typename scalar_t>                                                                     \
   void dense_forward(const DenseForward<scalar_t>& a, int64_t begin, int64_t end);                 \
   /* Items [begin, end) of parts and their dense_blocks. */                                        \
   template <typename scalar_t>                                                                     \
   void weight_gradient(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end);              \
+  /* Output channels [begin, end): the sum of the parts, the first of which is written. */         \
+  template <typename scalar_t>                                                                     \
+  void sum_parts(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end);                    \
   /* Pixels [begin, end) of the tile: the gradients of what each tap reads and of the offsets. */  \
   template <typename scalar_t>                                                                     \
   void taps_gradient(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end);                \

@@ -109,8 +109,10 @@ DK_INLINE V load(const c10::Half* p) {
   } else {
 #if DK_VECTOR_BYTES == 64
     if constexpr (sizeof(V) == 64) return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif DK_VECTOR_BYTES == 32
+#endif
+#if DK_VECTOR_BYTES >= 32
     if constexpr (sizeof(V) == 32) return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    if constexpr (sizeof(V) == 16) return (V)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
 #endif
     V v;
     for (int i = 0; i < lanes<V, float>; ++i) v[i] = static_cast<float>(p[i]);
@@ -355,15 +357,14 @@ DK_INLINE void locate_in_scope(const ConvParams& p, const Offset<const T>& offse
 
 template <typename T>
 DK_INLINE void fill_scope_tile(const ConvParams& p, const Offset<const T>& offset, int64_t n, int t,
-                               int64_t row, const int64_t* column, ScopeTile<T>& tile) {
+                               int64_t row, const int64_t* column, int step, ScopeTile<T>& tile) {
   typedef Vector<T> V;
   T h[kTile], w[kTile], factor[kTile];
   locate_in_scope(p, offset, n, t, row, column, h, w);
   gather_factor(p, offset, n, t, row, column, factor);
   for (int i = 0; i < kTile; i += lanes<V, T>) {
     tile.set(i, sample_scope(load<V>(h + i), p.scope_h, p.clip),
-             sample_scope(load<V>(w + i), p.scope_w, p.clip), p.scope_w, kChannelBlock,
-             load<V>(factor + i));
+             sample_scope(load<V>(w + i), p.scope_w, p.clip), p.scope_w, step, load<V>(factor + i));
   }
 }
 
@@ -581,11 +582,11 @@ DK_INLINE void prefetch(const scalar_t* block) {
 
 // How tap t of pixel i of a tile reads the scope: sampled or, without kernel offsets, its own cell.
 template <typename V, bool kKernel, typename T>
-DK_INLINE auto scope_sampler(const ScopeTile<T>* scope, int t, int i) {
+DK_INLINE auto scope_sampler(const ScopeTile<T>* scope, int t, int i, int64_t step) {
   if constexpr (kKernel)
     return Cells<V, T, int>(scope[t], i);
   else
-    return Cell<V>{t * kChannelBlock};
+    return Cell<V>{t * step};
 }
 
 // The rigid data grid: which input pixel a tap of each output pixel reads (or, backward, which
@@ -758,7 +759,7 @@ template <typename Args, typename T>
 DK_INLINE void factor_gradient(const Args& a, int64_t n, int t, int64_t row, const int64_t* column,
                                const ScopeTile<T>&, const DotTile<T>& dots, T* factor) {
   ScopeTile<T> plain;
-  fill_scope_tile(a.params, without_factors(a.kernel_offset), n, t, row, column, plain);
+  fill_scope_tile(a.params, without_factors(a.kernel_offset), n, t, row, column, /*step=*/0, plain);
   factor_gradient(plain, dots, factor);
 }
 
