@@ -51,8 +51,9 @@ struct Taps {
   explicit Taps(int taps) : scope(kKernel ? taps : 1), image(kData ? taps : 1), pixels(taps) {}
 
   // Those from pixel `first` on, up to `end`, the row's end, or a whole tile of taps. Cells of the
-  // scope lie `step` apart.
-  DK_INLINE void fill(const Columns<scalar_t>& a, int64_t first, int64_t end, int step) {
+  // scope lie `step` apart. (Inlined for each chunk, it would take GCC many minutes.)
+  __attribute__((noinline)) void fill(const Columns<scalar_t>& a, int64_t first, int64_t end,
+                                      int step) {
     const ConvParams& p = a.params;
     const int64_t line = first / p.out_w, x = first % p.out_w;
     const int64_t left = p.out_w - x < end - first ? p.out_w - x : end - first;
@@ -163,6 +164,22 @@ DK_INLINE V tap_gradient(const Data& data, const Scope& scope, const scalar_t* i
   return grad;
 }
 
+// Of the pixels of a tile; `last`: all channels have been summed. (Not inlined: as Taps::fill.)
+template <typename scalar_t, bool kKernel, bool kData, typename Dots>
+__attribute__((noinline)) void add_offset_gradients(const DenseBackward<scalar_t>& a,
+                                                    const Taps<scalar_t, kKernel, kData>& taps,
+                                                    const Dots* kernel_dots, const Dots* data_dots,
+                                                    bool last) {
+  for (int t = 0; t < a.params.taps(); ++t) {
+    if constexpr (kKernel)
+      add_kernel_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.scope.tiles[t],
+                                 kernel_dots[t], last);
+    if constexpr (kData)
+      add_data_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.image.tiles[t],
+                               data_dots[t]);
+  }
+}
+
 // Of channels [c, c + width) and pixels [first, end), whose gradient of columns is grad_columns
 // [pixel][width * cells], rows `row` apart.
 template <typename V, typename scalar_t, bool kKernel, bool kData>
@@ -198,14 +215,7 @@ __attribute__((noinline)) void columns_backward_of(const DenseBackward<scalar_t>
         if constexpr (kKernel) add_dots(kernel_sums, kernel_dots.tiles[t], i);
       }
     }
-    for (int t = 0; t < count; ++t) {
-      if constexpr (kKernel)
-        add_kernel_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.scope.tiles[t],
-                                   kernel_dots.tiles[t], /*last=*/c + width == p.channels);
-      if constexpr (kData)
-        add_data_offset_gradient(a, taps.n, t, taps.row, taps.column, taps.image.tiles[t],
-                                 data_dots.tiles[t]);
-    }
+    add_offset_gradients(a, taps, kernel_dots.tiles, data_dots.tiles, c + width == p.channels);
   }
 }
 
