@@ -19,6 +19,8 @@ ARCHITECTURES = os.environ.get("DK_TEST_CUDA_ARCHITECTURES", "80 90").split()
 
 # Bytes stored and loaded, of a thread that has 512 and more in registers.
 MATRIX_SPILLS = 160
+# The same of backward by differences: of a tile or a block.
+BACKWARD_SPILLS = 80
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc"),
@@ -30,7 +32,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_of_scope_4_do_not_spill(architecture):
-    """Those on tensor cores do, a little, but not in their loops over taps."""
+    """Those on tensor cores, and backward, do, a little, but not in their loops over taps."""
     sources = [path for path in kernel_sources() if path.stem.endswith(("_float", "_bfloat16"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(lambda path: ptxas_report(path, f"sm_{architecture}"), sources))
@@ -42,7 +44,8 @@ def test_kernels_of_scope_4_do_not_spill(architecture):
             # V = 4, S = 4.
             if "Li3ELi4E" in name or ("columns" in name and "Li4ELi4E" in name):
                 seen += 1
-                assert use["spilled"] == 0, f"sm_{architecture}: {name} spills: {use}"
+                most = BACKWARD_SPILLS if "15backward_kernel" in name else 0
+                assert use["spilled"] <= most, f"sm_{architecture}: {name} spills: {use}"
             if "matrix_kernel" in name and ("Li4E" in name or "dense" in name):
                 seen += 1
                 assert use["spilled"] <= MATRIX_SPILLS, f"sm_{architecture}: {name} spills: {use}"
