@@ -126,7 +126,7 @@ template <int V>
 constexpr int kRow = (kWarpSize + 1) * V;
 
 // channels_last pixels, from the given one on. Their size in bytes has 32 bits (check_sizes), so
-// that an address is one instruction, which nvcc has to be told.
+// that an address takes no product of 64 bits, which nvcc has to be told.
 template <typename scalar_t>
 struct Pixels {
   scalar_t* first;
@@ -459,7 +459,7 @@ struct Shared {
   }
 };
 
-// ---- threads of a pixel -----------------------------------------------------------
+// ---- sums over the threads of a pixel -----------------------------------------------------------
 
 // Sums each v[i] over a group of `lanes` threads (a power of two, >= N). Returns, in the group's
 // thread l, the sum of v[l % N]: at each of the first steps a thread hands half of its values to a
