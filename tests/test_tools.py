@@ -1,5 +1,6 @@
 """The benchmark tools on tiny sizes: what they report, not how fast anything is."""
 
+import gc
 import importlib.util
 import json
 import math
@@ -128,6 +129,15 @@ def test_cold_calls_follow_other_memory_and_warm_ones_their_own(benchmark_ops, m
         a_round += ["fill", "time", name, "time"] + [name] * benchmark_ops.WARM_CALLS
         a_round += ["fill", "time", "time"]  # backward
     assert order[-2 * len(a_round) :] == a_round * 2
+
+
+def test_nothing_else_is_collected_while_time_runs(benchmark_ops):
+    collecting = []
+    benchmark_ops.time_once([lambda: collecting.append(gc.isenabled())] * 2, "cpu")
+    assert collecting == [False, False] and gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        benchmark_ops.time_once([lambda: 1 / 0], "cpu")
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("data_offset", [False, True], ids=["DK", "DCN + DK"])

@@ -18,6 +18,7 @@ holds nothing else, and warm, after a call on the same tensors, which are in it 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -25,8 +26,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -312,6 +313,17 @@ def traced(call: Callable, device: str) -> tuple[tuple[Tensor, ...], int]:
     return results, max(0, peak - total_bytes(results))
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """As `timeit` does: a collection, of the profiler's events above all, takes over a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@no_garbage_collection()
 def time_once(calls: list[Callable], device: str) -> float:
     """Seconds of one call, the mean over ``calls``; on a GPU they are captured in a graph.
 
