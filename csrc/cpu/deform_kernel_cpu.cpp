@@ -134,9 +134,8 @@ void dense_forward(DenseForward<scalar_t> a, const Tensor& weight,
   if (a.tiles > stable::get_num_threads()) {  // each comes back to the panels
     kept = stable::new_empty(scope, {panels, group_columns(p), panel_width(p)});
     T* to = kept->mutable_data_ptr<T>();
-    stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      DK_CALL(pack_panels, p, a.weight, to, begin, end)
-    });
+    stable::parallel_for(
+        0, panels, 1, [&](int64_t begin, int64_t end) { DK_CALL(pack_panels, a, to, begin, end) });
     a.panels = to;
   }
   stable::parallel_for(0, a.tiles * a.parts, 1,
@@ -211,7 +210,7 @@ void dense_taps_gradient(DenseBackward<scalar_t> a, const Tensor& weight,
     kept = stable::new_empty(scope, {weight.numel() + kPanel});
     T* to = kept->mutable_data_ptr<T>();
     stable::parallel_for(0, p.out_channels / p.groups, kPacked, [&](int64_t begin, int64_t end) {
-      DK_CALL(pack_grad_panels, p, a.weight, to, begin, end)
+      DK_CALL(pack_grad_panels, a, to, begin, end)
     });
     a.panels = to;
   }

@@ -141,11 +141,13 @@ DK_INLINE void pack_panel(const ConvParams& p, const T* weight, int64_t panel, i
     std::memset(to + i * step + width, 0, sizeof(T) * (step - width));
 }
 
-template <typename T>
-void pack_panels(const ConvParams& p, const T* weight, T* panels, int64_t begin, int64_t end) {
+template <typename scalar_t>
+void pack_panels(const Columns<scalar_t>& a, opmath_t<scalar_t>* panels, int64_t begin,
+                 int64_t end) {
+  const ConvParams& p = a.params;
   const int64_t rows = group_columns(p);
   for (int64_t i = begin; i < end; ++i)
-    pack_panel(p, weight, i, 0, rows, panels + i * rows * panel_width(p));
+    pack_panel(p, a.weight, i, 0, rows, panels + i * rows * panel_width(p));
 }
 
 // Some pixels, and the panels of some output channels.
@@ -285,12 +287,14 @@ DK_INLINE void for_grad_panels(const ConvParams& p, int64_t c, int64_t width, co
   });
 }
 
-template <typename T>
-void pack_grad_panels(const ConvParams& p, const T* weight, T* panels, int64_t begin, int64_t end) {
+template <typename scalar_t>
+void pack_grad_panels(const Columns<scalar_t>& a, opmath_t<scalar_t>* panels, int64_t begin,
+                      int64_t end) {
+  const ConvParams& p = a.params;
   for (int64_t c = 0; c < p.channels; c += kDenseChannels) {
     for_grad_panels(p, c, dense_width(p, c),
                     [&](int64_t group, int64_t first, int64_t, int64_t count) {
-                      pack_grad_panel(p, weight, group, first, count, begin, end,
+                      pack_grad_panel(p, a.weight, group, first, count, begin, end,
                                       grad_panel(p, panels, group, first) + begin * count);
                     });
   }
@@ -408,25 +412,14 @@ void sum_parts(const DenseBackward<scalar_t>& a, int64_t begin, int64_t end) {
   }
 }
 
-#define DK_INSTANTIATE(T)                                                       \
-  template void pack_panels(const ConvParams&, const T*, T*, int64_t, int64_t); \
-  template void pack_grad_panels(const ConvParams&, const T*, T*, int64_t, int64_t);
-DK_INSTANTIATE(float)
-DK_INSTANTIATE(double)
-#undef DK_INSTANTIATE
-
-#define DK_INSTANTIATE(scalar_t)                                                                 \
-  template void dense_forward(const DenseForward<scalar_t>&, int64_t, int64_t);                  \
-  template void weight_gradient(const DenseBackward<scalar_t>&, int64_t, int64_t);               \
-  template void sum_parts(const DenseBackward<scalar_t>&, int64_t, int64_t);                     \
-  template void taps_gradient(const DenseBackward<scalar_t>&, int64_t, int64_t);                 \
-  template void add_taps(const DenseBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t); \
-  template void scatter_taps(const DenseBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t, int64_t);
-DK_INSTANTIATE(float)
-DK_INSTANTIATE(double)
-DK_INSTANTIATE(c10::Half)
-DK_INSTANTIATE(c10::BFloat16)
-#undef DK_INSTANTIATE
+template void pack_panels(const Columns<DK_TYPE>&, opmath_t<DK_TYPE>*, int64_t, int64_t);
+template void dense_forward(const DenseForward<DK_TYPE>&, int64_t, int64_t);
+template void weight_gradient(const DenseBackward<DK_TYPE>&, int64_t, int64_t);
+template void sum_parts(const DenseBackward<DK_TYPE>&, int64_t, int64_t);
+template void pack_grad_panels(const Columns<DK_TYPE>&, opmath_t<DK_TYPE>*, int64_t, int64_t);
+template void taps_gradient(const DenseBackward<DK_TYPE>&, int64_t, int64_t);
+template void add_taps(const DenseBackward<DK_TYPE>&, opmath_t<DK_TYPE>*, int64_t, int64_t);
+template void scatter_taps(const DenseBackward<DK_TYPE>&, opmath_t<DK_TYPE>*, int64_t, int64_t);
 
 }  // namespace DK_ISA
 }  // namespace dk

@@ -694,19 +694,13 @@ void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* gra
     backward_data_block<false>(a, grad_input, n, block);
 }
 
-#define DK_INSTANTIATE(scalar_t)                                                                \
-  template void forward(const DepthwiseForward<scalar_t>&, int64_t, int64_t);                   \
-  template void backward(const DepthwiseBackward<scalar_t>&, scalar_t*, opmath_t<scalar_t>*,    \
-                         int64_t, int64_t);                                                     \
-  template void backward_data_offset(const DepthwiseBackward<scalar_t>&, opmath_t<scalar_t>*,   \
-                                     int64_t, int64_t);                                         \
-  template void backward_data(const DepthwiseBackward<scalar_t>&, opmath_t<scalar_t>*, int64_t, \
-                              int64_t);
-DK_INSTANTIATE(float)
-DK_INSTANTIATE(double)
-DK_INSTANTIATE(c10::Half)
-DK_INSTANTIATE(c10::BFloat16)
-#undef DK_INSTANTIATE
+template void forward(const DepthwiseForward<DK_TYPE>&, int64_t, int64_t);
+template void backward(const DepthwiseBackward<DK_TYPE>&, DK_TYPE*, opmath_t<DK_TYPE>*, int64_t,
+                       int64_t);
+template void backward_data_offset(const DepthwiseBackward<DK_TYPE>&, opmath_t<DK_TYPE>*, int64_t,
+                                   int64_t);
+template void backward_data(const DepthwiseBackward<DK_TYPE>&, opmath_t<DK_TYPE>*, int64_t,
+                            int64_t);
 
 }  // namespace DK_ISA
 }  // namespace dk

@@ -133,12 +133,13 @@ struct DenseBackward : Columns<scalar_t> {
   void backward_data(const DepthwiseBackward<scalar_t>& a, opmath_t<scalar_t>* grad_input,         \
                      int64_t n, int64_t block);                                                    \
   /* Items [begin, end) of forward's panels: of all groups, [group_columns, panel_width] each. */  \
-  template <typename T>                                                                            \
-  void pack_panels(const ConvParams& p, const T* weight, T* panels, int64_t begin, int64_t end);   \
+  template <typename scalar_t>                                                                     \
+  void pack_panels(const Columns<scalar_t>& a, opmath_t<scalar_t>* panels, int64_t begin,          \
+                   int64_t end);                                                                   \
   /* Outputs [begin, end) of each group, of all panels of backward: of all groups and              \
      dense_blocks, [C_out / groups, kPanel or, at their end, fewer] each. */                       \
-  template <typename T>                                                                            \
-  void pack_grad_panels(const ConvParams& p, const T* weight, T* panels, int64_t begin,            \
+  template <typename scalar_t>                                                                     \
+  void pack_grad_panels(const Columns<scalar_t>& a, opmath_t<scalar_t>* panels, int64_t begin,     \
                         int64_t end);                                                              \
   /* Items [begin, end) of parts and their tiles. */                                               \
   template <typename scalar_t>                                                                     \

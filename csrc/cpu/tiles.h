@@ -1,7 +1,8 @@
 // What the CPU kernels share: vectors, tiles of pixels and their taps, sums over channels. In
-// GCC/Clang vector extensions. Included once per instruction set by a file that defines DK_ISA (a
-// namespace) and DK_VECTOR_BYTES and sets the target. Nothing here may instantiate templates of
-// other headers out of line: the linker would keep one copy for all targets.
+// GCC/Clang vector extensions. Included once per instruction set and type by files that define
+// DK_ISA (a namespace), DK_VECTOR_BYTES and DK_TYPE and set the target. Nothing here may
+// instantiate templates of other headers out of line: the linker would keep one copy for all
+// targets.
 //
 // Work goes by tiles of pixels in a row. For each tap, the bilinear coefficients of a tile are
 // computed once, vectorised over pixels, and shared by all channels.
@@ -125,13 +126,18 @@ DK_INLINE void store(c10::Half* p, const V& v) {
   if constexpr (std::is_same_v<V, float>) {
     *p = v;
   } else {
+#if DK_VECTOR_BYTES >= 32
+    constexpr int rounding = _MM_FROUND_TO_NEAREST_INT;
+#endif
 #if DK_VECTOR_BYTES == 64
     if constexpr (sizeof(V) == 64)
-      return _mm256_storeu_si256((__m256i*)p,
-                                 _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif DK_VECTOR_BYTES == 32
+      return _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, rounding));
+#endif
+#if DK_VECTOR_BYTES >= 32
     if constexpr (sizeof(V) == 32)
-      return _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+      return _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, rounding));
+    if constexpr (sizeof(V) == 16)
+      return _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)v, rounding));
 #endif
     for (int i = 0; i < lanes<V, float>; ++i) p[i] = v[i];
   }

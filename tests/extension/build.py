@@ -22,15 +22,18 @@ def lower_sets() -> set[str]:
     return {"baseline", "avx2", "avx512"} - {here.replace("default", "baseline")}
 
 
+def lower_kernels() -> list[Path]:
+    return sorted(path for name in lower_sets() for path in (CSRC / "cpu").glob(f"{name}_*.cpp"))
+
+
 def sources(others: Path) -> list[Path]:
     """Of all parts, those for lower instruction sets from another copy of the project."""
-    lower = lower_sets()
-    kernels = sorted((CSRC / "cpu").glob("*.cpp"))
-    # These last: of what all of them define, the linker takes the first.
-    kernels.sort(key=lambda path: path.stem in lower)
+    lower = lower_kernels()
     return [
         *sorted(CSRC.glob("*.cpp")),
-        *(others / path.relative_to(ROOT) if path.stem in lower else path for path in kernels),
+        *sorted(set((CSRC / "cpu").glob("*.cpp")) - set(lower)),
+        # These last: of what all of them define, the linker takes the first.
+        *(others / path.relative_to(ROOT) for path in lower),
     ]
 
 
@@ -57,8 +60,8 @@ def recipe(kind: str | None, others: Path = ROOT) -> Recipe:
         flags=[*flags, *SANITIZERS.get(kind, []), *own],
         # No sanitizer looks at kernels that do not run.
         own_flags={
-            f"{name}.cpp": [*flags, "-O0", "-g0"]
-            for name in (lower_sets() if kind in ("address", "thread") else ())
+            path.name: [*flags, "-O0", "-g0"]
+            for path in (lower_kernels() if kind in ("address", "thread") else ())
         },
         # The function of torch's C shim in threads.cpp goes before torch's own.
         links=["-Wl,-Bsymbolic"],

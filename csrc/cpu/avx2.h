@@ -1,5 +1,7 @@
-// The kernels for AVX2. The target covers only what follows the other headers, so that no
-// inline function of theirs is compiled for a processor that may not be there.
+// The kernels for AVX2, of one type per file, so that they build in parallel. The target covers
+// only what follows the other headers, so that no inline function of theirs is compiled for a
+// processor that may not be there.
+#pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
 

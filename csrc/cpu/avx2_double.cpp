@@ -1,0 +1,2 @@
+#define DK_TYPE double
+#include "avx2.h"

@@ -1,0 +1,2 @@
+#define DK_TYPE c10::BFloat16
+#include "avx512.h"

@@ -1,0 +1,2 @@
+#define DK_TYPE float
+#include "baseline.h"

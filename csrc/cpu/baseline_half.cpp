@@ -1,0 +1,2 @@
+#define DK_TYPE c10::Half
+#include "baseline.h"
