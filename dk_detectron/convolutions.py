@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,13 +56,8 @@ def obstacle(conv: nn.Module, owners: Counter[int]) -> str:
         return f"a {kind}, of which there is no adaptive kind"
     if _has_own_way(conv):
         return f"a {kind}, which convolves in a way of its own"
-    if made := [name for name in ("weight", "bias") if name not in conv._parameters]:
-        return (
-            f"its {' and '.join(made)} is made by a parametrization or by pruning: remove that "
-            "first, by remove_parametrizations, prune.remove or the like"
-        )
-    if held := ", ".join(_without_place(conv)):
-        return f"it holds {held}, which an adaptive layer cannot: keep that in the module around it"
+    if reason := attachment(conv, followers(conv)):
+        return reason
     if not conv.weight.is_floating_point():
         return f"weight: expected a floating point type, got {conv.weight.dtype}"
     if conv.weight.is_inference():
@@ -91,8 +86,26 @@ def followers(conv: nn.Conv2d) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names}
 
 
-def _without_place(conv: nn.Conv2d) -> list[str]:
-    """Names of tensors and modules that would be lost, or applied by the layer itself."""
-    held = [*conv._parameters, *conv._buffers, *conv._modules]
-    held += [name for name in FOLLOWERS if vars(conv).get(name) is not None]
-    return [name for name in held if name not in ("weight", "bias", *followers(conv))]
+def attachment(layer: nn.Module, parts: Iterable[str]) -> str:
+    """What somebody has attached to a layer that one of another kind would lose; empty if nothing.
+
+    Or would apply itself, as an adaptive layer does with a norm.
+
+    Args:
+        parts: names of the layer's own tensors and modules, beside weight and bias.
+    """
+    tensors = [name for name in ("weight", "bias") if getattr(layer, name) is not None]
+    if made := [name for name in tensors if name not in layer._parameters]:
+        return (
+            f"its {' and '.join(made)} is made by a parametrization or by pruning: remove that "
+            "first, by remove_parametrizations, prune.remove or the like"
+        )
+    held = [*layer._parameters, *layer._buffers, *layer._modules]
+    held += [name for name in FOLLOWERS if vars(layer).get(name) is not None]
+    lost = ", ".join(name for name in held if name not in ("weight", "bias", *parts))
+    if lost:
+        return (
+            f"it holds {lost}, which a layer of another kind cannot: keep that in the module "
+            "around it"
+        )
+    return ""

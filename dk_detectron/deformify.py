@@ -13,7 +13,14 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from .convolutions import FOLLOWERS, convolutions, followers, hands_on_features, obstacle
+from .convolutions import (
+    FOLLOWERS,
+    attachment,
+    convolutions,
+    followers,
+    hands_on_features,
+    obstacle,
+)
 from .layers import KINDS, AdaptiveConv2d, LocalConv2d
 from .layers.costs import count_multiply_adds, count_parameters
 
@@ -141,13 +148,16 @@ def undeformify(model: nn.Module) -> list[str]:
         Their names.
 
     Raises:
-        ValueError: some are no rigid convolutions any more, as their generators have learnt, or the
-            model is wrapped for several processes; it is as it was.
+        ValueError: some are no rigid convolutions any more, as their generators have learnt, or
+            hold what those cannot; or the model is wrapped for several processes. It is as it was.
     """
     _check_unwrapped(model)
     rigid, learnt = {}, []
     layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptiveConv2d)}
     for name, layer in layers.items():
+        parts = [part for part, module in layer.named_children() if module in layer.generators]
+        if reason := attachment(layer, [*FOLLOWERS, *parts]):
+            raise ValueError(f"model: expected layers that can become rigid, got {name}: {reason}")
         try:
             rigid[name] = _rigid(layer)
         except ValueError:

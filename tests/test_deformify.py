@@ -313,8 +313,32 @@ def test_what_an_adaptive_layer_cannot_hold(name, attached):
     setattr(model[1], name, attached)
     report = deformify(model)
     assert report.changed == ["0"]
-    assert report.kept["1"].startswith(f"it holds {name}, which an adaptive layer cannot: keep")
+    assert report.kept["1"].startswith(f"it holds {name}, which a layer of another kind")
     assert getattr(model[1], name) is attached
+
+
+def prune_weight(layer: nn.Module) -> None:
+    prune.identity(layer, "weight")
+
+
+@pytest.mark.parametrize(
+    "attach, message",
+    [
+        (prune_weight, "got 0: its weight is made by .* prune.remove"),
+        (nn.utils.weight_norm, "got 0: its weight is made by"),
+        (parametrizations.weight_norm, "got 0: its weight is made by"),
+        (lambda layer: layer.register_buffer("scale", torch.ones(())), "got 0: it holds scale"),
+    ],
+)
+def test_what_a_rigid_convolution_cannot_hold(attach, message):
+    """Its maker's hook would look for it in the next forward pass, long after."""
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False)), torch.randn(1, 8, 9, 9)
+    deformify(model)
+    attach(model[0])
+    expected = model(x)
+    with pytest.raises(ValueError, match=message):
+        undeformify(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
