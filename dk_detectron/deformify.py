@@ -107,8 +107,8 @@ def deformify(
 
     Raises:
         ValueError: an unknown kind, a pattern that no convolution's name has, nothing to change,
-            lazy modules that have seen no input yet, or a model that is wrapped for several
-            processes; the model is as it was.
+            options that fit none of the chosen, lazy modules that have seen no input yet, or a
+            model that is wrapped for several processes; the model is as it was.
         TypeError: an option that the kind does not have; the model is as it was.
     """
     _check_unwrapped(model)
@@ -118,7 +118,7 @@ def deformify(
     found = convolutions(model)
     choose = _chooser(where, [name for names in found.values() for name in names])
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    layers, kept = {}, {}
+    layers, kept, misfits = {}, {}, []
     for conv, names in found.items():
         reason = obstacle(conv, owners) or choose(names, conv)
         if not reason:
@@ -126,12 +126,14 @@ def deformify(
                 layers[conv] = _adapted(conv, constructor)
             except ValueError as error:
                 reason = str(error)
+                misfits.append(reason)
         if reason:
             kept[names[0]] = reason
     before = count_parameters(model), _multiply_adds(model, inputs)
     report = Report(_kind_name(kind), [found[c][0] for c in layers], kept, (before[0], before[0]))
     if not layers:
-        raise ValueError(f"where: expected convolutions to change, got none:\n{report}")
+        reason = misfits[0] if misfits else "where: expected convolutions to change, got none"
+        raise ValueError(f"{reason}:\n{report}")
     _check_generators(layers.values())
     for conv, layer in layers.items():
         _become(conv, layer)
@@ -288,4 +290,5 @@ def _multiply_adds(model: nn.Module, inputs: tuple | None) -> int:
 
 def _kind_name(kind: str | Callable) -> str:
     kind = KINDS[kind] if isinstance(kind, str) else kind
+    kind = kind.func if isinstance(kind, partial) else kind
     return getattr(kind, "__name__", repr(kind))

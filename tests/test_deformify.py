@@ -198,6 +198,9 @@ def test_bad_arguments_leave_the_model_as_it_was():
         deformify(model, scop_size=5)
     with pytest.raises(ValueError, match="offset_generator: expected one of full, separable"):
         deformify(model, offset_generator="cheap")
+    message = r"^scope_size: expected at least the kernel_size .* got 2:\n(?s:.*)3 \| down"
+    with pytest.raises(ValueError, match=message):
+        deformify(model, scope_size=2)
     assert not any(isinstance(m, AdaptiveConv2d) for m in model.modules())
 
 
@@ -480,6 +483,10 @@ def test_stages_kinds_and_keys_of_the_configured_resnet():
     ):
         with pytest.raises(ValueError, match=f"{key}: expected"):
             build(key, value)
+    groups = "MODEL.DEFORM_KERNEL.OFFSET_GROUPS"
+    for number, kind in (5, "rigid"), (128, "local"):  # which no layer can have; not those of res2
+        with pytest.raises(ValueError, match=f"^{groups}: .* 64 in_channels, got {number}"):
+            build(groups, number, "MODEL.DEFORM_KERNEL.CONV_1X1", kind)
     with pytest.raises(ValueError, match="conv3x3: expected one of rigid"):
         adapt_resnet(backbone, conv3x3="lokal")
 

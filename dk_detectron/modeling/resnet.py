@@ -23,7 +23,8 @@ def adapt_resnet(resnet: ResNet, **convs) -> ResNet:
         ``resnet``.
 
     Raises:
-        ValueError: an argument has a value that does not work.
+        ValueError: an argument has a value that does not work, if only for some of the chosen
+            convolutions; those before may have changed.
     """
     by_stage = stage_convs(**convs)
     for stage in STAGES:
@@ -33,5 +34,8 @@ def adapt_resnet(resnet: ResNet, **convs) -> ResNet:
                 return max(conv.kernel_size) == size and not name.endswith("shortcut")
 
             if constructor is not Conv2d and hasattr(resnet, stage):
-                deformify(getattr(resnet, stage), constructor, chosen)
+                blocks = getattr(resnet, stage)
+                for name, reason in deformify(blocks, constructor, chosen).kept.items():
+                    if chosen(name, blocks.get_submodule(name)):
+                        raise ValueError(f"{reason}, in {stage}.{name}")
     return resnet
