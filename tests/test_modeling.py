@@ -416,11 +416,32 @@ def test_a_compiled_backbone_learns_the_same_from_images_of_any_size(
         ("R_50_DW", "RESNETS.OUT_FEATURES", [], "expected some of stem, res2"),
         ("R_50_DW", "RESNETS.DEPTH", 18, "expected one of 50, 101, 152"),
         ("R_50_DW", "RESNETS.NUM_GROUPS", 32, "NUM_GROUPS: expected 1"),
+        (
+            "MNV2_dk_l3",
+            "DEFORM_KERNEL.SCOPE_SIZE_3X3",
+            2,
+            "^MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3: expected an integer >= 3 .* got 2",
+        ),
     ],
 )
 def test_unknown_values_are_refused(family, key, value, message):
     with pytest.raises(ValueError, match=message):
         backbone_with(family, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "out_features", "message"),
+    [
+        ("faster_rcnn", ["res3", "res4"], "IN_FEATURES: expected some of res3, res4, .*'res5'"),
+        ("retinanet", ["res3", "res4"], "OUT_FEATURES of .*: expected res5 .* got res3, res4"),
+        ("retinanet", ["res4", "res5"], "IN_FEATURES: expected some of res4, res5, .*'res3'"),
+    ],
+)
+def test_a_pyramid_takes_what_its_backbone_returns(config, out_features, message):
+    cfg = load_config(CONFIGS / "COCO-Detection" / f"{config}_MNV2_FPN_dk_l3_1x.yaml")
+    cfg.MODEL.MOBILENETV2.OUT_FEATURES = out_features
+    with SHAPES_ALONE, pytest.raises(ValueError, match=message):
+        build_backbone(cfg)
 
 
 def test_multiply_adds_of_the_learnt_offsets_are_the_papers():

@@ -95,7 +95,7 @@ def test_other_input_channels(constructor):
         ({"norm": "BatchNorm"}, "norm: expected one of .*'FrozenBN'.* got 'BatchNorm'"),
         ({"out_features": "res2"}, "out_features: expected some of stem, res2"),
         ({"data_offset": [True] * 4, "conv3x3": "global"}, "data_offset: .* got 'global'"),
-        ({"scope_size_3x3": 2, "conv3x3": "local"}, "scope_size: expected at least the kernel"),
+        ({"scope_size_3x3": 2, "conv3x3": "local"}, "scope_size_3x3: expected an integer >= 3"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

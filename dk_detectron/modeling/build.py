@@ -112,7 +112,17 @@ def build_resnet_dk_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = None) -> FPN:
-    """detectron2's feature pyramid over ``bottom_up``, with P6 by max pooling or ``top_block``."""
+    """detectron2's feature pyramid over ``bottom_up``, with P6 by max pooling or ``top_block``.
+
+    Raises:
+        ValueError: it is asked to take features that ``bottom_up`` does not return.
+    """
+    known, wanted = bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES
+    if not wanted or not set(wanted) <= set(known):
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES: expected some of {', '.join(known)}, the OUT_FEATURES of "
+            f"{cfg.MODEL.BACKBONE.NAME}, got {wanted}"
+        )
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
@@ -124,9 +134,19 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = N
 
 
 def build_retinanet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """RetinaNet's feature pyramid: P6 and P7 by convolutions of ``bottom_up``'s res5."""
-    res5 = bottom_up.output_shape()["res5"]
-    return build_fpn(cfg, bottom_up, LastLevelP6P7(res5.channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    """RetinaNet's feature pyramid: P6 and P7 by convolutions of ``bottom_up``'s res5.
+
+    Raises:
+        ValueError: ``bottom_up`` does not return all that is asked for.
+    """
+    shapes = bottom_up.output_shape()
+    if "res5" not in shapes:
+        raise ValueError(
+            f"OUT_FEATURES of {cfg.MODEL.BACKBONE.NAME}: expected res5 among them, of which "
+            f"RetinaNet's P6 and P7 are made, got {', '.join(shapes)}"
+        )
+    top_block = LastLevelP6P7(shapes["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
+    return build_fpn(cfg, bottom_up, top_block)
 
 
 @BACKBONE_REGISTRY.register()

@@ -11,6 +11,7 @@ from detectron2.layers import Conv2d
 from torch import nn
 
 from ..layers import KINDS, OFFSET_GENERATORS
+from ..ops.arguments import pair
 
 STAGES = ("res2", "res3", "res4", "res5")
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
@@ -55,12 +56,15 @@ def stage_convs(
         offset_groups: parts of their input channels that have offsets of their own.
 
     Raises:
-        ValueError: a kind or stage is unknown, or two choices do not go together.
+        ValueError: a kind or stage is unknown, a scope is smaller than its kernel, or two choices
+            do not go together.
     """
     if len(data_offset) != len(STAGES):
         raise ValueError(
             f"data_offset: expected one value for each of {', '.join(STAGES)}, got {data_offset}"
         )
+    pair("scope_size_1x1", scope_size_1x1, 1)
+    pair("scope_size_3x3", scope_size_3x3, 3)
     deformable = dict(zip(STAGES, data_offset, strict=True))
     kinds_1x1, kinds_3x3 = _by_stage("conv1x1", conv1x1), _by_stage("conv3x3", conv3x3)
 
