@@ -175,6 +175,20 @@ def test_what_is_made_of_assigned_weights_is_of_their_type(kind, own, loaded, de
     torch.testing.assert_close(layer(x), rigid(x), **limit)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_may_be_assigned_where_new_tensors_have_no_values(kind):
+    """Whoever loads large networks has the whole of it in ``with torch.device("meta")``."""
+    sources = [rigid_and(kind)[0]]
+    if KINDS[kind] in SCOPED:
+        sources.append(randomize(rigid_and(kind, scope_size=(1, 3))[1]))
+    for source in sources:
+        with torch.device("meta"):
+            _, layer = rigid_and(kind)
+            layer.load_state_dict(source.state_dict(), assign=True)
+        x = torch.randn(2, 6, 5, 7)
+        torch.testing.assert_close(layer(x), source(x))
+
+
 VARIANTS = [(kind, {}) for kind in KINDS]
 VARIANTS += [("dcn+local", {"offset_generator": o, "modulated": True}) for o in OFFSET_GENERATORS]
 

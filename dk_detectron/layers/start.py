@@ -26,9 +26,10 @@ def _spread_taps(scope_size: int, kernel_size: int) -> Tensor:
 
 def spread_offset(scope_size: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
     """The kernel offsets [2*K] that spread the taps evenly over the scope, in scope cells."""
-    spread = torch.meshgrid(*map(_spread_taps, scope_size, kernel_size), indexing="ij")
-    zero = torch.zeros(1, 2 * prod(kernel_size), dtype=torch.float64)
-    centre = tap_locations(zero, scope_size, kernel_size)
+    with torch.device("cpu"):  # numbers, also under torch.device("meta")
+        spread = torch.meshgrid(*map(_spread_taps, scope_size, kernel_size), indexing="ij")
+        zero = torch.zeros(1, 2 * prod(kernel_size), dtype=torch.float64)
+        centre = tap_locations(zero, scope_size, kernel_size)
     return torch.stack(
         [s.flatten() - c[0] for s, c in zip(spread, centre, strict=True)], -1
     ).flatten()
@@ -97,7 +98,7 @@ def embed_scope(weight: Tensor, scope_size: Size) -> tuple[Tensor, Tensor]:
         )
     (above, left), (below, right) = zip(*((m // 2, m - m // 2) for m in more), strict=True)
     scope = F.pad(weight.double(), [left, right, above, below], mode="replicate").to(weight.dtype)
-    return scope, torch.tensor([above - more[0] / 2, left - more[1] / 2])
+    return scope, torch.tensor([above - more[0] / 2, left - more[1] / 2], device="cpu")
 
 
 @cache
