@@ -393,3 +393,19 @@ def test_msra_fill_zeroes_the_bias(kind):
     assert layer.bias.any()
     msra_fill(layer)
     assert not layer.bias.any()
+
+
+@pytest.mark.parametrize(
+    "kind, kernel",
+    [(CondConv2d, 3), (LocalDeformKernel2d, (1, 3)), (GlobalDeformKernel2d, 1)],
+)
+def test_a_layer_that_starts_at_zero_learns_to_adapt(kind, kernel):
+    """As the last convolutions of diffusion models do: equal experts or cells would never part."""
+    torch.manual_seed(0)
+    layer, x = kind(4, 6, kernel, bias=False), torch.randn(3, 4, 6, 7)
+    layer.set_rigid_weight(torch.zeros(layer.rigid_shape))
+    torch.testing.assert_close(layer(x), torch.zeros_like(layer(x)), rtol=0, atol=1e-6)
+    layer(x).sin().add(1).square().sum().backward()
+    (generator,) = layer.generators
+    parts = generator.weight.grad.flatten(1)
+    assert not torch.allclose(parts, parts[:1].expand_as(parts), rtol=1e-3, atol=0)

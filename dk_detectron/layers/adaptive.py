@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import per_image_conv2d
 from ..ops.arguments import Size, check_groups, check_images, pair
+from .start import deviation
 from .zero_generators import GENERATOR, Generator, LinearGenerator
 
 # Where symmetry would keep weights equal for ever, they start this much apart, in standard
@@ -317,7 +318,7 @@ class CondConv2d(AdaptiveConv2d):
         # never part: perturb them by amounts that cancel in the mixture.
         shared = weight * (2 / self.num_experts)
         noise = torch.randn(self._weight_shape(), dtype=weight.dtype, device=weight.device)
-        return shared + PERTURBATION * shared.std(correction=0) * (noise - noise.mean(0))
+        return shared + PERTURBATION * deviation(shared) * (noise - noise.mean(0))
 
     def _to_rigid(self):
         gates = self.gate_generator.bias.double().sigmoid()

@@ -9,7 +9,7 @@ from ..ops import deform_kernel_conv2d, per_image_conv2d, sample_kernel
 from ..ops.arguments import pair
 from .adaptive import PERTURBATION, AdaptiveConv2d, pooled
 from .generators import LocalConv2d
-from .start import centre_gain, embed_scope, lift_to_scope, spread_offset
+from .start import centre_gain, deviation, embed_scope, lift_to_scope, spread_offset
 from .zero_generators import Generator, LinearGenerator
 
 
@@ -58,7 +58,7 @@ class ScopeConv2d(AdaptiveConv2d):
         rest = spread_offset(self.scope_size, self.kernel_size).to(noise.device).unsqueeze(0)
         read = sample_kernel(noise, rest, self.kernel_size)[0]
         noise = noise - lift_to_scope(read, self.scope_size)
-        return scope + PERTURBATION * weight.std(correction=0) * noise
+        return scope + PERTURBATION * deviation(weight) * noise
 
     def _to_rigid(self):
         return self._kernels(self.kernel_offset_generator.bias.double().unsqueeze(0))[0]

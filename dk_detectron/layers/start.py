@@ -109,3 +109,13 @@ def centre_gain(scope_size: tuple[int, int], kernel_size: tuple[int, int]) -> fl
         units = torch.eye(taps, dtype=torch.float64).view(taps, 1, *kernel_size)
         read = rest_kernel(lift_to_scope(units, scope_size), kernel_size)
     return float(read.square().sum(0).mean()) ** -0.5
+
+
+def deviation(weight: Tensor) -> Tensor:
+    """The standard deviation of a rigid weight [C_out, ...]; of zeros, that of ``nn.Conv2d``'s.
+
+    Perturbations are in proportion to it, and of none of them nothing would ever part.
+    """
+    own = weight.std(correction=0)
+    drawn = torch.full_like(own, (3 * weight[0].numel()) ** -0.5)
+    return torch.where(own > 0, own, drawn)
