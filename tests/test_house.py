@@ -1,6 +1,7 @@
 """The rooms of the package: who may import whom, and how large a file is."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,18 @@ def test_rooms_import_from_the_floors_below_them_alone():
     assert result.returncode == 0, result.stdout
 
 
-def test_an_import_from_a_higher_floor_is_found(tmp_path):
-    package = tmp_path / "dk_detectron"
+def copy_of_modules(folder: Path) -> Path:
+    """The package, without its compiled operators."""
+    package = folder / "dk_detectron"
     for path in MODULES:
         target = package / path.relative_to(ROOT / "dk_detectron")
         target.parent.mkdir(exist_ok=True, parents=True)
         target.write_text(path.read_text())
+    return package
+
+
+def test_an_import_from_a_higher_floor_is_found(tmp_path):
+    package = copy_of_modules(tmp_path)
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     with open(package / "ops" / "sampling.py", "a") as file:
         file.write("\nfrom ..engine import launch\n")
@@ -82,6 +89,31 @@ def test_the_environment_for_issues():
     assert lines["dk_detectron"].startswith(f"{dk_detectron.__version__} @")
     assert lines["operators"].endswith("_C.abi3.so")
     assert "PyTorch" in result.stdout and "detectron2" in result.stdout
+
+
+@pytest.mark.parametrize("file", [None, "_C.abi3.so"], ids=["missing", "broken"])
+def test_the_environment_where_the_operators_do_not_load(file, tmp_path):
+    """Which is what an issue may be about; any other program ends at the import."""
+    package = copy_of_modules(tmp_path)
+    if file:
+        (package / file).write_bytes(b"not a library")
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        arguments = [sys.executable, *command]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(
+            arguments, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+
+    result = run("-m", "dk_detectron.collect_env")
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines()[-8:] if " " in line)
+    assert lines["dk_detectron"].endswith(f" @{package}")
+    assert lines["operators"].startswith("do not load: ") and "pip install" in lines["operators"]
+    assert lines["_C"] == f"{file or 'no file'}"
+    assert "PyTorch" in result.stdout and "detectron2" in result.stdout
+    result = run("-c", "import dk_detectron")
+    assert result.returncode == 1 and "ImportError: " in result.stderr.splitlines()[-1]
 
 
 def test_the_version_is_the_same_everywhere():
