@@ -1079,6 +1079,13 @@ def test_locations_are_float32(groups, dtype, device):
 
 
 @every_half
+def test_locations_of_the_global_kernel_are_float32(dtype):
+    """As those of the local one: the scope's middle takes bits that an offset has."""
+    weight, offset = torch.randn(4, 1, 4, 4), torch.rand(2, 18).sub(0.5).to(dtype)
+    assert torch.equal(sample_kernel(weight, offset, 3), sample_kernel(weight, offset.float(), 3))
+
+
+@every_half
 @pytest.mark.parametrize("channels", [17, 130])
 def test_low_precision_channels(channels, dtype, device):
     check_against_oracle(Case(channels=channels, size=(3, 18), **BOTH), dtype, device)

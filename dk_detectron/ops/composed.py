@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .arguments import output_format, output_size
 from .sampling import (
+    at_least_float,
     locate,
     rest_kernel,
     scope_coefficients,
@@ -24,7 +25,9 @@ def _deformed_columns(
 ) -> Tensor:
     """The data of every tap (eq. 9), [N, C_in, K, H_out*W_out]; the image is zero outside."""
     channels, *size = input.shape[1:]
-    data_offset, factors = split_factors(data_offset, kernel_size[0] * kernel_size[1])
+    data_offset, factors = split_factors(
+        at_least_float(data_offset), kernel_size[0] * kernel_size[1]
+    )
     offsets = split_offset(data_offset)
     located = []
     for axis, tap in enumerate(tap_grid(kernel_size, offsets[0])):
@@ -45,11 +48,6 @@ def _deformed_columns(
     if factors is not None:
         columns = columns * factors.flatten(2).unsqueeze(1).to(columns.dtype)
     return columns
-
-
-def _at_least_float(offset: Tensor | None) -> Tensor | None:
-    """Locations need more bits than half precision has."""
-    return offset.float() if offset is not None and offset.element_size() < 4 else offset
 
 
 def composed_deform_kernel_conv2d(
@@ -75,7 +73,6 @@ def composed_deform_kernel_conv2d(
 
     Differentiable any number of times. Needs memory for G, S times the input.
     """
-    kernel_offset, data_offset = _at_least_float(kernel_offset), _at_least_float(data_offset)
     if kernel_offset is None:
         weight = rest_kernel(weight, kernel_size, clip)
     if data_offset is None:

@@ -76,6 +76,11 @@ def axis_coefficients(location: Tensor, size: int, clip: bool = True) -> Tensor:
     return torch.where(cell == lower, 1 - share, zero) + torch.where(cell == lower + 1, share, zero)
 
 
+def at_least_float(offset: Tensor) -> Tensor:
+    """Locations need more bits than half precision has."""
+    return offset.float() if offset.element_size() < 4 else offset
+
+
 def split_offset(offset: Tensor) -> tuple[Tensor, Tensor]:
     """[N, 2*K, ...] -> row and column offsets, [N, K, ...] each."""
     offset = offset.unflatten(1, (-1, 2))
@@ -107,7 +112,7 @@ def tap_locations(
     kernel_offset: Tensor, scope_size: Sequence[int], kernel_size: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Offsets [N, 2*K, ...] -> row and column of the taps in the scope, [N, K, ...] each."""
-    offsets = split_offset(kernel_offset)
+    offsets = split_offset(at_least_float(kernel_offset))
     row, column = (
         tap + (scope - kernel) / 2 + offset
         for tap, scope, kernel, offset in zip(
