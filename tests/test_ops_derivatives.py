@@ -160,6 +160,35 @@ def test_vmap_is_a_loop(groups, which, mapped, dim):
     assert_same(vmap(operator, dims)(*values), torch.stack(loop))
 
 
+def of_offset_groups(x):
+    weight, offset = torch.ones(4, 1, 3, 3).to(x), torch.full((len(x), 36, 4, 5), 0.2).to(x)
+    return deform_kernel_conv2d(x, weight, None, offset, kernel_size=3, groups=4, offset_groups=2)
+
+
+def of_a_kernel_an_image(x):
+    return per_image_conv2d(x, torch.ones(len(x), 6, 2, 3, 3).to(x), groups=2)
+
+
+@pytest.mark.parametrize("function", [of_offset_groups, of_a_kernel_an_image])
+def test_vmap_of_channels_last(function):
+    """There, torch cannot say whether a tensor is."""
+    images = torch.randn(3, 2, 6, 7, 4, dtype=torch.float64).movedim(-1, 2)
+    assert_same(vmap(function)(images), torch.stack([function(image) for image in images]))
+
+
+@every_offset
+def test_jacobians_of_channels_last(which):
+    """Which vmap and the composed function make together."""
+    operator, _, tensors = functions(which)
+    values = list(tensors.values())
+    values[0] = values[0].contiguous(memory_format=torch.channels_last)
+
+    def sums(x):
+        return operator(x, *values[1:]).sum((0, 2))
+
+    assert_same(jacfwd(sums)(values[0]), jacrev(sums)(values[0]))
+
+
 def test_vmap_without_offsets():
     """There, torch cannot say whether a tensor is channels_last."""
     images = torch.randn(3, 2, 6, 7, 4).movedim(-1, 2)

@@ -49,6 +49,19 @@ def output_format(input: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def in_format_of(input: Tensor, output: Tensor) -> Tensor:
+    """``output``, in :func:`output_format`; in a transform as it lies, since vmap cannot tell."""
+    return output if in_transform() else output.contiguous(memory_format=output_format(input))
+
+
 def autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     """``tensors`` as an operator takes them while autocast is on."""
     dtype = torch.get_autocast_dtype(device)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import output_format, output_size
+from .arguments import in_format_of, output_size
 from .sampling import (
     at_least_float,
     locate,
@@ -94,7 +94,7 @@ def composed_deform_kernel_conv2d(
         output = output + bias.to(output.dtype).unsqueeze(-1)
     out_size = output_size(input, kernel_size, stride, padding, dilation)
     output = output.reshape(*output.shape[:2], *out_size)  # not unflatten, which ONNX fixes
-    return output.contiguous(memory_format=output_format(input))
+    return in_format_of(input, output)
 
 
 def composed_sample_kernel(

@@ -176,11 +176,3 @@ class Backward(torch.autograd.Function):
 def in_forward_mode() -> bool:
     """Whether derivatives are carried along with the values."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-
-
-def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is at work."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )

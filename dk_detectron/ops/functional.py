@@ -27,6 +27,8 @@ from .arguments import (
     check_groups,
     check_images,
     checked_output_size,
+    in_format_of,
+    in_transform,
     output_format,
     pair,
     shape,
@@ -36,7 +38,7 @@ from .composed import (
     composed_per_image_conv2d,
     composed_sample_kernel,
 )
-from .derivatives import Forward, in_forward_mode, in_transform
+from .derivatives import Forward, in_forward_mode
 from .dispatch import for_onnx, warn_composed, why_composed
 from .sampling import rest_kernel
 
@@ -172,7 +174,7 @@ def _by_offset_groups(
         for part in zip(*tensors, *(parts(offset, 1) for offset in offsets.values()), strict=True)
     ]
     output = sum(outputs[1:], outputs[0]) if dense else torch.cat(outputs, 1)
-    return output.contiguous(memory_format=output_format(input))
+    return in_format_of(input, output)
 
 
 def sample_kernel(
@@ -245,12 +247,11 @@ def per_image_conv2d(
         )
     checked_output_size(input, kernels.shape[3:], stride, padding, dilation)
     kernels = kernels.to(input.dtype)
-    memory_format = output_format(input)
     if list(kernels.shape[3:]) == [1, 1] and groups == 1 and padding == (0, 0):
         # A batch of matrix products, without any copy in either memory format.
         x = input[:, :, :: stride[0], :: stride[1]]
         matrices = kernels.flatten(2)
-        if memory_format == torch.channels_last:
+        if output_format(input) == torch.channels_last:
             output = (x.flatten(2).transpose(1, 2) @ matrices.transpose(1, 2)).transpose(1, 2)
         else:
             output = matrices @ x.flatten(2)
@@ -270,4 +271,4 @@ def per_image_conv2d(
         output = output.unflatten(1, (n, -1)).squeeze(0)
     if bias is not None:
         output = output + bias.to(output.dtype).view(-1, 1, 1)
-    return output.contiguous(memory_format=memory_format)
+    return in_format_of(input, output)
