@@ -333,6 +333,26 @@ def test_no_call_kills_the_interpreter():
     assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
 
 
+# ---- tensors without values ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@every_offset
+def test_the_meta_device(which, groups):
+    """Which has no autocast to ask for. Shapes and formats go through the operator there."""
+    case = Case(channels=4, groups=groups, **which)
+    tensors = case.tensors(torch.float32)
+    results = [
+        deform_kernel_conv2d(
+            **{name: t if t is None else t.to(device) for name, t in tensors.items()},
+            **case.arguments,
+        )
+        for device in ("cpu", "meta")
+    ]
+    assert results[1].is_meta
+    assert results[0].shape == results[1].shape and results[0].stride() == results[1].stride()
+
+
 # ---- an extension that does not load -------------------------------------------------------------
 
 

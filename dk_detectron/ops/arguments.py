@@ -62,6 +62,11 @@ def in_format_of(input: Tensor, output: Tensor) -> Tensor:
     return output if in_transform() else output.contiguous(memory_format=output_format(input))
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on; there is none for some types of devices, such as "meta"."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     """``tensors`` as an operator takes them while autocast is on."""
     dtype = torch.get_autocast_dtype(device)
@@ -139,7 +144,7 @@ def check(
             raise RuntimeError(
                 f"{name}: expected device {input.device} like input, got {tensor.device}"
             )
-    if not torch.is_autocast_enabled(input.device.type):
+    if not autocasts(input.device.type):
         for name, tensor in ("weight", weight), ("bias", bias):
             if tensor is not None and tensor.dtype != input.dtype:
                 raise TypeError(
