@@ -355,12 +355,14 @@ def test_padding_by_name_is_that_of_conv2d(layer, padding, dilation):
         ({"groups": 3}, ValueError, "groups: expected a divisor of the 4 input channels, got 3"),
         ({"stride": 0}, ValueError, "stride: expected an integer >= 1"),
         ({"dilation": 0}, ValueError, "dilation: expected an integer >= 1"),
+        ({"bias": (1,)}, ValueError, r"bias: expected \[4\], got \[1\]"),
+        ({"bias": (2, 2)}, ValueError, r"bias: expected \[4\], got \[2, 2\]"),
     ],
 )
 def test_per_image_convolutions_check_their_arguments(change, error, message):
     """One kernel too many used to convolve images with one another's kernels."""
     call = {"input": (2, 4, 8, 8), "kernels": (2, 4, 2, 3, 3), "groups": 2} | change
-    for name in "input", "kernels":
+    for name in {"input", "kernels", "bias"} & call.keys():
         call[name] = torch.zeros(call[name])
     with pytest.raises(error, match=message):
         per_image_conv2d(**call)

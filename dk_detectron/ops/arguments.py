@@ -94,6 +94,12 @@ def check_groups(
         raise ValueError(f"{argument}: expected a divisor of the {channels} {name}, got {groups!r}")
 
 
+def check_bias(bias: Tensor | None, channels: int) -> None:
+    """Raises unless there is one number for each output channel, or no bias."""
+    if bias is not None and shape(bias) != [channels]:
+        raise ValueError(f"bias: expected [{channels}], got {shape(bias)}")
+
+
 def check(
     input,
     weight,
@@ -121,8 +127,7 @@ def check(
         raise ValueError(
             f"weight: {weight.shape[0]} output channels do not divide into {groups} groups"
         )
-    if bias is not None and shape(bias) != [weight.shape[0]]:
-        raise ValueError(f"bias: expected [{weight.shape[0]}], got {shape(bias)}")
+    check_bias(bias, weight.shape[0])
     out_size = checked_output_size(input, kernel_size, stride, padding, dilation)
     taps = kernel_size[0] * kernel_size[1]
     plain, modulated = ([input.shape[0], channels * taps, *out_size] for channels in (2, 3))

@@ -24,6 +24,7 @@ from .arguments import (
     autocast,
     autocasts,
     check,
+    check_bias,
     check_floating,
     check_groups,
     check_images,
@@ -246,6 +247,7 @@ def per_image_conv2d(
             f"kernels: expected [{expected[0]}, C_out, {expected[1]}, K_h, K_w], one kernel an "
             f"image, got {shape(kernels)}"
         )
+    check_bias(bias, kernels.shape[1])
     checked_output_size(input, kernels.shape[3:], stride, padding, dilation)
     kernels = kernels.to(input.dtype)
     if list(kernels.shape[3:]) == [1, 1] and groups == 1 and padding == (0, 0):
