@@ -15,8 +15,9 @@ from torch import nn
 
 from dk_detectron.analysis import effective_receptive_field, measure
 from dk_detectron.analysis.field_figures import heat
+from dk_detectron.analysis.records import Records
 from dk_detectron.commands import visualize_dynamics, visualize_erf, visualize_kernels
-from dk_detectron.commands._networks import distinct_names
+from dk_detectron.commands._networks import Network, distinct_names
 from dk_detectron.model_zoo import load_config
 
 # The demo's network, smaller still.
@@ -106,6 +107,14 @@ def test_names_are_what_differs():
     assert distinct_names([Path("/a/b")]) == ["b"]
     assert distinct_names([Path("/a/b"), Path("/a/b")]) == ["b", "b"]
     assert distinct_names([Path("/a"), Path("/a/b")]) == ["a", "a/b"]
+
+
+def test_names_whose_files_would_be_the_same(tmp_path, monkeypatch):
+    folders = tmp_path / "dk" / "seed_0", tmp_path / "dk_seed_0"
+    message = "^error: RUN: expected folders whose names differ by more .* dk/seed_0, dk_seed_0, wh"
+    for command in visualize_dynamics, visualize_erf, visualize_kernels:
+        with pytest.raises(SystemExit, match=message):
+            run(command, monkeypatch, *folders)
 
 
 def test_a_heat_map_glows_where_the_field_is():
@@ -310,6 +319,28 @@ def test_what_cannot_be_looked_at(runs, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run(visualize_erf, monkeypatch, *arguments)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["INPUT.FORMAT", "BGR"], "format"),
+        (["MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0]], "network"),
+        (["MODEL.WEIGHTS", ""], "weights, state"),
+    ],
+    ids=["format", "network", "random"],
+)
+def test_rows_of_a_table_are_of_one_network(options, key, dataset, tmp_path):
+    cfg = load_config("demo/shapes_MNV2_FPN_dk_l3.yaml", [*OPTIONS, "MODEL.WEIGHTS", "a.pth"])
+    other = cfg.clone()
+    other.merge_from_list(options)
+    settings, changed = (Network("n", c, nn.Identity()).settings for c in (cfg, other))
+    assert settings == Network("n", cfg.clone(), nn.Identity()).settings
+    Records(tmp_path / "rows.csv", ["image_id"], settings)
+    with pytest.raises(FileExistsError, match=rf"got others \({key}\)"):
+        Records(tmp_path / "rows.csv", ["image_id"], changed)
+    if key == "weights, state":  # drawn at random, they are others each time
+        assert changed != Network("n", other, nn.Identity()).settings
 
 
 def test_tables_are_of_the_weights_that_are_there(runs, tmp_path, monkeypatch):

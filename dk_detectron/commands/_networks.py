@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,11 +39,26 @@ class Network:
     model: nn.Module
 
     @property
+    def stem(self) -> str:
+        """What its files are called by."""
+        return _stem(self.name)
+
+    @property
     def settings(self) -> dict:
-        """What its results depend on."""
-        weights = self.cfg.MODEL.WEIGHTS
-        test = [self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST]
-        return {"weights": weights, "state": state_of([weights]) if weights else "", "size": test}
+        """What its results depend on; weights that are drawn at random are never the same."""
+        weights, network = self.cfg.MODEL.WEIGHTS, self.cfg.MODEL.clone()
+        network.WEIGHTS = network.DEVICE = ""
+        return {
+            "weights": weights,
+            "state": state_of([weights]) if weights else secrets.token_hex(),
+            "size": [self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST],
+            "format": self.cfg.INPUT.FORMAT,
+            "network": network.dump(),  # options make another of the same weights
+        }
+
+
+def _stem(name: str) -> str:
+    return name.replace("/", "_")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +85,12 @@ def load_networks(args: argparse.Namespace) -> list[Network]:
     if not args.runs:
         raise ValueError("RUN: expected folders of finished runs, or --config-file, got neither")
     folders = [Path(run) for run in args.runs]
+    names = distinct_names(folders)
+    if len({*map(_stem, names)}) < len({*names}):
+        raise ValueError(
+            f"RUN: expected folders whose names differ by more than / and _, got "
+            f"{', '.join(names)}, whose files would be the same: rename one"
+        )
     for folder in folders:
         for file in CONFIG, WEIGHTS:
             if not (folder / file).is_file():
@@ -78,7 +100,7 @@ def load_networks(args: argparse.Namespace) -> list[Network]:
                 )
     return [
         _load(name, folder / CONFIG, ["MODEL.WEIGHTS", str(folder / WEIGHTS)])
-        for name, folder in zip(distinct_names(folders), folders, strict=True)
+        for name, folder in zip(names, folders, strict=True)
     ]
 
 

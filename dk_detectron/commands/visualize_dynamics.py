@@ -61,7 +61,7 @@ def look_at(
         network.model,
         network.cfg,
         pictures,
-        args.output_dir / f"dynamics_{network.name.replace('/', '_')}.csv",
+        args.output_dir / f"dynamics_{network.stem}.csv",
         layer,
         kind,
         classes,

@@ -125,7 +125,7 @@ def measure_all(args: argparse.Namespace, networks: list[Network]) -> None:
                 network.model,
                 network.cfg,
                 pictures,
-                args.output_dir / f"fields_{network.name.replace('/', '_')}.csv",
+                args.output_dir / f"fields_{network.stem}.csv",
                 args.feature or deepest_feature(network.model),
                 attached=not args.fixed_offsets,
                 settings=network.settings,

@@ -88,7 +88,7 @@ def choose_layers(names: list[str] | None, seen: dict[str, Observation]) -> list
 
 def look(args: argparse.Namespace, network: Network) -> None:
     """Everything of one network."""
-    stem = network.name.replace("/", "_")
+    stem = network.stem
     statistics = no_statistics()
     for number, (label, (picture,)) in enumerate(_subjects.subjects(args, [network.cfg]), start=1):
         seen = with_offsets(network, picture)
