@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from dk_detectron.analysis.field_figures import heat
 from dk_detectron.analysis.records import Records
 from dk_detectron.commands import visualize_dynamics, visualize_erf, visualize_kernels
 from dk_detectron.commands._networks import Network, distinct_names
+from dk_detectron.commands._subjects import subjects
 from dk_detectron.model_zoo import load_config
 
 # The demo's network, smaller still.
@@ -179,6 +181,21 @@ def test_fields_at_points_of_any_picture(runs, tmp_path, monkeypatch, capsys):
     assert all(r["in_box"] == r["in_mask"] == r["box_aspect"] == "nan" for r in numbers)
     run(visualize_erf, monkeypatch, runs["dk"], *options)
     assert [(r["x"], r["y"]) for r in rows(tmp_path / "erf.csv")] == [("40.0", "32.0")]
+    message = r"^error: --points: expected points on the picture, of about 40x32 pixels, got grey"
+    with pytest.raises(SystemExit, match=rf"{message}.png at 41,8$"):
+        run(visualize_erf, monkeypatch, runs["dk"], *options, "--points", "41,8")
+
+
+def test_points_follow_the_rounding_of_both_sides(tmp_path):
+    """131x99 becomes 85x64: the lower right corner is on the picture still."""
+    path = str(tmp_path / "odd.png")
+    cv2.imwrite(path, np.zeros((99, 131, 3), np.uint8))
+    cfg = load_config("demo/shapes_MNV2_FPN_dk_l3.yaml", OPTIONS)
+    args = SimpleNamespace(images=[path], points=[(131.0, 99.0), (65.5, 49.5)])
+    seen = [picture for _, (picture,) in subjects(args, [cfg])]
+    assert seen[0].pixels.shape == (64, 85, 3)
+    assert seen[0].objects[0].centre == pytest.approx((85, 64))
+    assert seen[1].objects[0].centre == pytest.approx((42.5, 32))
 
 
 def test_a_configuration_without_weights_is_looked_at_and_said_to_be(

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..analysis.objects import CocoPictures, Object, Picture, read_picture
+from ..data.faults import ROUNDING
 
 
 def parse_point(text: str) -> tuple[float, float]:
@@ -87,15 +88,34 @@ def _objects(
 def _points(
     args: argparse.Namespace, cfgs: Sequence[CfgNode]
 ) -> Iterator[tuple[str, list[Picture]]]:
+    points = args.points or []
+    things = [Object(0, "", 0, (*point, *point)) for point in points]
     for path in args.images:
-        pictures = [read_picture(path, cfg) for cfg in cfgs]
-        for point in args.points or [None]:
-            label = Path(path).name + (f" at {point[0]:g},{point[1]:g}" if point else "")
-            yield label, [_with_point(picture, point) for picture in pictures]
+        pictures = [read_picture(path, cfg, things) for cfg in cfgs]
+        label = Path(path).name
+        if not points:
+            yield label, [_with_point(picture, _middle(picture), label) for picture in pictures]
+        for number, (x, y) in enumerate(points):
+            where = f"{label} at {x:g},{y:g}"
+            yield where, [_with_point(p, p.objects[number].centre, where) for p in pictures]
 
 
-def _with_point(picture: Picture, point: tuple[float, float] | None) -> Picture:
-    """A picture with a point of interest, given in pixels of the file; by default, its centre."""
+def _middle(picture: Picture) -> tuple[float, float]:
     height, width = picture.pixels.shape[:2]
-    x, y = (width / 2, height / 2) if point is None else (picture.scale * p for p in point)
+    return width / 2, height / 2
+
+
+def _with_point(picture: Picture, point: tuple[float, float], where: str) -> Picture:
+    """A picture with one point of interest, in its pixels.
+
+    Raises:
+        ValueError: the point is not on it.
+    """
+    height, width = picture.pixels.shape[:2]
+    x, y = min(max(point[0], 0), width), min(max(point[1], 0), height)
+    if abs(x - point[0]) + abs(y - point[1]) > ROUNDING:
+        raise ValueError(
+            f"--points: expected points on the picture, of about {width / picture.scale:.0f}x"
+            f"{height / picture.scale:.0f} pixels, got {where}"
+        )
     return replace(picture, objects=(Object(0, "", 0, (x, y, x, y)),))
