@@ -17,7 +17,7 @@ from dk_detectron.commands import report
 from dk_detectron.data.html import jpeg
 from dk_detectron.engine.detection import inference_folder
 from dk_detectron.evaluation.report import _size, read_run, write_report
-from dk_detectron.evaluation.report_figures import smoothed
+from dk_detectron.evaluation.report_figures import draw_ap_curves, draw_losses, points, smoothed
 from dk_detectron.model_zoo import load_config
 
 BROWSER = next(filter(shutil.which, ["chromium", "chromium-browser", "google-chrome"]), None)
@@ -229,6 +229,26 @@ def test_smoothing():
     np.testing.assert_allclose(smoothed([2.0] * 100), 2)
     steps = smoothed([0.0] * 50 + [1.0] * 50)
     assert steps[49] == 0 and 0.19 < steps[50] < 0.22 and steps[-1] > 0.999
+
+
+def test_what_a_resumed_run_has_done_again_is_drawn_once():
+    steps = [*range(19, 200, 20), *range(119, 160, 20)]  # resumed from a checkpoint of step 100
+    lines = [{"iteration": step, "total_loss": place} for place, step in enumerate(steps)]
+    lines.insert(-1, {"iteration": 129, "bbox/AP": 7.0})  # within a write, in any order
+    expected = [(19, 0), (39, 1), (59, 2), (79, 3), (99, 4), (119, 10), (139, 11), (159, 12)]
+    assert points(lines, "total_loss") == expected
+    losses, average = draw_losses({"run": lines}).axes[0].lines
+    assert losses.get_xydata().tolist() == [[*point] for point in expected]
+    assert len(average.get_xdata()) == len(expected)
+    assert points(lines, "bbox/AP") == [(129, 7.0)]
+
+
+def test_what_could_not_be_measured_is_no_curve():
+    """AP is null where there is no object: the other curves are drawn all the same."""
+    lines = [{"iteration": 9, "bbox/AP": 5.0, "keypoints/AP": None}]
+    (curve,) = draw_ap_curves({"run": lines}).axes[0].lines
+    assert curve.get_xydata().tolist() == [[9, 5]] and curve.get_label() == "run"
+    assert draw_ap_curves({"run": [{"iteration": 9, "bbox/AP": None}]}) is None
 
 
 def test_a_picture_is_in_its_address():

@@ -130,7 +130,7 @@ def _overview(runs: Sequence[Run]) -> Section:
         section.tables.append(Table("Average precision, %", ["run", "task", *METRICS], rows))
     facts = []
     for run in runs:
-        steps = max((m["iteration"] + 1 for m in run.metrics if figures.LOSS in m), default=0)
+        steps = max((step + 1 for step, _ in figures.points(run.metrics, figures.LOSS)), default=0)
         last = last_checkpoint(run.folder)
         backbone = f"{run.cfg.MODEL.META_ARCHITECTURE}, {run.cfg.MODEL.BACKBONE.NAME}"
         seconds = [m["time"] for m in run.metrics if "time" in m]

@@ -47,13 +47,26 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
     return np.array(averages)
 
 
+def points(metrics: Sequence[dict], key: str) -> list[tuple[int, float]]:
+    """The steps where something was measured, and what.
+
+    A run that resumes from a checkpoint does again what an interruption has lost: the last counts.
+    """
+    found: list[tuple[int, float]] = []
+    for line in metrics:
+        if line.get(key) is not None:
+            while found and found[-1][0] >= line["iteration"]:
+                found.pop()
+            found.append((line["iteration"], line[key]))
+    return found
+
+
 def draw_losses(runs: Metrics) -> Figure | None:
     """The loss over the steps, as it is and smoothed; None if there is none."""
     figure, axes = _chart(3.2, "Loss, and its moving average")
     for number, (name, metrics) in enumerate(runs.items()):
-        points = [(m["iteration"], m[LOSS]) for m in metrics if LOSS in m]
-        if points:
-            steps, losses = np.array(points).T
+        if measured := points(metrics, LOSS):
+            steps, losses = np.array(measured).T
             axes.plot(steps, losses, ".-", color=_colour(number), alpha=0.25, lw=0.8, ms=2)
             axes.plot(steps, smoothed(losses), color=_colour(number), label=_label(name))
     if not axes.lines:
@@ -71,14 +84,14 @@ def draw_ap_curves(runs: Metrics) -> Figure | None:
     """
     figure, axes = _chart(3.2, "Average precision (dashed: of the weights' moving average)")
     for number, (name, metrics) in enumerate(runs.items()):
-        keys = list(dict.fromkeys(key for m in metrics for key in m if key.endswith(AP)))
+        names = dict.fromkeys(key for m in metrics for key in m if key.endswith(AP))
+        keys = [key for key in names if points(metrics, key)]  # not what is null throughout
         for key in keys:
-            points = [(m["iteration"], m[key]) for m in metrics if m.get(key) is not None]
             what = key.removesuffix(AP)
             several = f"{name}: {what}" if len(keys) > 1 else name
             style = "--" if what.endswith("_ema") else "-"
             axes.plot(
-                *np.array(points).T, style, marker="o", ms=4, color=_colour(number),
+                *np.array(points(metrics, key)).T, style, marker="o", ms=4, color=_colour(number),
                 label=_label(several),
             )  # fmt: skip
     if not axes.lines:
