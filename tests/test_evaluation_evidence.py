@@ -270,6 +270,13 @@ def test_a_package_that_is_missing_is_said_before_training(small, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_is_said(small, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path / "file" / "evidence")])
+    with pytest.raises(SystemExit, match=r"^error: .*file"):
+        reproduce_evidence.main()
+
+
 def test_tables_of_nothing():
     assert "| local DK" in evidence_report.render(Results([]))
 

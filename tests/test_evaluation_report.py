@@ -1,6 +1,7 @@
 """The report on runs: what is on the page, what is missing, and how a browser shows it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -200,6 +201,15 @@ def test_the_folder_of_the_page_is_made_before_all_work(tmp_path):
     assert (tmp_path / "new" / "report.html").is_file()
     with pytest.raises(OSError):  # not an error of the runs, which are none
         write_report([None], tmp_path / "new" / "report.html" / "report.html", versions="")
+    with pytest.raises(OSError, match="^--output: expected a file in a folder .*new: give another"):
+        write_report([None], tmp_path / "new", versions="")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written_to_is_said_before_all_work(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="^--output: expected a file in a folder that can be writt"):
+        write_report([None], tmp_path / "report.html", versions="")
 
 
 def test_pictures_that_keep_their_sizes_have_a_cost():

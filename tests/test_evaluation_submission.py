@@ -386,6 +386,15 @@ def test_strict_writes_nothing(evaluated, tmp_path):
         )
 
 
+@pytest.mark.parametrize("below", [".", "more/of/it"])
+def test_a_folder_that_cannot_be_is_said_before_results_are_read(below, evaluated, tmp_path):
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    error, output = run_tool("none.json", evaluated["test_info"], occupied / below)
+    assert error.startswith("error: OUT_DIR: expected a folder that can be written to, got ")
+    assert f"as {occupied} is none" in error and not output
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

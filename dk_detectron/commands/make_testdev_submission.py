@@ -39,6 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         submission.file_name(args.name)
+        submission.check_folder(args.out_dir)
         images, categories = submission.read_image_info(args.image_info)
         print(f"{args.image_info}: {len(images):,} images, {len(categories)} categories")
         notes = Findings()

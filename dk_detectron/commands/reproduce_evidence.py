@@ -74,7 +74,7 @@ def main() -> None:
             runs = plan(args.experiments, args.seeds)
             execute(runs, train, path, workers=args.workers, cost=lambda run: run.cost)
         print(write_report(read_results(path), args.output))
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -89,7 +89,7 @@ def main() -> None:
             return
         check(runs)
         settings.save(args.output)
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     failures = 0
     for number, run in enumerate(runs, start=1):

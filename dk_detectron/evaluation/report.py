@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,14 @@ def write_report(
         count: of the best and of the worst pictures, and of the objects whose fields are drawn.
 
     Raises:
-        ValueError, OSError: a file of a run cannot be read, its weights are of no use, or there can
-            be no folder for the page.
+        ValueError, OSError: a file of a run cannot be read, its weights are of no use, or the page
+            cannot be where it shall.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(
+            f"--output: expected a file in a folder that can be written, got {path}: give another"
+        )
     sections = [_overview(runs), _training(runs)]
     for dataset in dict.fromkeys(name for run in runs for name in run.cfg.DATASETS.TEST):
         sections.append(_results(runs, dataset, threshold, count, progress))

@@ -279,6 +279,16 @@ def file_name(algorithm: str) -> str:
     return f"detections_test-dev2017_{algorithm}_results.json"
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ``OSError`` if a folder, which need not exist yet, can have no submission."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(
+            f"OUT_DIR: expected a folder that can be written to, got {folder}, as {existing} is "
+            "none: name another"
+        )
+
+
 def write(submission: Submission, folder: Path, algorithm: str) -> Path:
     """Writes the JSON and its zip, whole or not at all; returns the zip's path.
 
