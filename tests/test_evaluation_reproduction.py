@@ -120,6 +120,17 @@ def test_other_settings_do_not_mix(finished):
     assert error.startswith(f"error: {output}: expected runs with") and "another --output" in error
 
 
+def test_tables_are_of_the_scale_of_their_runs(tmp_path):
+    """AP on shapes stands beside no AP of the paper's."""
+    settings = {"scale": "shapes", "num_gpus": 1, "weights": "", "opts": []}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    arguments = "--collect-only", "--output", tmp_path
+    error, printed = run_tool(*arguments)
+    assert error == f"error: --scale: expected shapes, as of the runs in {tmp_path}, got coco"
+    assert not printed and not (tmp_path / "tables.md").exists()
+    assert "over rigid" in run_tool(*arguments, "--scale", "shapes")[1]
+
+
 def test_an_interrupted_run_goes_on_to_the_submission(finished, monkeypatch):
     _, output, _ = finished
     monkeypatch.setattr(reproduction, "TEST_DEV", "shapes_test")

@@ -26,6 +26,7 @@ from ..evaluation.reproduction import (
     TABLES,
     Settings,
     check,
+    check_scale,
     execute,
     plan,
     select_rows,
@@ -79,6 +80,7 @@ def main() -> None:
     try:
         rows = select_rows(args.table, args.rows)
         if args.collect_only:
+            check_scale(args.output, args.scale)
             report(rows, args)
             return
         settings = Settings(args.scale, args.num_gpus, args.weights, args.opts)

@@ -90,6 +90,17 @@ class Settings:
             write_file(path, json.dumps(settings, indent=2))
 
 
+def check_scale(output: Path, scale: str) -> None:
+    """Raises ``ValueError`` if a folder has runs of another scale, which has other tables.
+
+    A folder of nothing but results does not tell its own.
+    """
+    path = output / SETTINGS_FILE
+    found = json.loads(path.read_text())["scale"] if path.exists() else scale
+    if found != scale:
+        raise ValueError(f"--scale: expected {found}, as of the runs in {output}, got {scale}")
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of one row.
