@@ -268,6 +268,9 @@ def test_means_by_size_and_the_claim_as_a_number():
     assert [mean["number"] for mean in means.values()] == [2, 1, 2, 5]
     assert [mean["dead"] for mean in means.values()] == [0, 0, 1, 1]
     assert [mean["radius_50"] for mean in means.values()] == [2.0, 2.0, 8.0, 3.5]
+    # The dead one has no part in what is not the field's either.
+    assert [mean["object_size"] for mean in means.values()][2] == 96
+    assert [mean["box_aspect"] for mean in means.values()] == [1.5, 3.0, 4.0, 2.5]
     found = correlations(rows)
     # Ranks 1 2 3 4 against 1 3 2 4: 1 - 6 * 2 / (4 * 15).
     assert found["object_size ~ radius_50"] == pytest.approx(0.8)

@@ -121,8 +121,9 @@ def means_by_size(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     means = []
     for bucket in (*BUCKETS, "all"):
         those = [row for row in rows if bucket in ("all", row["bucket"])]
-        dead = sum(math.isnan(row["radius_50"]) for row in those)
-        mean = {name: _mean([row[name] for row in those]) for name in numbers}
+        alive = [row for row in those if not math.isnan(row["radius_50"])]
+        dead = len(those) - len(alive)
+        mean = {name: _mean([row[name] for row in alive]) for name in numbers}
         means.append({"objects": bucket, "number": len(those), "dead": dead, **mean})
     return means
 
