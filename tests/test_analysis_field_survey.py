@@ -250,6 +250,14 @@ def test_records_of_somebody_else_are_left_alone(tmp_path):
         assert len(list(csv.reader(file))) == 3
 
 
+@pytest.mark.parametrize("name", ["007", "1e3", "1_0", " 5", "Infinity", "+1"])
+def test_names_of_classes_are_no_numbers(name, tmp_path):
+    """Of traffic signs, for example, they are numbers with zeros before them."""
+    records = Records(tmp_path / "new.csv", ["image_id", "category", "area"], {})
+    records.add([{"image_id": 3, "category": name, "area": -2.5e-7}])
+    assert records.rows() == [{"image_id": 3, "category": name, "area": -2.5e-7}]
+
+
 def row(area, radius, **more):
     values = dict.fromkeys(COLUMNS, 1.0) | {"object_size": math.sqrt(area), "radius_50": radius}
     bucket = Object(1, "a", area, (0, 0, 1, 1)).bucket

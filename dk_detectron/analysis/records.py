@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = "image_id"
+FORM = ".6g"  # of floats
 
 
 class Records:
@@ -69,7 +70,7 @@ class Records:
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """The rows of one picture, at once."""
         shown = [
-            {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()}
+            {name: format(v, FORM) if isinstance(v, float) else v for name, v in row.items()}
             for row in rows
         ]
         with open(self.path, "a") as file:
@@ -85,9 +86,12 @@ class Records:
 
 
 def _number(text: str) -> Any:
-    for kind in int, float:
+    """The number that a text is, if it is how :meth:`Records.add` writes it: not a class' "007"."""
+    for kind, form in (int, "d"), (float, FORM):
         try:
-            return kind(text)
+            number = kind(text)
         except ValueError:
-            pass
+            continue
+        if format(number, form) == text:
+            return number
     return text
