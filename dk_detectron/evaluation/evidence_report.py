@@ -53,7 +53,7 @@ def _by_kind(data: str) -> dict[str, Run]:
 
 
 def search_table(results: Results) -> str:
-    """Validation errors of the search, with the means over the data sets."""
+    """Validation errors of the search, a column for each data set."""
     rows: dict[tuple, list[str]] = {}
     for run in experiments()["search"]:
         cell = mean_and_deviation(results.errors(run, VALIDATION))
