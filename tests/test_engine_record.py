@@ -1,6 +1,7 @@
 """OUTPUT_DIR: a record of the training, and what its results are used by."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -51,6 +52,15 @@ def start(datasets_root, tmp_path, monkeypatch):  # noqa: F811
 
     yield run
     replace_registered(datasets, datasets.datasets_root())
+
+
+@pytest.fixture
+def caplog(caplog):
+    """Also in the process's first test, within which detectron2's logger stops passing it on."""
+    logger = logging.getLogger("detectron2")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="module")
