@@ -75,6 +75,17 @@ def test_the_commands_of_the_readme_are_for_a_clone():
     assert all((ROOT / tool).is_file() for tool in re.findall(r"tools/\w+\.\w+", commands))
 
 
+def test_the_commands_of_the_readme_go_together():
+    """Each run has a folder of its own, and results are read where an evaluation has put them."""
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python tools/train_.*", readme, re.MULTILINE)
+    evaluated = {c.split("OUTPUT_DIR ")[-1].split()[0] for c in commands if "--eval-only" in c}
+    trained = [re.search(r"OUTPUT_DIR (\S+)", c)[1] for c in commands if "--eval-only" not in c]
+    assert len(set(trained)) == len(trained)
+    (read,) = re.findall(r"(\S+)/inference/\S+\.json", readme)
+    assert read in evaluated and read not in trained  # whose evaluation.json stays
+
+
 def test_a_build_for_rocm_is_refused_by_that_name(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     monkeypatch.setenv("FORCE_CUDA", "1")
