@@ -32,8 +32,8 @@ def add_dk_config(cfg: CfgNode) -> None:
     # Scope sizes of deformable kernels.
     cfg.MODEL.DEFORM_KERNEL.SCOPE_SIZE_1X1 = 2
     cfg.MODEL.DEFORM_KERNEL.SCOPE_SIZE_3X3 = 4
-    # Deformable convolution (DCN) in the depthwise 3x3 of res2, res3, res4, res5: data offsets,
-    # alone or (with CONV_3X3 "local") together with kernel offsets.
+    # Deformable convolution (DCN) in the 3x3 of res2, res3, res4, res5: data offsets, alone or
+    # (with CONV_3X3 "local") together with kernel offsets.
     cfg.MODEL.DEFORM_KERNEL.DATA_OFFSET_ON_PER_STAGE = [False, False, False, False]
     # Histograms of every layer's offsets go to TensorBoard every so many steps; 0 for never.
     cfg.MODEL.DEFORM_KERNEL.VIS_PERIOD = 0
@@ -60,9 +60,10 @@ def add_dk_config(cfg: CfgNode) -> None:
     cfg.MODEL.MOBILENETV2.RES5_CHANNELS = 1280
 
     # Keep activations in channels_last, the layout in which the operators are fastest. On a CPU it
-    # pays for deformable kernels with AVX-512 (3 % of a training step, 7 % of inference). With AVX2
-    # it pays in inference alone (6 %): the dense convolutions of a training step lose more by it
-    # (6 % with deformable kernels, 14 % without; docs/benchmarks.md). No GPU has been measured.
+    # pays for deformable kernels with AVX-512 (2 to 4 % of a training step, 7 to 10 % of
+    # inference). With AVX2 it pays in inference alone (6 %): the dense convolutions of a training
+    # step lose more by it (6 % with deformable kernels, 14 % without; docs/benchmarks.md). No GPU
+    # has been measured.
     cfg.MODEL.CHANNELS_LAST = False
 
     # Compile the backbone with torch.compile, with dynamic shapes. The first steps take minutes;
