@@ -94,6 +94,11 @@ def get_config(config_path: str | Path, trained: bool = False) -> CfgNode:
     cfg = get_cfg()
     add_dk_config(cfg)
     path = get_config_file(config_path)
+    if path.endswith(".py"):
+        raise ValueError(
+            f"{path}: expected YAML, got Python, as of a LazyConfig: train it by detectron2's "
+            "tools/lazyconfig_train_net.py, or take one of the YAML files"
+        )
     with _explained(cfg, path):
         _check_size(CfgNode.load_yaml_with_base(path))
         cfg.merge_from_file(path, allow_unsafe=False)

@@ -82,6 +82,11 @@ def test_what_is_no_configuration(text, message, tmp_path):
     assert message in str(error.value) and len(str(error.value)) < 600
 
 
+def test_a_lazy_configuration_is_for_another_command():
+    with pytest.raises(ValueError, match="expected YAML, got Python, .*lazyconfig_train_net.py"):
+        model_zoo.get_config("lazy/faster_rcnn_MNV2_FPN_dk_l3.py")
+
+
 def test_a_base_that_is_missing(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("_BASE_: base.yaml")
