@@ -216,6 +216,36 @@ def test_metrics_have_offsets_and_training_is_the_same(
     assert not any("_offset/" in name for name in metrics(tmp_path / "unwatched")[4])
 
 
+def frozen(layer: nn.Module) -> nn.Module:
+    return layer.requires_grad_(False)
+
+
+def test_frozen_layers_that_can_never_adapt_are_named(log):
+    net = nn.ModuleDict()
+    net["learning"] = LocalDeformKernel2d(4, 4, 3)
+    net["taught"] = frozen(LocalDeformKernel2d(4, 4, 3))
+    net["rigid"] = frozen(nn.Conv2d(4, 4, 3))
+    monitoring.warn_of_rigid_layers(net.requires_grad_())
+    assert not log.records
+    nn.init.normal_(net["taught"].kernel_offset_generator.weight)
+    frozen(net["taught"])
+    net["gates"] = frozen(GlobalDeformKernel2d(4, 4, 3))
+    net["offsets"] = frozen(LocalDeformKernel2d(4, 4, 3, offset_generator="separable"))
+    net["partly"] = frozen(DeformKernelConv2d(4, 4, 3))
+    net["partly"].data_offset_generator.requires_grad_()
+    monitoring.warn_of_rigid_layers(net)
+    (record,) = log.records
+    text = record.getMessage()
+    assert text.startswith("MODEL.BACKBONE.FREEZE_AT: 2 layers") and text.endswith("gates, offsets")
+
+
+def test_training_names_the_frozen_layers_that_can_never_adapt(pictures, tmp_path, log):
+    cfg = config(pictures, tmp_path, "MODEL.BACKBONE.FREEZE_AT", 2)
+    ClassificationTrainer(cfg).resume_or_load(resume=False)
+    (text,) = (r.getMessage() for r in log.records if "rigid for ever" in r.getMessage())
+    assert "backbone.res2" in text and "backbone.res3" not in text
+
+
 def test_gradient_checkpointing_has_the_same_offsets(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(monitoring, "PERIOD", 2)
     found = []

@@ -12,7 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..layers import ScopeConv2d
+from ..layers import AdaptiveConv2d, ScopeConv2d
 from ..ops import outside_scope
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
@@ -100,6 +100,24 @@ def _measure(offset: Tensor, kind: str, layer: ScopeConv2d) -> Tensor:
         else torch.zeros_like(mean)
     )
     return torch.stack([clipped, mean, length.amax()])
+
+
+def warn_of_rigid_layers(model: nn.Module) -> None:
+    """Says which layers can never adapt, as what would adapt them is zero and frozen."""
+    rigid = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdaptiveConv2d)
+        and not any(g.weight.requires_grad or g.weight.any() for g in layer.generators)
+    ]
+    if rigid:
+        LOGGER.warning(
+            "MODEL.BACKBONE.FREEZE_AT: %d layers are frozen at their start, so that they stay "
+            "rigid for ever: 0 lets them learn, as weights of a network with the same layers have "
+            "done before. They are %s",
+            len(rigid),
+            ", ".join(rigid),
+        )
 
 
 class OffsetMonitor(HookBase):

@@ -31,7 +31,7 @@ from . import schedule
 from .amp import build_loop
 from .average import WeightAverage
 from .divergence import DivergenceGuard
-from .monitoring import OffsetMonitor
+from .monitoring import OffsetMonitor, warn_of_rigid_layers
 from .optimizer import build_optimizer, parameter_groups
 from .record import FINAL, RunCheckpointer
 from .resources import explained
@@ -162,6 +162,7 @@ class BaseTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """detectron2's; the data, and an average that is new to the run, go on from there."""
         super().resume_or_load(resume=resume)
+        warn_of_rigid_layers(self.checkpointer.model)
         stream = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(stream, SampleStream):
             stream.start = self.start_iter
