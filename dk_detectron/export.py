@@ -19,6 +19,7 @@ import torch
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .layers.modes import evaluation_mode
@@ -312,7 +313,7 @@ def _signed(tensor: Tensor) -> Tensor:
 
 
 def _paired(expected: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
-    """Detections in one order: rounding may swap those of nearly the same score."""
+    """Detections in one order, each once: rounding may swap those of nearly the same score."""
     if any(found[name].shape != tensor.shape for name, tensor in expected.items()):
         return expected, found
     ours, theirs = (
@@ -321,5 +322,6 @@ def _paired(expected: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
     )
     if not len(ours):
         return expected, found
-    nearest = torch.cdist(ours, theirs, p=float("inf")).argmin(1)
-    return expected, {name: tensor[nearest] for name, tensor in found.items()}
+    distances = torch.cdist(ours, theirs, p=float("inf")).nan_to_num(nan=torch.inf).clamp(max=1e6)
+    order = torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1])
+    return expected, {name: tensor[order.to(tensor.device)] for name, tensor in found.items()}

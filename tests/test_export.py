@@ -1,5 +1,6 @@
 """Files that run without Python code compute what the network does, at any size of an image."""
 
+import math
 import re
 import runpy
 import subprocess
@@ -14,7 +15,7 @@ from sklearn.datasets import load_sample_image
 from torch import nn
 
 from dk_detectron.commands import export as command
-from dk_detectron.export import ExportError, export, operators
+from dk_detectron.export import ExportError, _paired, export, operators
 from dk_detectron.layers import KINDS, LocalDeformKernel2d
 from dk_detectron.model_zoo import CONFIGS, load_config
 from dk_detectron.modeling import FeatureList, mobilenet_v2, resnet_dw
@@ -289,6 +290,24 @@ def test_a_network_that_cannot_be_exported_leaves_what_was_there(onnx, tmp_path)
             export(Fixed(), scale * (torch.rand(1, 1, 4, 6) + 5), path)
         assert path.read_text() == "precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.pt2"]
+
+
+def detections(*rows) -> dict[str, torch.Tensor]:
+    values = torch.tensor(rows)
+    return {"pred_boxes": values[:, :4], "scores": values[:, 4], "pred_classes": values[:, 5]}
+
+
+def test_detections_are_compared_whatever_their_order_but_each_once():
+    """Of two near each other, the second must not stand in for one that is missing."""
+    one, near, far = (0, 0, 9, 9, 0.5, 1), (0, 0, 9, 9.5, 0.5, 1), (20, 20, 40, 40, 0.5, 1)
+    expected, found = _paired(detections(one, near, far), detections(far, one, near))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+    wrong = (50.0, 50, 60, 60, 0.9, 2)
+    expected, found = _paired(detections(one, near, far), detections(wrong, far, one))
+    assert torch.equal(found["pred_boxes"][:, 0], torch.tensor([0.0, 50, 20]))
+    _, found = _paired(detections(one, far), detections(far, (math.nan, 0, 9, 9, 0.5, 1)))
+    assert found["pred_boxes"][0].isnan().any()
 
 
 def test_the_command_line(onnx, monkeypatch, capsys, tmp_path):
