@@ -8,11 +8,15 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
 from test_engine import CONFIG, OPTIONS, datasets_root, train  # noqa: F401
 from test_modeling_constructors import LAZY
 
 from dk_detectron.data.datasets import register
 from dk_detectron.engine import DetectionEvaluator, Trainer
+from dk_detectron.engine.evaluator import LEFT_OUT_FILE
+from dk_detectron.evaluation.errors import scenes
+from dk_detectron.evaluation.scores import Scores, without_images
 from dk_detectron.model_zoo import load_config
 
 NAME = "evaluator_test"
@@ -42,14 +46,14 @@ def truth(tmp_path):
     MetadataCatalog.remove(NAME)
 
 
-def evaluate(evaluator, boxes) -> dict:
-    """Of the same detections in both images, all of the first class."""
+def evaluate(evaluator, boxes, images=(1, 2)) -> dict:
+    """Of the same detections in all images, all of the first class."""
     instances = Instances((70, 80))
     instances.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4).float())
     instances.scores = torch.full((len(boxes),), 0.9)
     instances.pred_classes = torch.zeros(len(boxes), dtype=torch.long)
     evaluator.reset()
-    for k in 1, 2:
+    for k in images:
         evaluator.process([{"image_id": k}], [{"instances": instances}])
     return evaluator.evaluate()
 
@@ -79,6 +83,21 @@ def test_without_ground_truth_there_is_no_ap(truth):
     content.pop("annotations")
     truth.write_text(json.dumps(content))
     assert evaluate(DetectionEvaluator(NAME), []) == {}
+
+
+def test_pictures_that_are_left_out_are_no_part_of_any_metric(truth, tmp_path):
+    """And are named, for what is made of the results later."""
+    folder = tmp_path / "inference"
+    evaluator = DetectionEvaluator(NAME, output_dir=str(folder))
+    evaluate(evaluator, [[1, 1, 21, 21]])
+    assert json.loads((folder / LEFT_OUT_FILE).read_text()) == []
+    metrics = evaluate(evaluator, [[1, 1, 21, 21]], images=[1])["bbox"]
+    assert json.loads((folder / LEFT_OUT_FILE).read_text()) == [2]
+    assert metrics["AP"] == pytest.approx(100) and math.isnan(metrics["AP-block"])
+    kept = without_images(COCO(truth), {2})
+    results = json.loads((folder / "coco_instances_results.json").read_text())
+    assert 100 * Scores(kept, results).ap() == pytest.approx(metrics["AP"])
+    assert [image_id for image_id, _ in scenes(kept, results)] == [1]
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -338,6 +338,7 @@ def test_detectors_leave_damaged_pictures_out_if_asked(datasets_root, tmp_path):
     )
     results = tmp_path / "run" / "inference" / "shapes_val" / "coco_instances_results.json"
     assert 3 not in {found["image_id"] for found in json.loads(results.read_text())}
+    assert json.loads((results.parent / "left_out.json").read_text()) == [3]
 
 
 def test_test_time_augmentation_is_done(run, datasets_root, tmp_path):  # noqa: F811

@@ -171,6 +171,21 @@ def test_a_data_set_without_objects(kept, other, make, tmp_path):
     assert [row[1:] for row in page.rows if len(row) == 5 and row[0] == other.name] == [["–"] * 4]
 
 
+def test_pictures_that_could_not_be_read_are_no_part_of_it(other, make):
+    (folder,) = (other / "inference").iterdir()
+    results = json.loads((folder / "coco_instances_results.json").read_text())
+    missing = results[0]["image_id"]
+    kept = [r for r in results if r["image_id"] != missing]
+    (folder / "coco_instances_results.json").write_text(json.dumps(kept))
+    note = f"{other.name}: pictures that could not be read, and are left out: 1"
+    whole = make(other, "--count", 99)
+    (folder / "left_out.json").write_text(json.dumps([missing]))
+    without = make(other, "--count", 99)
+    assert note in without.text and note not in whole.text
+    shown = [page.text.count(".png: ") for page in (whole, without)]
+    assert shown[0] > shown[1] > 0
+
+
 def test_dead_fields_are_said(other, make):
     path = other / "model_final.pth"
     checkpoint = torch.load(path, weights_only=True)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from ..weights import replacing
+
+# Beside the results: the identifiers of images that could not be read, which no metric is of.
+LEFT_OUT_FILE = "left_out.json"
 
 
 class DetectionEvaluator(COCOEvaluator):
@@ -31,7 +38,13 @@ class DetectionEvaluator(COCOEvaluator):
     def evaluate(self, img_ids: list[int] | None = None) -> dict:
         """Over the images that could be read, which are all unless some are left out."""
         found = comm.gather([prediction["image_id"] for prediction in self._predictions])
-        return super().evaluate(img_ids or list(chain(*found)))
+        seen = list(chain(*found))
+        if self._output_dir and comm.is_main_process():
+            path = Path(self._output_dir, LEFT_OUT_FILE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                Path(temporary).write_text(json.dumps(sorted({*self._coco_api.imgs} - {*seen})))
+        return super().evaluate(img_ids or seen)
 
     def _tasks_from_predictions(self, predictions: list[dict]) -> list[str]:
         return super()._tasks_from_predictions(predictions) if predictions else self._if_nothing

@@ -22,6 +22,7 @@ from ..engine import EVALUATION_FILE, Predictor
 from ..engine.checks import flat
 from ..engine.detection import inference_folder
 from ..engine.drawing import draw_pair, give_colours, to_instances
+from ..engine.evaluator import LEFT_OUT_FILE
 from ..engine.outputs import RESULTS_FILE
 from ..engine.prediction import check_detects
 from ..engine.record import CONFIG_FILE, TRAINING_FILE, last_checkpoint, read_metrics, run_config
@@ -32,7 +33,7 @@ from .errors import KINDS, PictureScore, by_image, confusion, find_errors, scene
 from .report_looks import look
 from .report_page import Picture, Section, Table, render_report
 from .results import read_results
-from .scores import AREAS, Scores
+from .scores import AREAS, Scores, without_images
 
 METRICS = "AP", "AP50", "AP75", "APs", "APm", "APl"
 MOST_CONFUSED = 40  # more classes than these are no chart, but the most frequent confusions
@@ -59,6 +60,11 @@ class Run:
         """The detections of the last evaluation on a data set, if there was one."""
         path = inference_folder(str(self.folder), dataset) / RESULTS_FILE
         return list(read_results(path)) if path.is_file() else None
+
+    def left_out(self, dataset: str) -> set[int]:
+        """The images that this evaluation could not read."""
+        path = inference_folder(str(self.folder), dataset) / LEFT_OUT_FILE
+        return set(json.loads(path.read_text())) if path.is_file() else set()
 
     def settings(self) -> str:
         """The YAML file that it was trained with."""
@@ -178,20 +184,26 @@ def _results(
         "of one kind were mended. Confusions, and pictures (objects on the left, detections on the "
         f"right) are of scores of {threshold:g} and more."
     )
-    scores = {n: Scores(pictures.truth, r) for n, r in progress([*results.items()], "Scores")}
+    left_out = {run.name: run.left_out(dataset) for run in runs if run.name in results}
+    section.notes += [
+        f"{name}: pictures that could not be read, and are left out: {len(missing)}"
+        for name, missing in left_out.items() if missing
+    ]  # fmt: skip
+    truth = {name: without_images(pictures.truth, missing) for name, missing in left_out.items()}
+    scores = {n: Scores(truth[n], r) for n, r in progress([*results.items()], "Scores")}
     section.tables.append(_by_size(scores))
     _add_classes(section, scores, pictures)
     section.add_chart(figures.draw_precision_recall(scores))
     gains, counts = {}, []
     for name, r in results.items():
-        seen = scenes(pictures.truth, r, progress=lambda items: progress(items, "Errors"))
+        seen = scenes(truth[name], r, progress=lambda items: progress(items, "Errors"))
         errors = find_errors(seen)
         gains[name] = errors.gains()
         counts.append([name, *errors.counts().values()])
     section.add_chart(figures.draw_errors(gains))
     section.tables.append(Table("Number of errors, at all scores", ["run", *KINDS], counts))
     for name, r in results.items():
-        seen = list(scenes(pictures.truth, r, threshold=threshold))
+        seen = list(scenes(truth[name], r, threshold=threshold))
         categories = sorted(pictures.truth.cats)
         _add_confusion(section, name, pictures, confusion(seen, categories))
         _add_pictures(section, name, dataset, score_pictures(seen), r, threshold, count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -12,6 +12,21 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 AREAS = "all", "small", "medium", "large"
+
+
+def without_images(truth: COCO, left_out: Collection[int]) -> COCO:
+    """The ground truth of all other images."""
+    kept = COCO()
+    kept.dataset = {
+        **truth.dataset,
+        "images": [x for x in truth.dataset["images"] if x["id"] not in left_out],
+        "annotations": [
+            x for x in truth.dataset.get("annotations", []) if x["image_id"] not in left_out
+        ],
+    }
+    with redirect_stdout(io.StringIO()):
+        kept.createIndex()
+    return kept
 
 
 class Scores:
