@@ -253,6 +253,16 @@ def test_kernels_of_networks(runs, tmp_path, monkeypatch, capsys):
     assert every[1] == one[1] and every[0] - one[0] == pytest.approx(4 * 2.25 * 110, abs=3)
 
 
+def test_a_picture_of_two_objects_has_its_offsets_once(runs, dataset, tmp_path, monkeypatch):
+    one, other = (f"{dataset.split(':')[2]}/{i}.png" for i in (1, 2))
+    tables = []
+    for images in [one, other], [one, other, one]:
+        arguments = "--images", *images, "--layers", "backbone.bottom_up.res4.0.conv2"
+        run(visualize_kernels, monkeypatch, runs["dk"], *arguments, "--output-dir", tmp_path)
+        tables.append((tmp_path / "seed_0_offsets.csv").read_text())
+    assert tables[0] == tables[1]
+
+
 def test_kernels_need_offsets(runs, tmp_path, monkeypatch, capsys):
     for arguments, message in {
         (runs["rigid"],): "seed_0: model: expected layers of dk_detectron.layers",

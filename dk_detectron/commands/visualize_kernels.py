@@ -8,7 +8,8 @@ Of each network NAME, into OUTPUT_DIR:
     NAME_kernels_I.png   at the centre of object I: where each tap samples its scope, the kernel
                          that this makes, and where the taps are on the picture
     NAME_samples_I.png   where data offsets lead from there, over the last --levels layers
-    NAME_*_offsets.png   histograms by layer over all these pictures, and the share of clipped taps
+    NAME_*_offsets.png   histograms by layer over all these pictures, each once, and the share of
+                         clipped taps
     NAME_offsets.csv     the same in numbers
 
 docs/seeing.md tells how to read them. Works on the layers of dk_detectron.layers, and on deformable
@@ -17,6 +18,7 @@ convolutions of torchvision and detectron2.
 
 import argparse
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 from ..analysis.kernel_figures import LayerView, draw_histograms, draw_kernels, draw_samples
@@ -89,11 +91,14 @@ def choose_layers(names: list[str] | None, seen: dict[str, Observation]) -> list
 def look(args: argparse.Namespace, network: Network) -> None:
     """Everything of one network."""
     stem = network.stem
-    statistics = no_statistics()
+    statistics, counted = no_statistics(), set()
     for number, (label, (picture,)) in enumerate(_subjects.subjects(args, [network.cfg]), start=1):
         seen = with_offsets(network, picture)
         title = f"{network.name}, {label}"
-        add_statistics(statistics, seen)
+        content = sha256(picture.pixels.tobytes()).digest()
+        if content not in counted:  # for another of its objects
+            counted.add(content)
+            add_statistics(statistics, seen)
         draw_subject(args, network, picture, seen, title, f"{stem}_{{}}_{number}.png")
     table = []
     for kind, layers in statistics.items():
