@@ -15,7 +15,9 @@ AREAS = "all", "small", "medium", "large"
 
 
 def without_images(truth: COCO, left_out: Collection[int]) -> COCO:
-    """The ground truth of all other images."""
+    """The ground truth of all other images; itself if none is left out."""
+    if not left_out:
+        return truth
     kept = COCO()
     kept.dataset = {
         **truth.dataset,
