@@ -238,10 +238,10 @@ def test_the_embedding_keeps_what_is_near_together():
 
 def test_the_figure_has_a_colour_for_every_class_and_decile():
     rng = np.random.default_rng(0)
-    classes = np.array([f"class {i % 12}" for i in range(120)])
+    classes = np.array([f"_class {i % 12} $^$" for i in range(120)])
     dynamics = Dynamics(rng.normal(size=(120, 2)), classes, np.arange(120) // 12, np.arange(120))
     found = Agreement(0.5, 0.125, 0.01)
-    panel = Panel("net: gates (2)", dynamics, dynamics.values, found, found)
+    panel = Panel("$^$net: gates (2)", dynamics, dynamics.values, found, found)
     figure = draw_dynamics([panel, panel])
     left, right = figure.axes[:2]
     assert len(left.collections) == 12
@@ -253,6 +253,7 @@ def test_the_figure_has_a_colour_for_every_class_and_decile():
     assert left.get_title() == "class: 50% of neighbours agree\n(by chance 12.5% ± 1.0%)"
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
+    assert len(left.get_legend().get_texts()) == 12
     assert np.ptp(np.asarray(canvas.buffer_rgba())) == 255
 
 

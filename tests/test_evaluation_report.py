@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_engine import CONFIG, OPTIONS, run_tool
 from test_engine_prediction import datasets_root  # noqa: F401  (a fixture)
 
@@ -274,6 +275,18 @@ def test_what_could_not_be_measured_is_no_curve():
     (curve,) = draw_ap_curves({"run": lines}).axes[0].lines
     assert curve.get_xydata().tolist() == [[9, 5]] and curve.get_label() == "run"
     assert draw_ap_curves({"run": [{"iteration": 9, "bbox/AP": None}]}) is None
+
+
+def test_any_names_of_many_runs_are_told_apart():
+    start, rest = "faster_rcnn_R_50_DW_FPN_dk_global_", "_with_a_learning_rate_of_its_own"
+    names = ["_first", "$\\frac$", *(f"{start}{i}{rest}" for i in range(10))]
+    names += [f"{start}with{rest}_and_{i}" for i in range(10)]
+    figure = draw_losses({name: [{"iteration": 9, "total_loss": 1.0}] for name in names})
+    FigureCanvasAgg(figure).draw()  # which is when a formula is read
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[:2] == [" _first", r"\$\frac\$"]
+    assert len({*texts}) == len(names) and max(map(len, texts)) <= 72
+    assert len({tuple(line.get_color()) for line in figure.axes[0].lines}) == len(names)
 
 
 def test_a_picture_is_in_its_address():

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from ..data.chart_text import chart_text
 from .dynamics import DECILES, Agreement, Dynamics
 
 CLASSES, SCALES = colormaps["tab10"], colormaps["viridis"]
@@ -48,12 +49,15 @@ def draw_dynamics(panels: Sequence[Panel]) -> Figure:
         for i, name in enumerate(sorted(set(panel.dynamics.classes))):
             those = panel.places[panel.dynamics.classes == name]
             marker = MARKERS[i // CLASSES.N % len(MARKERS)]
-            left.scatter(*those.T, s=size, color=CLASSES(i % CLASSES.N), marker=marker, label=name)
+            left.scatter(
+                *those.T, s=size, color=CLASSES(i % CLASSES.N), marker=marker,
+                label=chart_text(name),
+            )  # fmt: skip
         left.legend(
             fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5), markerscale=1.5
         )
         left.set_title(_text("class", panel.by_class), fontsize=8)
-        left.set_ylabel(panel.title, fontsize=8, fontweight="bold", labelpad=75)
+        left.set_ylabel(panel.title, fontsize=8, fontweight="bold", labelpad=75, parse_math=False)
         scale = right.scatter(
             *panel.places.T, s=size, c=panel.dynamics.deciles, cmap=SCALES.resampled(DECILES),
             vmin=-0.5, vmax=DECILES - 0.5,

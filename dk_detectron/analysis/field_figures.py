@@ -128,11 +128,11 @@ def draw_fields(
         height_ratios=[WIDTH * ratio + text for ratio in ratios],
     )  # fmt: skip
     for axes_of_row, (label, panels) in zip(grid, rows, strict=True):
-        axes_of_row[0].set_ylabel(label, fontsize=8)
+        axes_of_row[0].set_ylabel(label, fontsize=8, parse_math=False)
         for axes, panel in zip(axes_of_row, panels, strict=True):
             _draw(axes, panel)
     for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=9, fontweight="bold")
+        axes.set_title(title, fontsize=9, fontweight="bold", parse_math=False)
     handles = [
         Line2D([], [], color=BOX, marker="+", label="object's box and centre"),
         Line2D([], [], color=RADIUS, label="half of the mass"),

@@ -85,7 +85,7 @@ def draw_kernels(
     figure = Figure(
         figsize=(2.2 * columns + 0.2, 2.25 * len(layers) + 0.8), dpi=110, layout="constrained"
     )
-    figure.suptitle(title, fontsize=9, fontweight="bold")
+    figure.suptitle(title, fontsize=9, fontweight="bold", parse_math=False)
     grid = figure.subplots(len(layers), columns, squeeze=False)
     for axes, layer in zip(grid, layers, strict=True):
         _picture(axes[0], pixels, point)
@@ -129,7 +129,7 @@ def draw_samples(
     ratio = pixels.shape[0] / pixels.shape[1]
     size = 3.2 * len(panels) + 0.2, 3.2 * ratio + 0.6
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    figure.suptitle(title, fontsize=9, fontweight="bold")
+    figure.suptitle(title, fontsize=9, fontweight="bold", parse_math=False)
     for axes, (name, point, places) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
@@ -149,7 +149,7 @@ def draw_histograms(title: str, kind: str, layers: Mapping[str, OffsetStatistics
     density = np.stack([np.histogram(v.clip(-reach, reach), edges)[0] / len(v) for v in values])
     kernel = kind == "kernel_offset"
     figure = Figure(figsize=(7.5, 0.22 * len(layers) + 1.4), dpi=110, layout="constrained")
-    figure.suptitle(title, fontsize=9, fontweight="bold")
+    figure.suptitle(title, fontsize=9, fontweight="bold", parse_math=False)
     wide, *narrow = np.atleast_1d(
         figure.subplots(1, 1 + kernel, width_ratios=(4, 1)[: 1 + kernel], sharey=True)
     )

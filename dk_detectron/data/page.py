@@ -15,6 +15,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from matplotlib.figure import Figure
 
+from .chart_text import chart_text
 from .checking import Report, duplicates
 from .faults import overhang
 from .html import jpeg, render, svg
@@ -106,13 +107,12 @@ def _class_chart(classes: list[str], boxes: list[list[int]]) -> Figure:
     figure = Figure((6, 1 + 0.22 * len(order)))
     axes = figure.subplots()
     left = np.zeros(len(order))
-    labels = [classes[i] if len(classes[i]) < 30 else f"{classes[i][:27]}..." for i in order]
     for size, shade in zip(range(3), ("#9ecae1", "#4292c6", "#08519c"), strict=True):
         counts = np.array([boxes[i][size] for i in order])
         label = ("small", "medium", "large")[size]
         axes.barh(range(len(order)), counts, left=left, color=shade, label=label)
         left += counts
-    axes.set_yticks(range(len(order)), [label.replace("$", r"\$") for label in labels])
+    axes.set_yticks(range(len(order)), [chart_text(classes[i]) for i in order])
     axes.invert_yaxis()
     axes.set_xlabel("boxes")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

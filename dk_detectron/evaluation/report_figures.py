@@ -9,11 +9,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..data.chart_text import chart_text
 from .errors import KINDS
 from .scores import Scores
 
 WIDTH = 5.4  # inches: two beside each other on a desk
 SMOOTHING = 0.05  # of a curve: the share of all steps that an average reaches back
+COLOURS = [c for name in ("tab10", "tab20b") for c in colormaps[name](range(colormaps[name].N))]
 LOSS, AP = "total_loss", "/AP"
 Metrics = Mapping[str, Sequence[dict]]  # by run, what metrics.json has
 
@@ -27,14 +29,19 @@ def _chart(height: float, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _run(name: str) -> str:
+    return chart_text(name, longest=72)  # a line below the chart
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the chart, which grows for it: names of runs are long, and may be many."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + 0.16 * len(labels))
+    figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
+
+
 def _colour(number: int):
-    return colormaps["tab10"](number % 10)
-
-
-def _label(text: str) -> str:
-    """matplotlib reads what is between two dollars as a formula."""
-    text = text.replace("$", r"\$")
-    return text if len(text) < 30 else f"{text[:27]}..."
+    return COLOURS[number % len(COLOURS)]
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
@@ -68,12 +75,12 @@ def draw_losses(runs: Metrics) -> Figure | None:
         if measured := points(metrics, LOSS):
             steps, losses = np.array(measured).T
             axes.plot(steps, losses, ".-", color=_colour(number), alpha=0.25, lw=0.8, ms=2)
-            axes.plot(steps, smoothed(losses), color=_colour(number), label=_label(name))
+            axes.plot(steps, smoothed(losses), color=_colour(number), label=_run(name))
     if not axes.lines:
         return None
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    _legend(figure, axes)
     return figure
 
 
@@ -92,33 +99,35 @@ def draw_ap_curves(runs: Metrics) -> Figure | None:
             style = "--" if what.endswith("_ema") else "-"
             axes.plot(
                 *np.array(points(metrics, key)).T, style, marker="o", ms=4, color=_colour(number),
-                label=_label(several),
+                label=_run(several),
             )  # fmt: skip
     if not axes.lines:
         return None
     axes.set_xlabel("step")
     axes.set_ylabel("AP, %")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    _legend(figure, axes)
     return figure
 
 
-def _grouped_bars(axes: Axes, labels: Sequence[str], runs: Mapping[str, Sequence[float]]) -> None:
+def _grouped_bars(
+    figure: Figure, axes: Axes, labels: Sequence[str], runs: Mapping[str, Sequence[float]]
+) -> None:
     """A row for each label, in it a bar for each run."""
     thickness = 0.8 / len(runs)
     for number, (name, values) in enumerate(runs.items()):
         places = np.arange(len(labels)) + (number - (len(runs) - 1) / 2) * thickness
         bars = axes.barh(
-            places, np.nan_to_num(values), thickness, color=_colour(number), label=_label(name)
+            places, np.nan_to_num(values), thickness, color=_colour(number), label=_run(name)
         )
         texts = ["–" if np.isnan(value) else f"{value:.1f}" for value in values]
         axes.bar_label(bars, texts, padding=2, fontsize=7)
-    axes.set_yticks(range(len(labels)), [_label(label) for label in labels])
+    axes.set_yticks(range(len(labels)), [chart_text(label) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
     if len(runs) > 1:
-        axes.legend(fontsize=8)
+        _legend(figure, axes)
 
 
 def _height(rows: int, runs: int) -> float:
@@ -128,7 +137,7 @@ def _height(rows: int, runs: int) -> float:
 def draw_class_ap(classes: Sequence[str], runs: Mapping[str, Sequence[float]]) -> Figure:
     """Average precisions in percent, a row for each class."""
     figure, axes = _chart(_height(len(classes), len(runs)), "AP by class, %")
-    _grouped_bars(axes, classes, runs)
+    _grouped_bars(figure, axes, classes, runs)
     axes.set_xlim(left=0)
     return figure
 
@@ -136,9 +145,8 @@ def draw_class_ap(classes: Sequence[str], runs: Mapping[str, Sequence[float]]) -
 def draw_errors(runs: Mapping[str, Mapping[str, float]]) -> Figure:
     """By how many points AP50 would rise without the errors of one kind."""
     figure, axes = _chart(_height(len(KINDS), len(runs)), "AP50 that is lost to errors, points")
-    _grouped_bars(
-        axes, KINDS, {name: [100 * gains[kind] for kind in KINDS] for name, gains in runs.items()}
-    )
+    points_lost = {name: [100 * gains[kind] for kind in KINDS] for name, gains in runs.items()}
+    _grouped_bars(figure, axes, KINDS, points_lost)
     axes.set_xlim(left=0)
     return figure
 
@@ -150,10 +158,10 @@ def draw_precision_recall(runs: Mapping[str, Scores]) -> Figure:
         for threshold, style in (0.5, "-"), (0.75, "--"):
             axes.plot(
                 scores.recalls, scores.precision(threshold=threshold), style,
-                color=_colour(number), label=_label(f"{name}, IoU {threshold}"),
+                color=_colour(number), label=_run(f"{name}, IoU {threshold}"),
             )  # fmt: skip
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(fontsize=8)
+    _legend(figure, axes)
     return figure
 
 
@@ -164,11 +172,11 @@ def draw_confusion(name: str, classes: Sequence[str], matrix: np.ndarray) -> Fig
     axes = figure.subplots()
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    labels = [_label(text) for text in classes]
+    labels = [chart_text(text) for text in classes]
     axes.set_xticks(range(len(matrix)), [*labels, "missed"], rotation=90)
     axes.set_yticks(range(len(matrix)), [*labels, "nothing"])
     axes.set(xlabel="found as", ylabel="is")
-    axes.set_title(_label(name), fontsize=10)
+    axes.set_title(chart_text(name), fontsize=10)
     if len(matrix) <= 32:
         for row, column in zip(*np.nonzero(matrix), strict=True):
             axes.text(
