@@ -352,6 +352,7 @@ def test_padding_by_name_is_that_of_conv2d(layer, padding, dilation):
         ({"kernels": (2, 4, 4, 3, 3)}, ValueError, r"kernels: expected \[2, C_out, 2, .* got"),
         ({"kernels": (4, 2, 3, 3)}, ValueError, "kernels: expected"),
         ({"input": (4, 8, 8)}, ValueError, r"input: expected \[N, C_in, H, W\], got \[4, 8, 8\]"),
+        ({"kernels": (2, 3, 2, 3, 3)}, ValueError, "kernels: 3 output channels do not divide into"),
         ({"groups": 3}, ValueError, "groups: expected a divisor of the 4 input channels, got 3"),
         ({"stride": 0}, ValueError, "stride: expected an integer >= 1"),
         ({"dilation": 0}, ValueError, "dilation: expected an integer >= 1"),

@@ -94,8 +94,10 @@ def check_groups(
         raise ValueError(f"{argument}: expected a divisor of the {channels} {name}, got {groups!r}")
 
 
-def check_bias(bias: Tensor | None, channels: int) -> None:
-    """Raises unless there is one number for each output channel, or no bias."""
+def check_outputs(weight: str, channels: int, groups: int, bias: Tensor | None) -> None:
+    """Raises unless ``groups`` divides the output channels, each of which has its bias, if any."""
+    if channels % groups:
+        raise ValueError(f"{weight}: {channels} output channels do not divide into {groups} groups")
     if bias is not None and shape(bias) != [channels]:
         raise ValueError(f"bias: expected [{channels}], got {shape(bias)}")
 
@@ -123,11 +125,7 @@ def check(
             f"weight: expected [C_out, {channels // groups}, S_h, S_w] "
             f"({channels} input channels / {groups} groups), got {shape(weight)}"
         )
-    if weight.shape[0] % groups:
-        raise ValueError(
-            f"weight: {weight.shape[0]} output channels do not divide into {groups} groups"
-        )
-    check_bias(bias, weight.shape[0])
+    check_outputs("weight", weight.shape[0], groups, bias)
     out_size = checked_output_size(input, kernel_size, stride, padding, dilation)
     taps = kernel_size[0] * kernel_size[1]
     plain, modulated = ([input.shape[0], channels * taps, *out_size] for channels in (2, 3))

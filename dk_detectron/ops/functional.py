@@ -24,10 +24,10 @@ from .arguments import (
     autocast,
     autocasts,
     check,
-    check_bias,
     check_floating,
     check_groups,
     check_images,
+    check_outputs,
     checked_output_size,
     in_format_of,
     in_transform,
@@ -247,7 +247,7 @@ def per_image_conv2d(
             f"kernels: expected [{expected[0]}, C_out, {expected[1]}, K_h, K_w], one kernel an "
             f"image, got {shape(kernels)}"
         )
-    check_bias(bias, kernels.shape[1])
+    check_outputs("kernels", kernels.shape[1], groups, bias)
     checked_output_size(input, kernels.shape[3:], stride, padding, dilation)
     kernels = kernels.to(input.dtype)
     if list(kernels.shape[3:]) == [1, 1] and groups == 1 and padding == (0, 0):
