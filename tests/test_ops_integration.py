@@ -118,6 +118,16 @@ def test_autocast_types_of_any_grouping(bias, which, device):
     assert {gradient.dtype for gradient in actual.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_autocast_leaves_different_is_named_as_it_was_given(name):
+    """Double stays double, the others do not."""
+    case = Case(bias=True)
+    tensors = case.tensors(torch.float64) | {name: case.tensors(torch.float32)[name]}
+    message = f"{name}: expected type torch.float64 like input, got torch.float32"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=message):
+        deform_kernel_conv2d(**tensors, **case.arguments)
+
+
 # ---- compile and export --------------------------------------------------------------------------
 
 

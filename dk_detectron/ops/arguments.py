@@ -67,10 +67,16 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """``tensors`` as an operator takes them while autocast is on."""
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.dtype in AUTOCAST_FROM else t for t in tensors]
+def type_in_operator(tensor: Tensor) -> torch.dtype:
+    """That of ``tensor`` as an operator takes it, which autocast may have cast."""
+    device = tensor.device.type
+    casts = tensor.dtype in AUTOCAST_FROM and autocasts(device)
+    return torch.get_autocast_dtype(device) if casts else tensor.dtype
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """``tensors`` as an operator takes them."""
+    return [None if tensor is None else tensor.to(type_in_operator(tensor)) for tensor in tensors]
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -147,9 +153,6 @@ def check(
             raise RuntimeError(
                 f"{name}: expected device {input.device} like input, got {tensor.device}"
             )
-    if not autocasts(input.device.type):
-        for name, tensor in ("weight", weight), ("bias", bias):
-            if tensor is not None and tensor.dtype != input.dtype:
-                raise TypeError(
-                    f"{name}: expected type {input.dtype} like input, got {tensor.dtype}"
-                )
+    for name, tensor in ("weight", weight), ("bias", bias):
+        if tensor is not None and type_in_operator(tensor) != type_in_operator(input):
+            raise TypeError(f"{name}: expected type {input.dtype} like input, got {tensor.dtype}")

@@ -22,7 +22,6 @@ from torch import Tensor
 from .arguments import (
     Size,
     autocast,
-    autocasts,
     check,
     check_floating,
     check_groups,
@@ -136,8 +135,7 @@ def deform_kernel_conv2d(
     if reason or in_forward_mode() or for_onnx():
         return composed_deform_kernel_conv2d(*tensors, **arguments)
     if in_transform():
-        if autocasts(input.device.type):  # or it saves what the kernels do not see
-            tensors[:3] = autocast(input.device.type, *tensors[:3])
+        tensors[:3] = autocast(*tensors[:3])  # or it saves what the kernels do not see
         return Forward.apply(*tensors, arguments)
     return torch.ops.dk_detectron.deform_kernel_conv2d(*tensors, **arguments)
 

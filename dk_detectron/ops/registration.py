@@ -27,7 +27,7 @@ def _register_autocast(device: str) -> None:
 
     @torch.library.impl(_library, "deform_kernel_conv2d", f"Autocast{device.upper()}")
     def _(input, weight, bias, kernel_offset, data_offset, **arguments):
-        input, weight, bias = autocast(device, input, weight, bias)
+        input, weight, bias = autocast(input, weight, bias)
         with torch.autocast(device, enabled=False):
             return torch.ops.dk_detectron.deform_kernel_conv2d(
                 input, weight, bias, kernel_offset, data_offset, **arguments
