@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -35,7 +36,7 @@ from dk_detectron.engine.resources import DiskError, OutOfMemoryError, WorkerErr
 from dk_detectron.engine.run_directory import check_unused, claim, set_aside
 from dk_detectron.engine.signals import StopRequest, leave_off
 from dk_detectron.model_zoo import load_config
-from dk_detectron.weights import replacing, write_checkpoint
+from dk_detectron.weights import replacing, write_checkpoint, write_text
 
 ENDLESS = "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 100_000
 ENDLESS += "DATASETS.TEST", "()"
@@ -158,6 +159,20 @@ def test_two_writers_of_a_file_do_not_meet(tmp_path):
         Path(third).write_text("half")
         raise KeyError
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_text_is_written_whole_and_the_same_everywhere(tmp_path):
+    path = tmp_path / "new" / "table.md"
+    program = (
+        "import sys; from pathlib import Path; from dk_detectron.weights import write_text; "
+        "write_text(Path(sys.argv[1]), '\\u00b1 \\u2265')"
+    )
+    latin = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", program, path], check=True, env=latin)
+    assert path.read_bytes() == "± ≥".encode() and list(path.parent.iterdir()) == [path]
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half \udc80")
+    assert path.read_bytes() == "± ≥".encode() and list(path.parent.iterdir()) == [path]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..analysis.dynamics import agreement, choose_classes, choose_kind, collect, embed, neighbours
 from ..analysis.dynamics_figures import Panel, draw_dynamics
 from ..analysis.objects import CocoPictures
-from ..weights import replacing
+from ..weights import write_text
 from . import _subjects
 from ._networks import Network, add_arguments, load_networks, named, save
 
@@ -88,8 +88,7 @@ def look(args: argparse.Namespace, networks: list[Network]) -> None:
         panels.append(panel)
         table.append(row)
     text = tabulate(table, HEADER, tablefmt="github")
-    with replacing(args.output_dir / "dynamics.md") as temporary:
-        Path(temporary).write_text(text + "\n")
+    write_text(args.output_dir / "dynamics.md", text + "\n")
     print(text)
     save(draw_dynamics(panels), args.output_dir / "dynamics.png")
 

@@ -26,7 +26,7 @@ from ..analysis.forward import deepest_feature
 from ..analysis.measures import overlap
 from ..analysis.objects import DEFORMATIONS, Picture
 from ..analysis.receptive_field import ReceptiveFields
-from ..weights import replacing
+from ..weights import write_text
 from . import _subjects
 from ._networks import Network, add_arguments, load_networks, named, save, write_table
 
@@ -141,8 +141,7 @@ def measure_all(args: argparse.Namespace, networks: list[Network]) -> None:
         tabulate(ranks, ["network", *correlations([])], tablefmt="github", floatfmt=".2f"),
     )
     text = "\n\n".join(tables)
-    with replacing(args.output_dir / "fields.md") as temporary:
-        Path(temporary).write_text(text + "\n")
+    write_text(args.output_dir / "fields.md", text + "\n")
     print(text)
 
 

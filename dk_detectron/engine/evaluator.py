@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..weights import replacing
+from ..weights import write_text
 
 # Beside the results: the identifiers of images that could not be read, which no metric is of.
 LEFT_OUT_FILE = "left_out.json"
@@ -40,10 +40,8 @@ class DetectionEvaluator(COCOEvaluator):
         found = comm.gather([prediction["image_id"] for prediction in self._predictions])
         seen = list(chain(*found))
         if self._output_dir and comm.is_main_process():
-            path = Path(self._output_dir, LEFT_OUT_FILE)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                Path(temporary).write_text(json.dumps(sorted({*self._coco_api.imgs} - {*seen})))
+            left_out = sorted({*self._coco_api.imgs} - {*seen})
+            write_text(Path(self._output_dir, LEFT_OUT_FILE), json.dumps(left_out))
         return super().evaluate(img_ids or seen)
 
     def _tasks_from_predictions(self, predictions: list[dict]) -> list[str]:

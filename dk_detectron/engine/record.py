@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..model_zoo import get_config
-from ..weights import LAST_CHECKPOINT, Checkpointer, replacing
+from ..weights import LAST_CHECKPOINT, Checkpointer, write_text
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.record")
@@ -102,7 +102,7 @@ def keep_training(folder: str | Path) -> None:
     """Writes training.yaml of a run of version 0.1, whose config.yaml is the only record of it."""
     training, config = Path(folder, TRAINING_FILE), Path(folder, CONFIG_FILE)
     if last_checkpoint(folder) and config.is_file() and not training.is_file():
-        _write(training, config.read_text())
+        write_text(training, config.read_text())
 
 
 def record_training(cfg: CfgNode, *, resumes: bool) -> None:
@@ -111,7 +111,7 @@ def record_training(cfg: CfgNode, *, resumes: bool) -> None:
     content = yaml.safe_load(cfg.dump())
     if resumes and path.is_file():
         content["MODEL"]["WEIGHTS"] = yaml.safe_load(path.read_text())["MODEL"]["WEIGHTS"]
-    _write(path, yaml.safe_dump(content))
+    write_text(path, yaml.safe_dump(content))
 
 
 def refresh_config(folder: str | Path) -> None:
@@ -124,17 +124,12 @@ def refresh_config(folder: str | Path) -> None:
     if training.is_file():
         content = yaml.safe_load(training.read_text())
         content["MODEL"]["WEIGHTS"] = os.path.abspath(_weights(folder))
-        _write(Path(folder, CONFIG_FILE), yaml.safe_dump(content))
+        write_text(Path(folder, CONFIG_FILE), yaml.safe_dump(content))
 
 
 def _weights(folder: str | Path) -> Path:
     """The last checkpoint; until there is one, the final one that is to come."""
     return last_checkpoint(folder) or Path(folder, FINAL)
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        Path(temporary).write_text(text)
 
 
 class RunCheckpointer(Checkpointer):
@@ -153,7 +148,7 @@ class RunCheckpointer(Checkpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         super().tag_last_checkpoint(last_filename_basename)
-        _write(Path(self.save_dir, CLASSES_FILE), json.dumps(self.classes, indent=2))
+        write_text(Path(self.save_dir, CLASSES_FILE), json.dumps(self.classes, indent=2))
         refresh_config(self.save_dir)
 
     def rewind(self, is_good: Callable[[dict], bool]) -> str | None:

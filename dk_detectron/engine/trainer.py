@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data.stream import SampleStream, seed_from
 from ..modeling import to_channels_last
-from ..weights import replacing
+from ..weights import write_text
 from . import schedule
 from .amp import build_loop
 from .average import WeightAverage
@@ -315,8 +315,8 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
 def write_evaluation(cfg: CfgNode, results: dict) -> None:
     """Writes ``OUTPUT_DIR/evaluation.json``, in the main process."""
     if comm.is_main_process():
-        with replacing(os.path.join(cfg.OUTPUT_DIR, EVALUATION_FILE)) as path, open(path, "w") as f:
-            json.dump(_plain(results), f, indent=2)
+        path = Path(cfg.OUTPUT_DIR, EVALUATION_FILE)
+        write_text(path, json.dumps(_plain(results), indent=2))
 
 
 def by_task(results: dict[str, dict]) -> dict[str, dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..data.deformed import MATCHING, TASKS
-from ..weights import replacing
+from ..weights import write_text
 from .estimates import estimate
 from .evidence import WIDER, Run
 from .evidence_plan import DCN, LOCAL, RIGID, experiments
@@ -132,9 +132,7 @@ def write_report(results: list[dict], folder: Path) -> str:
     """Writes ``tables.md``, the same as is returned, and ``kinds``, ``tests``, ``changes.png``."""
     found = Results(results)
     markdown = render(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "tables.md") as temporary:
-        Path(temporary).write_text(markdown)
+    write_text(folder / "tables.md", markdown)
     plot_kinds(found, folder / "kinds.png")
     plot_tests(found, folder / "tests.png")
     plot_changes(found, folder / "changes.png")

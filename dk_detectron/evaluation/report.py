@@ -27,7 +27,7 @@ from ..engine.outputs import RESULTS_FILE
 from ..engine.prediction import check_detects
 from ..engine.record import CONFIG_FILE, TRAINING_FILE, last_checkpoint, read_metrics, run_config
 from ..engine.trainer import by_task
-from ..weights import replacing
+from ..weights import write_text
 from . import report_figures as figures
 from .errors import KINDS, PictureScore, by_image, confusion, find_errors, scenes, score_pictures
 from .report_looks import look
@@ -122,8 +122,7 @@ def write_report(
     sections += _networks(runs, count, progress)
     sections += [_configuration(runs), Section("Versions", details=[("All versions", versions)])]
     title = ", ".join(run.name for run in runs)
-    with replacing(path) as temporary:
-        Path(temporary).write_text(render_report(title, sections), encoding="utf-8")
+    write_text(path, render_report(title, sections))
 
 
 def _overview(runs: Sequence[Run]) -> Section:

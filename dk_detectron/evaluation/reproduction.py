@@ -23,7 +23,7 @@ from ..data.stream import seeded
 from ..engine import EVALUATION_FILE, Trainer, check_weights
 from ..engine.record import read_metrics
 from ..model_zoo import CONFIGS, load_config, paper_rows
-from ..weights import replacing, write_checkpoint
+from ..weights import write_checkpoint, write_text
 from .submission import file_name
 
 COMMANDS = "dk_detectron.commands"
@@ -87,7 +87,7 @@ class Settings:
                     "give another --output"
                 )
         else:
-            write_file(path, json.dumps(settings, indent=2))
+            write_text(path, json.dumps(settings, indent=2))
 
 
 def check_scale(output: Path, scale: str) -> None:
@@ -237,7 +237,7 @@ def execute(run: Run) -> None:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
             raise RuntimeError(f"{run}: exit status {status}; the end of {log}:\n{tail}")
         if run.train and command is run.train[-1]:
-            write_file(run.folder / RESULT_FILE, json.dumps(read_result(run), indent=2))
+            write_text(run.folder / RESULT_FILE, json.dumps(read_result(run), indent=2))
 
 
 def write_start(run: Run) -> None:
@@ -292,9 +292,3 @@ def _inference_seconds(path: Path) -> float | None:
     pattern = r"Total inference pure compute time: .*\(([\d.]+) s / iter"
     found = re.findall(pattern, path.read_text(errors="replace"))
     return float(found[-1]) if found else None
-
-
-def write_file(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        Path(temporary).write_text(text)

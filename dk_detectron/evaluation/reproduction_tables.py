@@ -10,9 +10,9 @@ from statistics import fmean, stdev
 
 from tabulate import tabulate
 
-from ..weights import replacing
+from ..weights import replacing, write_text
 from .estimates import Estimate, Series, paired_difference
-from .reproduction import METRICS, RESULT_FILE, TABLES, family, select_rows, write_file
+from .reproduction import METRICS, RESULT_FILE, TABLES, family, select_rows
 
 
 def _read_results(output: Path, name: str) -> list[dict]:
@@ -133,9 +133,9 @@ def write_tables(rows: dict[str, dict[str, str]], output: Path, scale: str) -> s
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    write_file(output / "tables.csv", text.getvalue())
+    write_text(output / "tables.csv", text.getvalue())
     markdown = render(lines, scale)
-    write_file(output / "tables.md", markdown)
+    write_text(output / "tables.md", markdown)
     return markdown
 
 

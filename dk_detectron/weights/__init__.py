@@ -15,6 +15,7 @@ from .files import (
     refuse_pickle,
     replacing,
     write_checkpoint,
+    write_text,
 )
 from .optimizer_state import state_by_name
 
@@ -33,4 +34,5 @@ __all__ = [
     "replacing",
     "state_by_name",
     "write_checkpoint",
+    "write_text",
 ]

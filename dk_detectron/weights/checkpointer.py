@@ -18,8 +18,8 @@ from .files import (
     non_finite,
     read_checkpoint,
     refuse_pickle,
-    replacing,
     write_checkpoint,
+    write_text,
 )
 
 # The file that names the checkpoint which --resume takes.
@@ -168,5 +168,4 @@ class Checkpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with replacing(os.path.join(self.save_dir, LAST_CHECKPOINT)) as temporary:
-            Path(temporary).write_text(last_filename_basename)
+        write_text(Path(self.save_dir, LAST_CHECKPOINT), last_filename_basename)

@@ -194,6 +194,13 @@ def replacing(path: str | Path) -> Iterator[str]:
         Path(temporary).unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all, and makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """``torch.save`` that leaves the whole file, or what was there before.
 
