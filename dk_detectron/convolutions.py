@@ -47,7 +47,17 @@ def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
 
 
-def obstacle(conv: nn.Module, owners: Counter[int]) -> str:
+def owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values())
+
+
+def tied(layer: nn.Module, held: Counter[int]) -> str:
+    """What a layer of another kind would untie, in words; empty if its weight is its own."""
+    return "another module has the same weight" if held[id(layer.weight)] > 1 else ""
+
+
+def obstacle(conv: nn.Module, held: Counter[int]) -> str:
     """Why a convolution cannot become adaptive, in words; empty if it can."""
     kind = type(conv).__name__
     if isinstance(conv, torch.jit.ScriptModule):
@@ -62,9 +72,7 @@ def obstacle(conv: nn.Module, owners: Counter[int]) -> str:
         return f"weight: expected a floating point type, got {conv.weight.dtype}"
     if conv.weight.is_inference():
         return "its weight was made in torch.inference_mode: make the network outside of it"
-    if owners[id(conv.weight)] > 1:
-        return "another module has the same weight"
-    return ""
+    return tied(conv, held)
 
 
 def _has_own_way(conv: nn.Conv2d) -> bool:

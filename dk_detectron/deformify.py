@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,6 +19,8 @@ from .convolutions import (
     followers,
     hands_on_features,
     obstacle,
+    owners,
+    tied,
 )
 from .layers import KINDS, AdaptiveConv2d, LocalConv2d
 from .layers.costs import count_multiply_adds, count_parameters
@@ -117,10 +118,9 @@ def deformify(
     constructor = partial(KINDS[kind] if isinstance(kind, str) else kind, **options)
     found = convolutions(model)
     choose = _chooser(where, [name for names in found.values() for name in names])
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    layers, kept, misfits = {}, {}, []
+    layers, kept, misfits, held = {}, {}, [], owners(model)
     for conv, names in found.items():
-        reason = obstacle(conv, owners) or choose(names, conv)
+        reason = obstacle(conv, held) or choose(names, conv)
         if not reason:
             try:
                 layers[conv] = _adapted(conv, constructor)
@@ -151,14 +151,15 @@ def undeformify(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: some are no rigid convolutions any more, as their generators have learnt, or
-            hold what those cannot; or the model is wrapped for several processes. It is as it was.
+            hold or share what those cannot; or the model is wrapped for several processes. It is as
+            it was.
     """
     _check_unwrapped(model)
-    rigid, learnt = {}, []
+    rigid, learnt, held = {}, [], owners(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptiveConv2d)}
     for name, layer in layers.items():
         parts = [part for part, module in layer.named_children() if module in layer.generators]
-        if reason := attachment(layer, [*FOLLOWERS, *parts]):
+        if reason := attachment(layer, [*FOLLOWERS, *parts]) or tied(layer, held):
             raise ValueError(f"model: expected layers that can become rigid, got {name}: {reason}")
         try:
             rigid[name] = _rigid(layer)

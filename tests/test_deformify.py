@@ -430,6 +430,14 @@ def test_undeformify_knows_what_is_rigid():
         undeformify(nn.Sequential(moved))
 
 
+def test_layers_of_one_weight_are_not_untied():
+    model = nn.Sequential(*(LocalDeformKernel2d(6, 6, 3, groups=6) for _ in range(2)))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="become rigid, got 0: another module has the same weight"):
+        undeformify(model)
+    assert model[0].weight is model[1].weight and type(model[0]) is LocalDeformKernel2d
+
+
 # ---- detectron2's ResNet
 # ----------------------------------------------------------------------------------
 
