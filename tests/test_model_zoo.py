@@ -1,9 +1,13 @@
 """Configurations by name, as detectron2's own model zoo gives them."""
 
+import re
+from pathlib import Path
+
 import pytest
 from detectron2.config import get_cfg
 
 from dk_detectron import add_dk_config, model_zoo
+from dk_detectron.engine.checks import flat
 
 NAME = "COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml"
 
@@ -21,6 +25,15 @@ def test_the_configuration_is_the_files():
     expected.merge_from_file(str(model_zoo.CONFIGS / NAME))
     assert model_zoo.get_config(NAME) == expected
     assert expected.MODEL.DEFORM_KERNEL.CONV_3X3 == "local"
+
+
+def test_every_key_is_documented_with_its_default():
+    keys = get_cfg()
+    add_dk_config(keys)
+    added = flat(keys).keys() - flat(get_cfg()).keys()
+    expected = {key: repr(value) for key, value in flat(keys).items() if key in added}
+    page = (Path(__file__).parent.parent / "docs" / "keys.md").read_text()
+    assert dict(re.findall(r"^\| `([A-Z][A-Z0-9_.]+)` \| `(.+?)` \|", page, re.M)) == expected
 
 
 def test_the_network_of_a_name():
