@@ -766,3 +766,14 @@ def test_an_unknown_flag_behind_the_pairs_is_an_error(capsys):
     with pytest.raises(SystemExit):
         parse_flags_anywhere(default_argument_parser(), ["SEED", "3", "--resum", "--nothing"])
     assert "--nothing" in capsys.readouterr().err
+
+
+def test_the_help_is_of_this_trainer(monkeypatch, capsys):
+    """detectron2's own speaks of a LazyConfig's path.key=value, which is refused here."""
+    monkeypatch.setattr(sys, "argv", ["dk-train", "--help"])
+    with pytest.raises(SystemExit):
+        command_line(Trainer, "")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "LazyConfig" not in told and "opts KEY VALUE pairs" in told
+    assert "--config-file FILE a YAML file, or the name" in told
+    assert "--resume go on from the last checkpoint in OUTPUT_DIR" in told

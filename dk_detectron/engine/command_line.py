@@ -37,6 +37,12 @@ from .trainer import BaseTrainer
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.command_line")
+# Where detectron2's own speaks of what this trainer does not take, or leaves out what it does.
+HELP = {
+    "config_file": "a YAML file, or the name of a configuration of dk_detectron",
+    "resume": "go on from the last checkpoint in OUTPUT_DIR",
+    "opts": "KEY VALUE pairs over the configuration, such as SOLVER.MAX_ITER 1000",
+}
 
 
 def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
@@ -44,6 +50,8 @@ def command_line(trainer: type[BaseTrainer], epilog: str) -> None:
     parser = default_argument_parser(epilog=epilog)
     # detectron2's own is one port for all jobs of a user, of which the second would fail.
     parser.set_defaults(dist_url="auto")
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
     args = parse_flags_anywhere(parser)
     launch(partial(main, trainer_class=trainer), args)
 
