@@ -3,9 +3,10 @@ r"""Makes a checkpoint for a configuration's network out of another network's, w
     %(prog)s mobilenet_v2-b0353104.pth mnv2_dk_l3.pth \
         --config-file COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml
 
-SRC is a file or URL, .pth, .pt or .safetensors: a MobileNet-V2 of torchvision or timm, or a
-classifier or detector of this project. DST is for MODEL.WEIGHTS, which takes SRC too and converts
-it in passing. Prints what became of every tensor; if one does not fit, nothing is written.
+SRC is a file or URL, .pth, .pt or .safetensors: a MobileNet-V2 of torchvision or timm, a ResNet of
+torchvision for detectron2's own, or a classifier or detector of this project. DST is for
+MODEL.WEIGHTS, which takes SRC too and converts it in passing. Prints what became of every tensor;
+if one does not fit, nothing is written.
 """
 
 import argparse

@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=(), help="default: the page's")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--output", type=Path, default=Path("output/evidence"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/evidence"), help="default: %(default)s"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="only say what is done and what is not")
     what.add_argument("--report-only", action="store_true", help="only make tables and plots")

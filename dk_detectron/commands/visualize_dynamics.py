@@ -45,7 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, help="so many pictures, evenly spread (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of classes, t-SNE and shuffles")
-    parser.add_argument("--output-dir", type=Path, default=Path("output/dynamics"))
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("output/dynamics"), help="default: %(default)s"
+    )
     args = parser.parse_args()
     if args.classes < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--classes, --limit: expected a number of at least 1")

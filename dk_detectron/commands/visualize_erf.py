@@ -52,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--table", action="store_true", help="measure all objects; no pictures")
     parser.add_argument("--limit", type=int, help="of --table: so many pictures, evenly spread")
-    parser.add_argument("--output-dir", type=Path, default=Path("output/erf"))
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("output/erf"), help="default: %(default)s"
+    )
     args = parser.parse_args()
     _subjects.check_arguments(parser, args)
     if args.table and args.images:

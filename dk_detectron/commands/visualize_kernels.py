@@ -51,7 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--levels", type=int, default=3, help="of layers that data offsets pass (default: 3)"
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("output/kernels"))
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("output/kernels"), help="default: %(default)s"
+    )
     args = parser.parse_args()
     _subjects.check_arguments(parser, args)
     if args.levels < 1:
