@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from dk_detectron import add_dk_config, model_zoo
 from dk_detectron.engine.checks import flat
 
+ROOT = Path(__file__).parent.parent
 NAME = "COCO-Detection/faster_rcnn_MNV2_FPN_dk_l3_1x.yaml"
 
 
@@ -32,8 +33,21 @@ def test_every_key_is_documented_with_its_default():
     add_dk_config(keys)
     added = flat(keys).keys() - flat(get_cfg()).keys()
     expected = {key: repr(value) for key, value in flat(keys).items() if key in added}
-    page = (Path(__file__).parent.parent / "docs" / "keys.md").read_text()
+    page = (ROOT / "docs" / "keys.md").read_text()
     assert dict(re.findall(r"^\| `([A-Z][A-Z0-9_.]+)` \| `(.+?)` \|", page, re.M)) == expected
+
+
+def test_keys_in_the_documents_exist():
+    keys = get_cfg()
+    add_dk_config(keys)
+    known = {key[: dot.start()] for key in flat(keys) for dot in re.finditer(r"\.|$", key)}
+    key = re.compile(r"\b(?:MODEL|SOLVER|INPUT|DATALOADER|DATASETS|TEST)(?:\.[A-Z][A-Z0-9_]*)+\b")
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("dk_detectron/commands/*.py"),
+    ):
+        assert {*key.findall(path.read_text())} <= known, path
 
 
 def test_the_network_of_a_name():
