@@ -102,8 +102,8 @@ def attachment(layer: nn.Module, parts: Iterable[str]) -> str:
     Args:
         parts: names of the layer's own tensors and modules, beside weight and bias.
     """
-    tensors = [name for name in ("weight", "bias") if getattr(layer, name) is not None]
-    if made := [name for name in tensors if name not in layer._parameters]:
+    # Not asked for their values: to make them may draw, or change buffers.
+    if made := [name for name in ("weight", "bias") if name not in layer._parameters]:
         return (
             f"its {' and '.join(made)} is made by a parametrization or by pruning: remove that "
             "first, by remove_parametrizations, prune.remove or the like"

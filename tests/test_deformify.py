@@ -258,8 +258,11 @@ def test_a_convolution_of_its_own_way_is_left_alone():
 )
 def test_a_tensor_that_is_made_anew_is_left_alone_until_its_maker_is_removed(name, make, remove):
     model = nn.Sequential(nn.Conv2d(8, 8, 3), make(nn.Conv2d(8, 8, 3), name))
+    state = {key: tensor.clone() for key, tensor in model[1].state_dict().items()}
     report = deformify(model)
     assert report.changed == ["0"]
+    for key, tensor in model[1].state_dict().items():  # spectral_norm's change if it is asked
+        assert torch.equal(tensor, state[key])
     assert report.kept["1"].startswith(f"its {name} is made by a parametrization or by pruning")
     x = torch.randn(1, 8, 9, 9)
     remove(model[1], name)

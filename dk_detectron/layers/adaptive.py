@@ -26,6 +26,8 @@ class AdaptiveConv2d(nn.Module):
     A subclass says what its weight looks like, makes its generators, and convolves.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_channels: int,
@@ -67,7 +69,8 @@ class AdaptiveConv2d(nn.Module):
         self.groups = groups
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(self._weight_shape(), **factory))
-        self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        made = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self.register_parameter("bias", made)  # also none, as nn.Conv2d does
         self._make_generators(factory)
         self.norm = norm
         self.activation = activation
