@@ -412,3 +412,11 @@ def test_a_layer_that_starts_at_zero_learns_to_adapt(kind, kernel):
     (generator,) = layer.generators
     parts = generator.weight.grad.flatten(1)
     assert not torch.allclose(parts, parts[:1].expand_as(parts), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("num_experts", [2, 8])
+def test_experts_of_zeros_part_as_far_as_those_of_a_drawn_weight(num_experts):
+    layer = CondConv2d(16, 16, 3, num_experts=num_experts)
+    drawn = (layer.weight - layer.weight.mean(0)).std()
+    layer.set_rigid_weight(torch.zeros(layer.rigid_shape))
+    torch.testing.assert_close(layer.weight.std(), drawn, rtol=0.05, atol=0)

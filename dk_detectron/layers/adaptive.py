@@ -319,9 +319,9 @@ class CondConv2d(AdaptiveConv2d):
     def _from_rigid(self, weight):
         # At the start every gate is sigmoid(0) = 1/2. Equal experts would get equal gradients and
         # never part: perturb them by amounts that cancel in the mixture.
-        shared = weight * (2 / self.num_experts)
         noise = torch.randn(self._weight_shape(), dtype=weight.dtype, device=weight.device)
-        return shared + PERTURBATION * deviation(shared) * (noise - noise.mean(0))
+        apart = PERTURBATION * deviation(weight) * (noise - noise.mean(0))
+        return (weight + apart) * (2 / self.num_experts)
 
     def _to_rigid(self):
         gates = self.gate_generator.bias.double().sigmoid()
