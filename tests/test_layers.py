@@ -398,10 +398,13 @@ def test_msra_fill_zeroes_the_bias(kind):
     assert not layer.bias.any()
 
 
-@pytest.mark.parametrize(
+perturbed = pytest.mark.parametrize(
     "kind, kernel",
     [(CondConv2d, 3), (LocalDeformKernel2d, (1, 3)), (GlobalDeformKernel2d, 1)],
 )
+
+
+@perturbed
 def test_a_layer_that_starts_at_zero_learns_to_adapt(kind, kernel):
     """As the last convolutions of diffusion models do: equal experts or cells would never part."""
     torch.manual_seed(0)
@@ -412,6 +415,17 @@ def test_a_layer_that_starts_at_zero_learns_to_adapt(kind, kernel):
     (generator,) = layer.generators
     parts = generator.weight.grad.flatten(1)
     assert not torch.allclose(parts, parts[:1].expand_as(parts), rtol=1e-3, atol=0)
+
+
+@perturbed
+@pytest.mark.parametrize("value", [0.1, 1e-6])
+def test_a_layer_of_a_constant_starts_as_it_and_learns_to_adapt(kind, kernel, value):
+    """A multiplication of all pixels by little, for example, which noise of its own would drown."""
+    layer = kind(4, 6, kernel, bias=False)
+    weight = torch.full(layer.rigid_shape, value)
+    layer.set_rigid_weight(weight)
+    torch.testing.assert_close(layer.rigid_weight(), weight, rtol=1e-5, atol=0)
+    assert layer.weight.std() > 0.01 * value
 
 
 @pytest.mark.parametrize("num_experts", [2, 8])

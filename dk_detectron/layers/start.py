@@ -112,10 +112,12 @@ def centre_gain(scope_size: tuple[int, int], kernel_size: tuple[int, int]) -> fl
 
 
 def deviation(weight: Tensor) -> Tensor:
-    """The standard deviation of a rigid weight [C_out, ...]; of zeros, that of ``nn.Conv2d``'s.
+    """The standard deviation of a rigid weight [C_out, ...].
 
-    Perturbations are in proportion to it, and of none of them nothing would ever part.
+    Of a constant it is its size; of zeros, the deviation of ``nn.Conv2d``'s weight. Perturbations
+    are in proportion to it, and of none of them nothing would ever part.
     """
-    own = weight.std(correction=0)
+    own, size = weight.std(correction=0), weight.abs().max()
     drawn = torch.full_like(own, (3 * weight[0].numel()) ** -0.5)
-    return torch.where(own > 0, own, drawn)
+    # Constants deviate by rounding.
+    return torch.where(own > 1e-5 * size, own, torch.where(size > 0, size, drawn))
