@@ -317,11 +317,13 @@ def _paired(expected: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
     if any(found[name].shape != tensor.shape for name, tensor in expected.items()):
         return expected, found
     ours, theirs = (
-        torch.cat([side["pred_boxes"], side["scores"][:, None], side["pred_classes"][:, None]], 1)
+        torch.cat(
+            [side["pred_boxes"], side["scores"][:, None], side["pred_classes"][:, None]], 1
+        ).cpu()  # a file's outputs are there, the network's perhaps not
         for side in (expected, found)
     )
     if not len(ours):
         return expected, found
     distances = torch.cdist(ours, theirs, p=float("inf")).nan_to_num(nan=torch.inf).clamp(max=1e6)
-    order = torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1])
-    return expected, {name: tensor[order.to(tensor.device)] for name, tensor in found.items()}
+    order = torch.from_numpy(linear_sum_assignment(distances.numpy())[1])
+    return expected, {name: tensor[order] for name, tensor in found.items()}

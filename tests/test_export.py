@@ -297,12 +297,13 @@ def detections(*rows) -> dict[str, torch.Tensor]:
     return {"pred_boxes": values[:, :4], "scores": values[:, 4], "pred_classes": values[:, 5]}
 
 
-def test_detections_are_compared_whatever_their_order_but_each_once():
+def test_detections_are_compared_whatever_their_order_but_each_once(device):
     """Of two near each other, the second must not stand in for one that is missing."""
     one, near, far = (0, 0, 9, 9, 0.5, 1), (0, 0, 9, 9.5, 0.5, 1), (20, 20, 40, 40, 0.5, 1)
-    expected, found = _paired(detections(one, near, far), detections(far, one, near))
+    network = {name: t.to(device) for name, t in detections(one, near, far).items()}
+    expected, found = _paired(network, detections(far, one, near))
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor)
+        assert torch.equal(found[name], tensor.cpu())
     wrong = (50.0, 50, 60, 60, 0.9, 2)
     expected, found = _paired(detections(one, near, far), detections(wrong, far, one))
     assert torch.equal(found["pred_boxes"][:, 0], torch.tensor([0.0, 50, 20]))
