@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_engine import CONFIG, OPTIONS, run_tool
 from test_engine_prediction import datasets_root  # noqa: F401  (a fixture)
 
+from dk_detectron.analysis.objects import CocoPictures
 from dk_detectron.commands import report
 from dk_detectron.data.html import jpeg
 from dk_detectron.engine.detection import inference_folder
@@ -172,7 +173,7 @@ def test_a_data_set_without_objects(kept, other, make, tmp_path):
     assert [row[1:] for row in page.rows if len(row) == 5 and row[0] == other.name] == [["–"] * 4]
 
 
-def test_pictures_that_could_not_be_read_are_no_part_of_it(other, make):
+def test_pictures_that_could_not_be_read_are_no_part_of_it(other, make, monkeypatch):
     (folder,) = (other / "inference").iterdir()
     results = json.loads((folder / "coco_instances_results.json").read_text())
     missing = results[0]["image_id"]
@@ -180,8 +181,17 @@ def test_pictures_that_could_not_be_read_are_no_part_of_it(other, make):
     (folder / "coco_instances_results.json").write_text(json.dumps(kept))
     note = f"{other.name}: pictures that could not be read, and are left out: 1"
     whole = make(other, "--count", 99)
+    read, unreadable = CocoPictures.read, "expected a picture, got what cannot be read"
+
+    def read_others(self, image_id, *args, **options):
+        if image_id == missing:
+            raise ValueError(unreadable)
+        return read(self, image_id, *args, **options)
+
+    monkeypatch.setattr(CocoPictures, "read", read_others)
     (folder / "left_out.json").write_text(json.dumps([missing]))
     without = make(other, "--count", 99)
+    assert unreadable not in without.text
     assert note in without.text and note not in whole.text
     shown = [page.text.count(".png: ") for page in (whole, without)]
     assert shown[0] > shown[1] > 0

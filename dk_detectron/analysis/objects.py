@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,14 +244,17 @@ class CocoPictures:
             )
         return picture
 
-    def spread(self, count: int) -> list[tuple[int, int]]:
+    def spread(self, count: int, without: Collection[int] = ()) -> list[tuple[int, int]]:
         """(image, annotation) of so many objects, from the largest to the smallest, evenly by rank.
+
+        Args:
+            without: images that are left out.
 
         Raises:
             ValueError: there are no objects.
         """
         found = sorted(
-            (-a["area"], a["id"], image_id) for image_id in self.images
+            (-a["area"], a["id"], image_id) for image_id in self.images if image_id not in without
             for a in self.annotations(image_id)
         )  # fmt: skip
         if not found:

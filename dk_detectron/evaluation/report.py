@@ -295,7 +295,10 @@ def _networks(runs: Sequence[Run], count: int, progress: Progress) -> list[Secti
     if rows:
         header = ["run", "million parameters", "G multiply-adds", "by layer, G"]
         costs.tables.append(Table(f"One image of {size[0][0]} x {size[0][1]}", header, rows))
-        look(looks, models, count, progress)
+        look(
+            looks, models, count, progress,
+            lambda dataset: {i for run in runs for i in run.left_out(dataset)},
+        )  # fmt: skip
     return [looks, costs] if looks.charts or looks.notes else [costs]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -18,32 +18,38 @@ from .report_page import Section
 
 Networks = Mapping[str, tuple[CfgNode, nn.Module]]
 Progress = Callable[[Iterable, str], Iterable]
+LeftOut = Callable[[str], Collection[int]]
 
 
-def _pictures(section: Section, networks: Networks) -> CocoPictures | None:
-    """The first network's data set."""
+def _things(
+    section: Section, networks: Networks, count: int, left_out: LeftOut
+) -> tuple[CocoPictures, list[tuple[int, int]]] | None:
+    """The first network's data set, and objects in it to look at."""
     names = next(iter(networks.values()))[0].DATASETS.TEST
     if not names:
         section.notes.append("DATASETS.TEST is empty: nothing to look at")
         return None
     try:
         pictures = CocoPictures(names[0])
-        pictures.spread(1)  # an object to look at
-        return pictures
+        return pictures, pictures.spread(count, left_out(names[0]))
     except (FileNotFoundError, ValueError) as error:
         section.notes.append(str(error))
         return None
 
 
-def look(section: Section, networks: Networks, count: int, progress: Progress) -> None:
+def look(
+    section: Section, networks: Networks, count: int, progress: Progress, left_out: LeftOut
+) -> None:
     """Adds effective fields at ``count`` objects, and the offsets on their pictures.
 
     What is in the way becomes a note.
+
+    Args:
+        left_out: the images of a data set that cannot be read.
     """
-    if pictures := _pictures(section, networks):
-        things = pictures.spread(count)
-        _look_at_fields(section, networks, pictures, things, progress)
-        _look_at_offsets(section, networks, pictures, things, progress)
+    if found := _things(section, networks, count, left_out):
+        _look_at_fields(section, networks, *found, progress)
+        _look_at_offsets(section, networks, *found, progress)
 
 
 def _look_at_fields(
