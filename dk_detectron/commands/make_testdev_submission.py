@@ -1,7 +1,7 @@
 r"""Turns detectron2's results on test-dev into the zip that COCO's server accepts.
 
     %(prog)s \
-        output/mnv2_dk_l3/inference/coco_2017_test-dev/coco_instances_results.json \
+        output/mnv2_dk_l3/test-dev/inference/coco_2017_test-dev/coco_instances_results.json \
         datasets/coco/annotations/image_info_test-dev2017.json output/submission --name mnv2_dk_l3
 
 Validates every result, keeps the best 100 of each image, rounds boxes to 2 decimals and scores to
