@@ -252,9 +252,13 @@ def _written(
     except (ExportError, ModuleNotFoundError, OSError):
         raise
     except Exception as error:  # of many kinds: torch's, onnx's and onnxruntime's own
+        cure = "" if format == "onnx" else (
+            ". If it is about a size: torch.export fixes those of 1, as small images have in the "
+            "last features; give a larger one"
+        )  # fmt: skip
         raise ExportError(
             f"model: expected one that {format!r} can express and run, best in float32; got "
-            f"{type(error).__name__}: {error}; nothing has been written"
+            f"{type(error).__name__}: {error}{cure}; nothing has been written"
         ) from error
 
 

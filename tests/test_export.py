@@ -242,6 +242,14 @@ def test_bad_arguments(tmp_path):
             export(model, *arguments)
 
 
+def test_a_size_that_is_fixed_is_told_with_its_cure(tmp_path):
+    """torch.export takes a size of 1 for a constant."""
+    model = nn.Sequential(nn.MaxPool2d(1, 4), nn.Conv2d(3, 2, 3, padding=1), nn.ReLU())
+    with pytest.raises(ExportError, match="fixes those of 1, .* give a larger one; nothing has"):
+        export(model, torch.rand(1, 3, 4, 8), tmp_path / "model.pt2", "export")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_without_the_packages_for_onnx_their_name_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "onnx", None)

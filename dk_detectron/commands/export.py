@@ -65,7 +65,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), default=DEFAULT_SIZE,
-        help="of the example, multiples of 32 (default: %(default)s)",
+        help="of the example, multiples of 32, beyond 64 (default: %(default)s)",
     )  # fmt: skip
     args = parser.parse_args()
     run = Path(args.run_dir)
