@@ -138,6 +138,38 @@ def test_a_resumption_without_a_checkpoint_says_so(start, weights, caplog):
     assert "--resume: no checkpoint in run to go on from: a run starts" in caplog.text
 
 
+@pytest.mark.parametrize("flag", ["resume", "eval_only"])
+def test_classes_in_another_order_are_refused(flag, start, tmp_path, datasets_root, caplog):  # noqa: F811
+    """Their number is the same, so that no shape of a weight tells."""
+    folder, own = tmp_path / "run", {}
+    for order in ("cat", "dog"), ("dog", "cat"), ("cat", "hound"):
+        file = tmp_path / f"{'_'.join(order)}.json"
+        source = datasets_root / "shapes" / "annotations" / "instances_train.json"
+        content = json.loads(source.read_text())
+        content["categories"] = [{"id": i, "name": name} for i, name in enumerate(order, 1)]
+        file.write_text(json.dumps(content))
+        own[order] = f"('coco:{file}:{datasets_root / 'shapes' / 'train'}',)"
+
+    def go_on(order):
+        data = "DATASETS.TRAIN", own[order], "DATASETS.TEST", own[order]
+        two = "MODEL.ROI_HEADS.NUM_CLASSES", 2, "OUTPUT_DIR", folder, *data
+        args = arguments(opts=[*OPTIONS, *map(str, two)], **{flag: True})
+        args.opts += ["MODEL.WEIGHTS", str(folder / "model_0000001.pth")]
+        main(args, Trainer)
+
+    cfg = load_config(CONFIG, [*OPTIONS, "MODEL.ROI_HEADS.NUM_CLASSES", 2])
+    classes = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    folder.mkdir()
+    RunCheckpointer(build_model(cfg), str(folder), classes).save("model_0000001")
+    with pytest.raises(CheckpointError, match="in which class 0 is 'dog', got .* 'cat' in its pl"):
+        go_on(("dog", "cat"))
+    assert "other names in training" not in caplog.text
+    go_on(("cat", "dog"))
+    assert "other names in training" not in caplog.text
+    go_on(("cat", "hound"))
+    assert "1 of 2 classes had other names in training: class 1, which is 'hound'" in caplog.text
+
+
 def test_a_run_that_cannot_be_resumed_keeps_its_record(start, model, weights):
     run = start("MODEL.WEIGHTS", weights)
     RunCheckpointer(model, str(run), CLASSES).save("model_0000001")

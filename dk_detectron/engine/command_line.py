@@ -31,7 +31,7 @@ from .checks import (
 from .detection import Trainer
 from .ignored import check_ignored
 from .launch import launch
-from .record import get_own_config, keep_training, record_training, refresh_config
+from .record import compare_classes, get_own_config, keep_training, record_training, refresh_config
 from .run_directory import check_unused, claim, is_new, set_aside
 from .trainer import BaseTrainer
 
@@ -75,7 +75,9 @@ def main(args, trainer_class: type[BaseTrainer]):
     if args.eval_only:
         model = trainer_class.build_model(cfg)
         checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpoint = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        names = trainer_class.class_names(cfg.DATASETS.TEST)
+        compare_classes(cfg.MODEL.WEIGHTS, checkpoint.get("classes"), names)
         if checkpointer.report:
             checkpointer.report.check_complete()
         results = trainer_class.test(cfg, model)

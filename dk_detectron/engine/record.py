@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..model_zoo import get_config
-from ..weights import LAST_CHECKPOINT, Checkpointer, write_text
+from ..weights import LAST_CHECKPOINT, Checkpointer, CheckpointError, write_text
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.record")
@@ -132,6 +132,35 @@ def _weights(folder: str | Path) -> Path:
     return last_checkpoint(folder) or Path(folder, FINAL)
 
 
+def compare_classes(source: str, saved: Sequence[dict] | None, names: Sequence[str]) -> None:
+    """Warns if the classes of a checkpoint have other names than those of the data.
+
+    Args:
+        saved: what the checkpoint has under "classes"; nothing if it knows none.
+        names: of the data, in their order.
+
+    Raises:
+        CheckpointError: a class of the same name has another place, so that all outputs would be
+            taken for those of other classes.
+    """
+    pairs = list(zip((c["name"] for c in saved or ()), names, strict=False))
+    differing = [(k, old, new) for k, (old, new) in enumerate(pairs) if old != new]
+    for k, old, new in differing:
+        if old in names:
+            raise CheckpointError(
+                f"{source}: expected the classes of the data in their order, in which class {k} is "
+                f"{new!r}, got weights that were trained with {old!r} in its place: give the data "
+                "the order of that training (of COCO's categories by id, of class folders by name)"
+            )
+    if differing:
+        k, old, new = differing[0]
+        LOGGER.warning(
+            "%s: %d of %d classes had other names in training: class %d, which is %r in the data, "
+            "was %r",
+            source, len(differing), len(pairs), k, new, old,
+        )  # fmt: skip
+
+
 class RunCheckpointer(Checkpointer):
     """Keeps what else a run leaves in step with its checkpoints."""
 
@@ -142,6 +171,13 @@ class RunCheckpointer(Checkpointer):
         """
         super().__init__(model, save_dir, **checkpointables)
         self.classes = classes
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        checkpoint = super().load(path, checkpointables)
+        if self._resuming:
+            names = [kind["name"] for kind in self.classes]
+            compare_classes(path, checkpoint.get("classes"), names)
+        return checkpoint
 
     def save(self, name: str, **kwargs) -> None:
         super().save(name, classes=self.classes, **kwargs)
