@@ -715,6 +715,36 @@ def test_data_to_evaluate_on_have_objects_or_no_annotations(annotations, dataset
             Trainer.check_datasets(cfg, [name])
 
 
+def test_keypoints_are_those_of_the_network(datasets_root, tmp_path):
+    """detectron2 pairs those of the data with others, or fails after all training."""
+    shapes = datasets_root / "shapes"
+    content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+
+    def check(numbers, split="TRAIN", **metadata):
+        for annotation, number in zip(content["annotations"], numbers, strict=True):
+            annotation["keypoints"] = [9, 9, 2] * number
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        file.write_text(json.dumps(content))
+        name = f"coco:{file}:{shapes}/val"
+        opts = "MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2
+        cfg = load_config(CONFIG, [*opts, "DATASETS.TRAIN", (), "DATASETS.TEST", ()])
+        cfg.DATASETS[split] = (name,)
+        MetadataCatalog.get(name).set(**metadata)
+        assert Trainer.check_datasets(cfg, [name])
+
+    with pytest.raises(ValueError, match="keypoints for every object, coco:.* has 1 annotations w"):
+        check([2, 2, 2, 0, 2, 2], split="TEST")
+    for numbers, got in ([3] * 6, "3"), ([2, 3, 2, 2, 2, 2], "2 or 3"):
+        with pytest.raises(ValueError, match=f"NUM_KEYPOINTS: .* each object has .*, {got}, got 2"):
+            check(numbers)
+    check([2] * 6, split="TEST")
+    names = {"keypoint_names": ["left", "right"]}
+    for metadata in {}, names, {"keypoint_names": ["left"], "keypoint_flip_map": []}:
+        with pytest.raises(ValueError, match="expected the names of 2 keypoints, and which chang"):
+            check([2] * 6, **metadata)
+    check([2] * 6, **names, keypoint_flip_map=[("left", "right")])
+
+
 def test_resume_tells_what_has_changed(run, datasets_root, tmp_path):
     """Another rate and length take over; a finished run stays as it is; the optimizer must fit."""
     output = tmp_path / "run"

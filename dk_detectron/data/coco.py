@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,8 @@ class Survey:
         boxes: of each class, those to learn from: small, medium and large ones.
         crowds: number of annotations with ``iscrowd``, which are not learnt.
         empty: number of images without an object to learn from.
-        without_mask: number of annotations that have none.
+        without_mask, without_keypoints: number of annotations that have none.
+        keypoints: how many of them the other annotations have, in order.
         run_lengths: whether masks to learn from are RLEs.
         faults: what makes the file unusable.
         repairs: what was repaired.
@@ -54,6 +56,8 @@ class Survey:
     crowds: int = 0
     empty: int = 0
     without_mask: int = 0
+    without_keypoints: int = 0
+    keypoints: list[int] = field(default_factory=list)
     run_lengths: bool = False
     has_annotations: bool = True
     faults: list[str] = field(default_factory=list)
@@ -157,9 +161,11 @@ def _summarise(json_file: str, content: dict, entries: Entries) -> Survey:
     order = sorted(entries.categories)
     boxes: dict[int, list[int]] = {identifier: [0, 0, 0] for identifier in order}
     learnt, without_mask, run_lengths = set(), 0, False
+    keypoints: Counter[int] = Counter()
     for annotation in annotations if not entries.faults.counts else ():
         mask = annotation.get("segmentation")
         without_mask += not mask
+        keypoints[len(annotation.get("keypoints") or ()) // 3] += 1
         if not annotation["iscrowd"]:
             area = annotation["area"]
             boxes[annotation["category_id"]][(area >= SIZES[0]) + (area >= SIZES[1])] += 1
@@ -174,6 +180,8 @@ def _summarise(json_file: str, content: dict, entries: Entries) -> Survey:
         crowds=entries.crowds,
         empty=len(entries.images) - len(learnt),
         without_mask=without_mask,
+        without_keypoints=keypoints.pop(0, 0),
+        keypoints=sorted(keypoints),
         run_lengths=run_lengths,
         has_annotations="annotations" in content,
         faults=entries.faults.lines(),

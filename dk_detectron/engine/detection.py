@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.checking import Report, class_conflict, gate, shared_images
-from ..data.coco import survey
+from ..data.coco import Survey, survey
 from ..data.datasets import adopt, check_on_disk, is_coco, repaired, resolve
 from ..data.stream import build_stream_loader, seeded
 from ..data.unreadable import CountingLoader, Mapper, Readable
@@ -223,4 +223,33 @@ def _check_uses(cfg: CfgNode, report: Report) -> None:
             f"MODEL.MASK_ON: expected a mask for every object, {report.name} has "
             f"{found.without_mask:,} annotations without; complete or remove them, or train boxes "
             "alone with MODEL.MASK_ON False"
+        )
+    if cfg.MODEL.KEYPOINT_ON and found.has_annotations:
+        _check_keypoints(cfg, report.name, found)
+
+
+def _check_keypoints(cfg: CfgNode, name: str, found: Survey) -> None:
+    """Raises ``ValueError`` unless the keypoints are those of the network, which takes any."""
+    number, metadata = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, MetadataCatalog.get(name)
+    if found.without_keypoints:
+        raise ValueError(
+            f"MODEL.KEYPOINT_ON: expected keypoints for every object, {name} has "
+            f"{found.without_keypoints:,} annotations without; complete (0, 0, 0 is one that is "
+            "not labelled) or remove them, or train boxes alone with MODEL.KEYPOINT_ON False"
+        )
+    if found.keypoints != [number]:
+        raise ValueError(
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS: expected as many as each object has in "
+            f"{name}, {' or '.join(map(str, found.keypoints))}, got {number}"
+        )
+    if name in cfg.DATASETS.TRAIN and (
+        len(metadata.get("keypoint_names") or ()) != number
+        or metadata.get("keypoint_flip_map") is None
+    ):
+        raise ValueError(
+            f"MODEL.KEYPOINT_ON: expected the names of {number} keypoints, and which change places "
+            f"in a mirror, as detectron2's metadata of {name}, got "
+            f"{metadata.get('keypoint_names')} and {metadata.get('keypoint_flip_map')}: "
+            "MetadataCatalog.get(NAME).set(keypoint_names=[...], keypoint_flip_map=[(LEFT, RIGHT), "
+            "...]) in a script of your own that calls dk_detectron.engine's main"
         )
