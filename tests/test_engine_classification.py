@@ -568,6 +568,7 @@ def spoil(folder: Path, what: str) -> None:
         ),
         ("", ["INPUT.COLOR_JITTER", -0.2], ValueError, "COLOR_JITTER: expected a share, .* got -0"),
         ("", ["INPUT.CROP_SIZE", 0], ValueError, "CROP_SIZE: expected a number of pixels, got 0"),
+        ("", ["INPUT.CROP_SIZE", 48], ValueError, "TEST: .* at least INPUT.CROP_SIZE 48, .* 32"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(

@@ -110,6 +110,16 @@ def check_input(cfg: CfgNode) -> None:
         raise ValueError(f"INPUT.COLOR_JITTER: expected a share, 0 to 1, got {given.COLOR_JITTER}")
     if given.CROP_SIZE < 1:
         raise ValueError(f"INPUT.CROP_SIZE: expected a number of pixels, got {given.CROP_SIZE}")
+    if _is_classifier(cfg) and given.MIN_SIZE_TEST < given.CROP_SIZE:
+        raise ValueError(
+            f"INPUT.MIN_SIZE_TEST: expected at least INPUT.CROP_SIZE {given.CROP_SIZE}, which is "
+            "cut out of pictures of that shorter side and else has a black border, got "
+            f"{given.MIN_SIZE_TEST}"
+        )
+
+
+def _is_classifier(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
 
 
 def check_evaluation(cfg: CfgNode) -> None:
@@ -155,7 +165,7 @@ def check_evaluation(cfg: CfgNode) -> None:
 def _tasks(cfg: CfgNode) -> list[str]:
     """The names of what evaluation gives metrics of."""
     model = cfg.MODEL
-    if model.META_ARCHITECTURE == "ImageClassifier":
+    if _is_classifier(cfg):
         tasks = ["classification"]
     else:
         tasks = ["bbox", *["segm"] * model.MASK_ON, *["keypoints"] * model.KEYPOINT_ON]
