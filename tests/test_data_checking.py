@@ -394,6 +394,16 @@ def turn(path):
     turned.save(path, exif=exif)
 
 
+def to_tiff(orientation):
+    """Of a file whose name still says JPEG."""
+
+    def change(path):
+        with Image.open(path) as picture:
+            picture.save(path, "TIFF", tiffinfo={0x0112: orientation})
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "kind"),
     [
@@ -415,6 +425,9 @@ def turn(path):
             "image of 16",
         ),
         (turn_without_size, "image that its EXIF turns"),
+        (to_tiff(1), None),
+        (to_tiff(3), "TIFF with an orientation"),
+        (to_tiff(6), "TIFF with an orientation"),
         (
             lambda path: path.write_text("<html>not found</html>"),
             "unreadable image, of no format that Pillow knows: 1",

@@ -111,6 +111,7 @@ def test_what_would_be_read_wrongly_is_refused_by_name(tmp_path):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     Image.fromarray(noise()[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    Image.fromarray(noise()).save(tmp_path / "turned.tif", tiffinfo={0x0112: 3})
     faults = {
         "cut.jpg": "unreadable image",
         "damaged.jpg": "image that is damaged inside",
@@ -118,6 +119,7 @@ def test_what_would_be_read_wrongly_is_refused_by_name(tmp_path):
         "page.png": "unreadable image, of no format that Pillow knows",
         "empty.png": "unreadable image, of no format that Pillow knows",
         "sixteen.png": "image of 16 bits",
+        "turned.tif": "TIFF with an orientation",
         "gone.png": "missing image",
     }
     paths = [str(tmp_path / name) for name in ("whole.jpg", *faults)]

@@ -175,6 +175,7 @@ UNKNOWN = "unreadable image, of no format that Pillow knows"
 TOO_LARGE = "image of more pixels than Pillow decodes: cut it into tiles"
 TOO_DEEP = "image of 16 bits or of floats, which would be read as white; convert it to 8 bits"
 DRAWN = "image that a program would draw (EPS): convert it to PNG"
+TWICE = "TIFF with an orientation, which Pillow and then detectron2 would apply: store it upright"
 DAMAGED = "image that is damaged inside, of which part decodes to something else"
 UNFINISHED = "image that is not whole: zeros to its end"
 
@@ -191,7 +192,8 @@ def picture_fault(path: str, size: tuple[int, int] | None, decode: bool) -> str 
         with Image.open(path) as image:
             if fault := _format_fault(image):
                 return fault
-            kind, found, turned = image.format, image.size, _is_turned(image)
+            kind, found = image.format, image.size
+            turned = _orientation(image) in (5, 6, 7, 8)
             is_jpeg = kind in JPEGS
             if not is_jpeg and (decode or kind != "PNG"):
                 image.load()
@@ -227,16 +229,18 @@ def _format_fault(image: Image.Image) -> str | None:
     """Why a picture that has been opened must not be read, if so."""
     if image.format == "EPS":
         return DRAWN
+    if image.format == "TIFF" and _orientation(image) in range(2, 9):
+        return TWICE
     return TOO_DEEP if image.mode.startswith("I") or image.mode == "F" else None
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Whether detectron2 exchanges width and height by EXIF, which it ignores if it is broken."""
+def _orientation(image: Image.Image) -> int | None:
+    """What EXIF says, by which detectron2 turns pictures; it ignores EXIF that is broken."""
     try:
         exif = image.getexif()
     except Exception:
-        return False
-    return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return None
+    return exif.get(ExifTags.Base.Orientation)
 
 
 def check_format(order: str) -> None:
