@@ -33,7 +33,7 @@ from dk_detectron.weights import (
     read_checkpoint,
     write_checkpoint,
 )
-from dk_detectron.weights.names import part
+from dk_detectron.weights.names import part, pixels_conflict
 
 ROOT = Path(__file__).parent.parent
 DETECTORS = [pytest.param(row["config"], id=Path(row["config"]).stem) for row in paper_rows(3, 4)]
@@ -686,6 +686,26 @@ def test_a_weight_without_a_name_is_nobodys(torchvision_net):
 def test_a_model_of_somebody_else_is_refused(torchvision_net):
     with pytest.raises(CheckpointError, match="model: expected one with a backbone of this"):
         convert(torchvision_net.state_dict(), torchvision_net)
+
+
+def test_pixels_that_public_weights_do_not_expect_are_said(torchvision_net, tmp_path, fvcores_log):
+    """detectron2's defaults, with which such weights learn, but badly."""
+    path, detectron2s = str(tmp_path / "mobilenet_v2.pth"), [103.53, 116.28, 123.675]
+    torch.save(torchvision_net.state_dict(), path)
+    cases = [
+        ([], False),
+        (["MODEL.PIXEL_STD", [57.0, 57.0, 57.0]], False),
+        (["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]], True),
+        (["MODEL.PIXEL_MEAN", detectron2s], True),
+    ]
+    for opts, is_said in cases:
+        Checkpointer(build(MNV2, *opts)).load(path)
+        text = "trained with INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.28, 103.53], MODEL."
+        assert (text in fvcores_log.text) == is_said, opts
+        fvcores_log.clear()
+    model = build("ImageNet/R_50.yaml", "MODEL.PIXEL_MEAN", detectron2s)
+    assert "trained with INPUT.FORMAT BGR" in pixels_conflict("Caffe2's ResNet", model)
+    assert pixels_conflict("this project's own", model) is None
 
 
 # Training's own files

@@ -21,6 +21,7 @@ from .files import (
     write_checkpoint,
     write_text,
 )
+from .names import pixels_conflict
 
 # The file that names the checkpoint which --resume takes.
 LAST_CHECKPOINT = "last_checkpoint"
@@ -65,6 +66,8 @@ class Checkpointer(DetectionCheckpointer):
         report.check()
         self.report = report
         self.logger.info("Loading %s:\n%s", filename, report)
+        if conflict := pixels_conflict(report.kind, self.model):
+            self.logger.warning("%s: %s", filename, conflict)
         return checkpoint
 
     def _load_model(self, checkpoint: dict) -> None:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import GENERATOR
 from ..modeling.mobilenetv2 import GROUPS, STEM_GROUP
@@ -88,7 +88,13 @@ FOREIGN = {
     "timm's MobileNet-V2": ("conv_stem.weight", _timm_convs, "classifier"),
 }
 # Those that detectron2 has given its own names, which are ours too; but for their classifiers.
-RENAMED = {"stem.fc.": TORCHVISION_RESNET, "fc1000.": "Caffe2's ResNet"}
+CAFFE2_RESNET = "Caffe2's ResNet"
+RENAMED = {"stem.fc.": TORCHVISION_RESNET, "fc1000.": CAFFE2_RESNET}
+# MODEL.PIXEL_MEAN and MODEL.PIXEL_STD of their trainings, red first or blue first.
+RGB = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+PIXELS = dict.fromkeys(FOREIGN, ("RGB", *RGB)) | {
+    CAFFE2_RESNET: ("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
+}
 
 
 def unwrap(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -151,6 +157,26 @@ def model_names(state: dict[str, Tensor], prefix: str, source: str) -> tuple[str
         "(conv_stem.weight, ...), a ResNet of torchvision (layer1.0.conv1.weight, ...), or a "
         f"checkpoint of this project (backbone.{FIRST_WEIGHT}, ...), "
         f"got another network: {', '.join(list(state)[:4])}, ..."
+    )
+
+
+def pixels_conflict(kind: str, model: nn.Module) -> str | None:
+    """What to know if pixels come to a model otherwise than to networks of a kind.
+
+    No weight shows it. Of the means, red's is the largest, which tells the order of channels.
+    """
+    if kind not in PIXELS or not hasattr(model, "pixel_std"):
+        return None
+    order, mean, std = PIXELS[kind]
+    own_mean, own_std = (getattr(model, f"pixel_{k}").flatten().tolist() for k in ("mean", "std"))
+    is_turned = (own_mean[0] - own_mean[-1]) * (mean[0] - mean[-1]) < 0
+    if not is_turned and all(0.5 < own / s < 2 for own, s in zip(own_std, std, strict=True)):
+        return None
+    return (
+        f"{kind} as it is published was trained with INPUT.FORMAT {order}, MODEL.PIXEL_MEAN "
+        f"{list(mean)}, MODEL.PIXEL_STD {list(std)}; here they are "
+        f"{[round(x, 3) for x in own_mean]} and {[round(x, 3) for x in own_std]}, so that it "
+        "would see other pixels"
     )
 
 
