@@ -613,6 +613,34 @@ def test_warm_up_that_never_ends_is_refused(pictures, tmp_path):
         ClassificationTrainer(cfg)
 
 
+@pytest.mark.parametrize(
+    ("name", "warmup", "outcome"),
+    [
+        ("WarmupStepWithFixedGammaLR", 100, "refused"),
+        ("WarmupCosineLR", 100, "said"),  # from a thousandth of the rate down to none
+        ("WarmupCosineLR", 80, "said"),
+        ("WarmupCosineLR", 10, "right"),
+        ("WarmupMultiStepLR", 70, "said"),
+        ("WarmupMultiStepLR", 50, "right"),
+    ],
+)
+def test_warm_up_ends_before_the_schedule_comes_down(name, warmup, outcome, said):
+    schedule = "SOLVER.LR_SCHEDULER_NAME", name, "SOLVER.STEPS", (60,), "SOLVER.EPOCHS", 0
+    more = "SOLVER.RESCALE_INTERVAL", False, "SOLVER.WARMUP_ITERS", warmup, "SOLVER.MAX_ITER", 100
+    cfg = load_config(CONFIG, [*schedule, *more])
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    if outcome == "refused":
+        with pytest.raises(ValueError, match="fewer iterations of warm-up than the 100 .* got 100"):
+            ClassificationTrainer.build_lr_scheduler(cfg, optimizer)
+        return
+    scheduler = ClassificationTrainer.build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for scheduler.last_epoch in range(100):
+        rates += scheduler.get_lr()
+    assert (max(rates) > 0.5) == (outcome == "right")
+    assert ("so far that no learning rate is above" in said.text) == (outcome == "said")
+
+
 def test_missing_data_come_with_a_cure(tmp_path):
     image_folder.register_image_folder("gone_train", tmp_path / "gone", "buy it")
     try:

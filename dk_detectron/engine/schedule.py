@@ -7,11 +7,13 @@ import logging
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
+from torch.optim.lr_scheduler import LRScheduler
 
 # Below detectron2's, whose handlers write to the terminal and to log.txt.
 LOGGER = logging.getLogger("detectron2.dk_detectron.engine.schedule")
 
-
+# A share of SOLVER.BASE_LR that is no peak of a schedule.
+FAR_BELOW = 0.5
 # Of the keys that are scaled, those of which 0 means something else.
 LENGTHS = ("SOLVER", "MAX_ITER"), ("SOLVER", "CHECKPOINT_PERIOD"), ("TEST", "EVAL_PERIOD")
 
@@ -27,6 +29,35 @@ def scale(cfg: CfgNode, processes: int) -> CfgNode:
             scaled[section][key] = max(1, scaled[section][key])
     scaled.freeze()
     return scaled
+
+
+def check_warmup(cfg: CfgNode) -> None:
+    """Raises ``ValueError`` if warm-up takes all iterations, and the schedule has no rate then."""
+    solver = cfg.SOLVER
+    fixed = solver.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR"
+    if (fixed or solver.RESCALE_INTERVAL) and solver.WARMUP_ITERS >= solver.MAX_ITER:
+        raise ValueError(
+            f"SOLVER: expected fewer iterations of warm-up than the {solver.MAX_ITER} of training, "
+            f"got {solver.WARMUP_ITERS}; set SOLVER.WARMUP_EPOCHS or SOLVER.WARMUP_ITERS"
+        )
+
+
+def warn_of_low_rates(cfg: CfgNode, scheduler: LRScheduler) -> None:
+    """Says so if all rates of a schedule are far below ``SOLVER.BASE_LR``.
+
+    Without ``SOLVER.RESCALE_INTERVAL`` warm-up leads to what a schedule has come down to meanwhile.
+    """
+    solver = cfg.SOLVER
+    warmed = min(solver.WARMUP_ITERS, solver.MAX_ITER - 1)
+    multiplier = getattr(scheduler, "_multiplier", None)  # another trainer's may have none
+    if multiplier and (peak := max(map(multiplier, (0, warmed / solver.MAX_ITER)))) < FAR_BELOW:
+        LOGGER.warning(
+            "SOLVER.WARMUP_ITERS: when warm-up ends, after %d of %d iterations, the schedule has "
+            "come down so far that no learning rate is above %.2g of SOLVER.BASE_LR: lower it",
+            warmed,
+            solver.MAX_ITER,
+            peak,
+        )
 
 
 def without_late_steps(cfg: CfgNode) -> CfgNode:

@@ -263,13 +263,10 @@ class BaseTrainer(DefaultTrainer):
         Raises:
             ValueError: warm-up takes all iterations.
         """
-        if cfg.SOLVER.RESCALE_INTERVAL and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
-            raise ValueError(
-                f"SOLVER: expected fewer iterations of warm-up than the {cfg.SOLVER.MAX_ITER} of "
-                f"training, got {cfg.SOLVER.WARMUP_ITERS}; set SOLVER.WARMUP_EPOCHS or "
-                "SOLVER.WARMUP_ITERS"
-            )
-        return super().build_lr_scheduler(schedule.without_late_steps(cfg), optimizer)
+        schedule.check_warmup(cfg)
+        scheduler = super().build_lr_scheduler(schedule.without_late_steps(cfg), optimizer)
+        schedule.warn_of_low_rates(cfg, scheduler)
+        return scheduler
 
     @classmethod
     def measure(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
