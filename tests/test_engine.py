@@ -715,6 +715,28 @@ def test_data_to_evaluate_on_have_objects_or_no_annotations(annotations, dataset
             Trainer.check_datasets(cfg, [name])
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("mask", [[[9, 9, 20, 9, 20, 20]], {"size": [64, 96], "counts": [0, 6144]}])
+def test_polygons_are_cropped_by_a_package(mask, is_there, datasets_root, tmp_path, monkeypatch):
+    from dk_detectron.engine import detection
+
+    monkeypatch.setattr(detection, "find_spec", lambda name: is_there)
+    shapes = datasets_root / "shapes"
+    content = json.loads((shapes / "annotations" / "instances_train.json").read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = mask
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    name = f"coco:{tmp_path}/train.json:{shapes}/train"
+    cfg = load_config(CONFIG, ["DATASETS.TRAIN", (name,), "MODEL.MASK_ON", True])
+    assert Trainer.check_datasets(cfg, [name])
+    cfg.INPUT.CROP.ENABLED = True
+    if isinstance(mask, list) and not is_there:
+        with pytest.raises(ValueError, match="CROP.ENABLED: expected the package shapely, by whic"):
+            Trainer.check_datasets(cfg, [name])
+    else:
+        assert Trainer.check_datasets(cfg, [name])
+
+
 def test_keypoints_are_those_of_the_network(datasets_root, tmp_path):
     """detectron2 pairs those of the data with others, or fails after all training."""
     shapes = datasets_root / "shapes"

@@ -42,7 +42,7 @@ class Survey:
         empty: number of images without an object to learn from.
         without_mask, without_keypoints: number of annotations that have none.
         keypoints: how many of them the other annotations have, in order.
-        run_lengths: whether masks to learn from are RLEs.
+        polygons, run_lengths: whether masks to learn from are such, or RLEs.
         faults: what makes the file unusable.
         repairs: what was repaired.
         notes: what is odd but does no harm, because detectron2 deals with it.
@@ -58,6 +58,7 @@ class Survey:
     without_mask: int = 0
     without_keypoints: int = 0
     keypoints: list[int] = field(default_factory=list)
+    polygons: bool = False
     run_lengths: bool = False
     has_annotations: bool = True
     faults: list[str] = field(default_factory=list)
@@ -160,7 +161,7 @@ def _summarise(json_file: str, content: dict, entries: Entries) -> Survey:
     annotations = content.get("annotations", [])
     order = sorted(entries.categories)
     boxes: dict[int, list[int]] = {identifier: [0, 0, 0] for identifier in order}
-    learnt, without_mask, run_lengths = set(), 0, False
+    learnt, without_mask, kinds = set(), 0, set()
     keypoints: Counter[int] = Counter()
     for annotation in annotations if not entries.faults.counts else ():
         mask = annotation.get("segmentation")
@@ -170,7 +171,8 @@ def _summarise(json_file: str, content: dict, entries: Entries) -> Survey:
             area = annotation["area"]
             boxes[annotation["category_id"]][(area >= SIZES[0]) + (area >= SIZES[1])] += 1
             learnt.add(annotation["image_id"])
-            run_lengths = run_lengths or isinstance(mask, dict)
+            if mask:
+                kinds.add(type(mask))
     return Survey(
         json_file,
         images=[(i["file_name"], i["width"], i["height"]) for i in entries.images.values()],
@@ -182,7 +184,8 @@ def _summarise(json_file: str, content: dict, entries: Entries) -> Survey:
         without_mask=without_mask,
         without_keypoints=keypoints.pop(0, 0),
         keypoints=sorted(keypoints),
-        run_lengths=run_lengths,
+        polygons=list in kinds,
+        run_lengths=dict in kinds,
         has_annotations="annotations" in content,
         faults=entries.faults.lines(),
         repairs=entries.repairs.lines(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -223,6 +224,13 @@ def _check_uses(cfg: CfgNode, report: Report) -> None:
             f"MODEL.MASK_ON: expected a mask for every object, {report.name} has "
             f"{found.without_mask:,} annotations without; complete or remove them, or train boxes "
             "alone with MODEL.MASK_ON False"
+        )
+    crops = report.name in cfg.DATASETS.TRAIN and cfg.INPUT.CROP.ENABLED
+    if crops and cfg.MODEL.MASK_ON and found.polygons and not find_spec("shapely"):
+        raise ValueError(
+            "INPUT.CROP.ENABLED: expected the package shapely, by which detectron2 crops polygons "
+            f"such as those of {report.name}, got none: pip install shapely, or set "
+            "INPUT.CROP.ENABLED False"
         )
     if cfg.MODEL.KEYPOINT_ON and found.has_annotations:
         _check_keypoints(cfg, report.name, found)
