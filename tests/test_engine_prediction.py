@@ -24,10 +24,11 @@ from test_engine import CONFIG, OPTIONS, run_tool
 
 import dk_detectron
 from dk_detectron import add_dk_config
-from dk_detectron.commands import predict
+from dk_detectron.commands import predict, visualize_results
 from dk_detectron.data.inputs import Video, find_inputs
 from dk_detectron.engine import Predictor, outputs
 from dk_detectron.model_zoo import load_config
+from dk_detectron.weights import CheckpointError
 
 # As COCO's, the identifiers have gaps and begin where they like; and a name that is no folder's.
 CATEGORIES = [{"id": 7, "name": "and/or"}, {"id": 3, "name": "disc"}]
@@ -467,6 +468,21 @@ def test_the_tool_of_a_clone(run, pictures, datasets_root, tmp_path):
 
 def test_three_lines_are_found_where_they_are_looked_for():
     assert dk_detectron.Predictor is Predictor and "Predictor" in dir(dk_detectron)
+
+
+def test_detections_are_drawn_under_the_names_that_they_were_learnt_by(
+    run, datasets_root, tmp_path
+):
+    """On another data set, of whose classes the order is another one."""
+    shapes = datasets_root / "shapes"
+    content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+    for category, other in zip(content["categories"], CATEGORIES[::-1], strict=True):
+        category["name"] = other["name"]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    name = f"coco:{tmp_path}/val.json:{shapes}/val"
+    cfg = load_config(run / "config.yaml", ["DATASETS.TEST", (name,)])
+    with pytest.raises(CheckpointError, match="class 0 is 'and/or', got .* with 'disc' in its pla"):
+        visualize_results.draw(cfg, 1, 0.5)
 
 
 def test_results_of_equal_stems_are_drawn_apart(run, datasets_root, tmp_path):

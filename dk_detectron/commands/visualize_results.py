@@ -28,7 +28,7 @@ from ..engine import EVALUATION_FILE, Predictor
 from ..engine.detection import inference_folder
 from ..engine.drawing import draw_pair, give_colours, to_instances, write_picture
 from ..engine.outputs import RESULTS_FILE
-from ..engine.record import get_own_config
+from ..engine.record import compare_classes, get_own_config
 from ..engine.trainer import by_task
 from ..model_zoo import merge_options
 
@@ -36,15 +36,16 @@ from ..model_zoo import merge_options
 def detections(cfg: CfgNode, dataset: str, threshold: float) -> Callable[[dict], Instances]:
     """What gives those of a record: from the last evaluation, else by the last checkpoint."""
     results = inference_folder(cfg.OUTPUT_DIR, dataset) / RESULTS_FILE
+    metadata = MetadataCatalog.get(dataset)
     if not results.is_file():
         predictor = Predictor(cfg.OUTPUT_DIR, threshold=threshold)
+        compare_classes(predictor.weights, predictor.classes, metadata.thing_classes)
         print(f"{results}: no evaluation yet; predicting with {predictor.weights}")
         return lambda record: predictor(record["file_name"])
     found = defaultdict(list)
     for prediction in json.loads(results.read_text()):
         if prediction["score"] >= threshold:
             found[prediction["image_id"]].append(prediction)
-    metadata = MetadataCatalog.get(dataset)
     return lambda record: to_instances(
         found[record["image_id"]], (record["height"], record["width"]), metadata
     )
