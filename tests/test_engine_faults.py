@@ -400,6 +400,16 @@ def test_test_time_augmentation_is_done(run, datasets_root, tmp_path):  # noqa: 
         ),
         (["MODEL.ROI_HEADS.NAME", "StandardROIHead"], "NAME: .* such as StandardROIHeads, "),
         (["INPUT.FORMAT", "YUV-BT.601"], "INPUT.FORMAT: expected RGB or BGR, got 'YUV-BT.601'"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "rang"], "expected choice or range, got 'rang'"),
+        (
+            ["INPUT.MIN_SIZE_TRAIN", ()],
+            r"MIN_SIZE_TRAIN: expected sizes to choose from, .* got \(\)",
+        ),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], "the least and the greatest size, .*64,"),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (96, 64)],
+            r"MIN_SIZE_TRAIN: expected the least and the greatest size, .* got \(96, 64\)",
+        ),
         (
             ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5],
             "TEST.KEYPOINT_OKS_SIGMAS: expected 5 numbers, .* got 0",

@@ -108,6 +108,13 @@ def check_input(cfg: CfgNode) -> None:
         )
     if not 0 <= given.COLOR_JITTER <= 1:
         raise ValueError(f"INPUT.COLOR_JITTER: expected a share, 0 to 1, got {given.COLOR_JITTER}")
+    sizes, style = list(given.MIN_SIZE_TRAIN), given.MIN_SIZE_TRAIN_SAMPLING
+    if style not in ("choice", "range"):
+        raise ValueError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING: expected choice or range, got {style!r}")
+    is_range = len(sizes) == 2 and sizes == sorted(sizes)
+    if not sizes or min(sizes) < 0 or (style == "range" and not is_range):
+        kind = "the least and the greatest size" if style == "range" else "sizes to choose from"
+        raise ValueError(f"INPUT.MIN_SIZE_TRAIN: expected {kind}, in pixels, got {tuple(sizes)}")
     if given.CROP_SIZE < 1:
         raise ValueError(f"INPUT.CROP_SIZE: expected a number of pixels, got {given.CROP_SIZE}")
     if _is_classifier(cfg) and given.MIN_SIZE_TEST < given.CROP_SIZE:
