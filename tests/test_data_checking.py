@@ -471,6 +471,28 @@ def test_only_what_was_sound_is_remembered(dataset, monkeypatch):
         assert gate("sound").problems == []
 
 
+@pytest.mark.parametrize(
+    ("count", "crowd", "is_said"), [(100, 0, False), (101, 0, True), (101, 1, False)]
+)
+def test_more_objects_than_coco_looks_for_are_noted(count, crowd, is_said, dataset):
+    """Their average precision is low, however well they are found."""
+
+    def multiply(content):
+        first = {**content["annotations"][0], "iscrowd": crowd}
+        more = ({**first, "id": 100 + i, "bbox": [1, 2, 30, 5 + i / 9]} for i in range(count))
+        content["annotations"] = [*content["annotations"][1:], *more]
+
+    edit(dataset[1], multiply)
+    notes = check_dataset("sound").notes
+    assert (
+        any(
+            f"than the 100 that COCO's AP looks for: 1 (such as 000001.jpg: {count})" in note
+            for note in notes
+        )
+        == is_said
+    ), notes
+
+
 def test_examples_are_few(dataset):
     edit(dataset[1], lambda c: [c["annotations"].append({"id": i}) for i in range(2000)])
     ((text, _),) = check_dataset("sound").problems

@@ -31,6 +31,7 @@ MOST_PIXELS = 2**32  # of pycocotools' RLEs
 CORNERS_HANG = 0.1
 # COCO's own training set has a few objects twice: no reason to read other data than all do.
 REPEATED = 0.001
+MOST_FOUND = 100  # detections of an image and class, best first, that COCO's metrics take
 REFERENCES = "image_id", "category_id"  # of an annotation
 
 
@@ -310,6 +311,19 @@ class Entries:
         if annotations and (unused := [c for i, c in self.categories.items() if i not in used]):
             for category in unused:
                 self.notes.add("category without boxes", repr(category["name"]))
+        if not self.faults.counts:
+            self._note_crowded(annotations)
+
+    def _note_crowded(self, annotations: list[dict]) -> None:
+        kind = (
+            f"image with more objects of a class than the {MOST_FOUND} that COCO's AP looks for"
+        )
+        objects = Counter(
+            (a["image_id"], a["category_id"]) for a in annotations if not a["iscrowd"]
+        )
+        for (image, _), count in objects.items():
+            if count > MOST_FOUND:
+                self.notes.add(kind, f"{self.images[image]['file_name']}: {count}")
 
 
 def _label(annotation: dict) -> str:
