@@ -315,9 +315,7 @@ class Entries:
             self._note_crowded(annotations)
 
     def _note_crowded(self, annotations: list[dict]) -> None:
-        kind = (
-            f"image with more objects of a class than the {MOST_FOUND} that COCO's AP looks for"
-        )
+        kind = f"image with more objects of a class than the {MOST_FOUND} that COCO's AP looks for"
         objects = Counter(
             (a["image_id"], a["category_id"]) for a in annotations if not a["iscrowd"]
         )
