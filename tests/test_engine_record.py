@@ -28,7 +28,12 @@ from test_engine import (  # noqa: F401
 
 from dk_detectron.commands import visualize_results
 from dk_detectron.engine import ClassificationTrainer, Predictor, Trainer, main, setup
-from dk_detectron.engine.record import RunCheckpointer, get_own_config, last_checkpoint
+from dk_detectron.engine.record import (
+    RunCheckpointer,
+    compare_classes,
+    get_own_config,
+    last_checkpoint,
+)
 from dk_detectron.model_zoo import get_config, load_config
 from dk_detectron.weights import CheckpointError
 
@@ -168,6 +173,7 @@ def test_classes_in_another_order_are_refused(flag, start, tmp_path, datasets_ro
     assert "other names in training" not in caplog.text
     go_on(("cat", "hound"))
     assert "1 of 2 classes had other names in training: class 1, which is 'hound'" in caplog.text
+    compare_classes("of another project", ["dog", "cat"], ["cat", "dog"])
 
 
 def test_a_run_that_cannot_be_resumed_keeps_its_record(start, model, weights):

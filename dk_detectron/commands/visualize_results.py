@@ -39,7 +39,7 @@ def detections(cfg: CfgNode, dataset: str, threshold: float) -> Callable[[dict],
     metadata = MetadataCatalog.get(dataset)
     if not results.is_file():
         predictor = Predictor(cfg.OUTPUT_DIR, threshold=threshold)
-        compare_classes(predictor.weights, predictor.classes, metadata.thing_classes)
+        compare_classes(predictor.weights, predictor.classes, metadata.get("thing_classes") or ())
         print(f"{results}: no evaluation yet; predicting with {predictor.weights}")
         return lambda record: predictor(record["file_name"])
     found = defaultdict(list)

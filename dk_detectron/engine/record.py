@@ -143,7 +143,8 @@ def compare_classes(source: str, saved: Sequence[dict] | None, names: Sequence[s
         CheckpointError: a class of the same name has another place, so that all outputs would be
             taken for those of other classes.
     """
-    pairs = list(zip((c["name"] for c in saved or ()), names, strict=False))
+    learnt = [c["name"] for c in saved or () if isinstance(c, dict)]  # another project's have none
+    pairs = list(zip(learnt, names, strict=False))
     differing = [(k, old, new) for k, (old, new) in enumerate(pairs) if old != new]
     for k, old, new in differing:
         if old in names:
