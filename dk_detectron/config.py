@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 
+def is_classifier(cfg: CfgNode) -> bool:
+    """Whether the network is a classifier of images, not a detector."""
+    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+
+
 def add_dk_config(cfg: CfgNode) -> None:
     """Adds every key of dk_detectron to ``cfg``, all off: a plain config is unchanged.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import nn
 from ..data.cache import state_of
 from ..engine.record import get_own_config
 from ..model_zoo import merge_options
-from ..weights import Checkpointer, replacing
+from ..weights import Checkpointer, replacing, write_text
 
 CONFIG, WEIGHTS = "config.yaml", "model_final.pth"
 
@@ -148,7 +149,8 @@ def save(figure: Figure, path: Path) -> None:
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Writes a CSV file of all keys of its rows, whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, {key: None for row in rows for key in row})
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, {key: None for row in rows for key in row})
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..analysis import count_multiply_adds, count_parameters
+from ..config import is_classifier
 from ..model_zoo import CONFIGS, load_config, paper_rows
 
 CLASSIFIER_SIZE = (224, 224)
@@ -27,14 +28,14 @@ def build(cfg: CfgNode) -> nn.Module:
 
 
 def multiply_adds(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+    if is_classifier(cfg):
         return count_multiply_adds(model, torch.zeros(1, 3, *size))
     return count_multiply_adds(model, [{"image": torch.randint(0, 256, (3, *size))}])
 
 
 def analyze(cfg: CfgNode, size: tuple[int, int] | None) -> None:
     model = build(cfg)
-    classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+    classifier = is_classifier(cfg)
     size = size or (CLASSIFIER_SIZE if classifier else DETECTOR_SIZE)
     parameters = [(name, count_parameters(child)) for name, child in model.named_children()]
     parameters.append(("total", count_parameters(model)))

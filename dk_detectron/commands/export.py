@@ -19,6 +19,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from ..config import is_classifier
 from ..engine.record import CONFIG_FILE, last_checkpoint
 from ..export import FORMATS, ExportError, export, operators
 from ..model_zoo import load_config
@@ -34,7 +35,7 @@ def network(cfg: CfgNode, weights: str, format: str) -> nn.Module:
     checkpointer.load(weights, checkpointables=[])
     if checkpointer.report:
         checkpointer.report.check_complete()
-    classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+    classifier = is_classifier(cfg)
     return model if classifier or format == "onnx" else model.backbone
 
 
@@ -45,7 +46,7 @@ def example(cfg: CfgNode, picture: str | None, size: tuple[int, int], whole: boo
         pixels = read_image(picture, cfg.INPUT.FORMAT)
         resize = transforms.ResizeTransform(*pixels.shape[:2], *size)
         image = torch.from_numpy(resize.apply_image(pixels).copy()).permute(2, 0, 1).float()
-    if whole and cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+    if whole and not is_classifier(cfg):
         return image
     mean, std = (torch.tensor(cfg.MODEL[f"PIXEL_{k}"]).view(-1, 1, 1) for k in ("MEAN", "STD"))
     return ((image - mean) / std).unsqueeze(0)

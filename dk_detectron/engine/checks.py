@@ -18,6 +18,7 @@ from detectron2.modeling import (
 )
 from detectron2.utils import comm
 
+from ..config import is_classifier
 from ..data.image_folder import FLIPS
 from ..data.pictures import check_format
 from ..data.stream import local_batch_size, nearest_multiples
@@ -117,16 +118,12 @@ def check_input(cfg: CfgNode) -> None:
         raise ValueError(f"INPUT.MIN_SIZE_TRAIN: expected {kind}, in pixels, got {tuple(sizes)}")
     if given.CROP_SIZE < 1:
         raise ValueError(f"INPUT.CROP_SIZE: expected a number of pixels, got {given.CROP_SIZE}")
-    if _is_classifier(cfg) and given.MIN_SIZE_TEST < given.CROP_SIZE:
+    if is_classifier(cfg) and given.MIN_SIZE_TEST < given.CROP_SIZE:
         raise ValueError(
             f"INPUT.MIN_SIZE_TEST: expected at least INPUT.CROP_SIZE {given.CROP_SIZE}, which is "
             "cut out of pictures of that shorter side and else has a black border, got "
             f"{given.MIN_SIZE_TEST}"
         )
-
-
-def _is_classifier(cfg: CfgNode) -> bool:
-    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
 
 
 def check_evaluation(cfg: CfgNode) -> None:
@@ -172,7 +169,7 @@ def check_evaluation(cfg: CfgNode) -> None:
 def _tasks(cfg: CfgNode) -> list[str]:
     """The names of what evaluation gives metrics of."""
     model = cfg.MODEL
-    if _is_classifier(cfg):
+    if is_classifier(cfg):
         tasks = ["classification"]
     else:
         tasks = ["bbox", *["segm"] * model.MASK_ON, *["keypoints"] * model.KEYPOINT_ON]

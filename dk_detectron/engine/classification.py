@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ..config import is_classifier
 from ..data.image_folder import (
     PictureDataset,
     check_classes,
@@ -69,7 +70,7 @@ class ClassificationTrainer(BaseTrainer):
     @classmethod
     def check_datasets(cls, cfg: CfgNode, names) -> list[str]:
         """Raises unless the data sets are on disk and have the same classes."""
-        if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        if not is_classifier(cfg):
             raise ValueError(
                 "MODEL.META_ARCHITECTURE: expected ImageClassifier, as in configs/ImageNet, got "
                 f"{cfg.MODEL.META_ARCHITECTURE!r}"

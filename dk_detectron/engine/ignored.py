@@ -7,7 +7,7 @@ import re
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY
 
-from ..config import add_dk_config
+from ..config import add_dk_config, is_classifier
 from .checks import flat
 
 # Keys that detectron2 or this project has, but not for every network: what to set instead.
@@ -74,7 +74,7 @@ def check_ignored(cfg: CfgNode) -> None:
 def _ignored(cfg: CfgNode) -> list[tuple[str, dict[str, str]]]:
     """What makes no use of which keys."""
     name, kernels = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DEFORM_KERNEL
-    classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+    classifier = is_classifier(cfg)
     ignored = [("a classifier", OF_DETECTORS) if classifier else ("a detector", OF_CLASSIFIERS)]
     if classifier and cfg.SOLVER.EPOCHS:
         ignored.append(("a classifier with SOLVER.EPOCHS", OF_ITERATIONS))

@@ -16,6 +16,7 @@ from detectron2.data import Metadata
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import Instances
 
+from ..config import is_classifier
 from ..data.entries import THINNEST
 from ..data.inputs import read_picture
 from ..data.pictures import check_format
@@ -163,7 +164,7 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def check_detects(cfg: CfgNode, run: Path) -> None:
     """Raises ``ValueError`` if a run is a classifier's."""
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+    if is_classifier(cfg):
         raise ValueError(f"RUN_DIR: expected the run of a detector, {run} is a classifier's")
 
 

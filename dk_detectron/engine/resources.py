@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from ..config import is_classifier
 from .run_directory import how_to_go_on
 
 # As torch's allocators, this project's operators, cuBLAS and cuDNN say it.
@@ -86,10 +87,6 @@ def explained(cfg: CfgNode, *, training: bool) -> Iterator[None]:
         raise
 
 
-def _is_classifier(cfg: CfgNode) -> bool:
-    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
-
-
 def _now(cfg: CfgNode, verb: str, *keys: str) -> str:
     values = []
     for key in keys:
@@ -107,7 +104,7 @@ def _smaller(cfg: CfgNode) -> Iterator[str]:
             f"lower SOLVER.IMS_PER_BATCH (now {each} images in each process), and SOLVER.BASE_LR "
             "in proportion"
         )
-    if _is_classifier(cfg):
+    if is_classifier(cfg):
         yield _now(cfg, "lower", "INPUT.CROP_SIZE")
     else:
         yield _now(cfg, "lower", "INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN")
@@ -118,7 +115,7 @@ def _smaller(cfg: CfgNode) -> Iterator[str]:
 
 
 def _smaller_evaluation(cfg: CfgNode) -> Iterator[str]:
-    if _is_classifier(cfg):
+    if is_classifier(cfg):
         yield _now(cfg, "lower", "SOLVER.IMS_PER_BATCH", "INPUT.CROP_SIZE")
     else:
         yield _now(cfg, "lower", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST")
